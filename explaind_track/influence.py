@@ -1,0 +1,244 @@
+"""Influence: labelled arrays of summed influences, and the sums of the paper's §4 by their names."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from explaind_track.path import Terms
+from explaind_track.step import SHARES
+
+AXES = ("step", "group", "query", "output")
+"""What an influence can be kept over; the axes that are not kept are summed over."""
+
+FORMAT = "explaind_track influence 1"
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Influences of a training run on one query's targets, summed over all axes but those kept.
+
+    `data` holds, each over `part` and those of step, group, query and output that are kept:
+
+    - `influence` (part, step, group, query, output): Ψ, signed; subtracted from the prediction (paper's sign);
+    - `importance` (part, step, group, query): Ψ̄ = Σ_x Σ_j |Ψ|, the sum over the queries and outputs that are not
+      kept, after the signed sum over the steps and groups that are not;
+    - `total_importance` (part, step, query): the same with the groups summed (signed) as well;
+    - `rounding`, `buffers`, `change` (step, query, output): the influence of float rounding on the parameters, the
+      change that the model's buffers made, and f(θ_{s+1}) − f(θ_s);
+    - `residual` (step): ‖remainder‖₂ / ‖change‖₂ over queries × outputs, and `residual_floor` (step), below which
+      float arithmetic does not let it go; where steps are summed, both of the summed terms;
+    - `nodes` (step): the quadrature nodes taken; the largest where steps are summed;
+    - `remainder` (step, query, output): change + ΣΨ, signed, as it was before any closing;
+    - `initial`, `final` (query, output): the prediction before and after, if both axes are kept.
+
+    Parts are `kernel`, `regularization` (and `past`); `momentum` is a share of the kernel, in no sum.
+    """
+
+    data: xr.Dataset
+
+    def importance(self) -> xr.DataArray:
+        """Ψ̄ and Ψ̄^reg: absolute influence, summed over queries and outputs (part, and step, group, query if kept)."""
+        return self.data["importance"]
+
+    def total_importance(self) -> xr.DataArray:
+        """The importance of all groups together: their signed influences are summed first."""
+        return self.data["total_importance"]
+
+    def relative_regularization(self) -> xr.DataArray:
+        """D(Θ) = Σ_θ (Ψ − Ψ^reg), over the kept axes but `part`: signed kernel minus signed regularization."""
+        influence = self.data["influence"]
+        kernel, decay = influence.sel(part="kernel"), influence.sel(part="regularization")
+        return (kernel - decay).drop_vars("part").rename("relative_regularization")
+
+    @property
+    def residual(self) -> xr.DataArray:
+        """‖remainder‖₂ / ‖change‖₂ of every step, or of their sum."""
+        return self.data["residual"]
+
+    def total(self) -> xr.DataArray:
+        """Everything that was subtracted from the prediction: all parts (no shares), groups and the rounding."""
+        influence = self.data["influence"]
+        owned = influence.sel(part=[name for name in influence["part"].values if name not in SHARES])
+        axes = [axis for axis in ("part", "group") if axis in owned.dims]
+        return (owned.sum(axes) + self.data["rounding"]).rename("total")
+
+    def prediction(self) -> xr.DataArray:
+        """The path-kernel prediction f_{θ_0} − ΣΨ − ΣΨ^reg (Thm. 3.1), with what buffers did added, (query, output).
+
+        Raises ValueError unless query and output were kept.
+        """
+        if "initial" not in self.data:
+            raise ValueError(f"the prediction needs keep=('query', 'output', …), this influence kept {self.kept}")
+        total, buffers = self.total(), self.data["buffers"]
+        if "step" in total.dims:
+            total, buffers = total.sum("step"), buffers.sum("step")
+        return (self.data["initial"] - total + buffers).rename("prediction")
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        return tuple(axis for axis in AXES if axis in self.data["influence"].dims)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes one safetensors file; labels and attributes go into its JSON header."""
+        variables = {name: (list(map(str, array.dims)), array) for name, array in self.data.variables.items()}
+        numbers = {name: item for name, item in variables.items() if item[1].dtype.kind in "fiu"}
+        words = {name: [dims, array.values.tolist()] for name, (dims, array) in variables.items() if name not in numbers}
+        header = {"format": FORMAT, "attrs": self.data.attrs, "words": words}
+        header["dims"] = {name: dims for name, (dims, _) in numbers.items()}
+        tensors = {str(name): torch.from_numpy(np.ascontiguousarray(array.values)) for name, (_, array) in numbers.items()}
+        save_file(tensors, path, metadata={"explaind_track": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Influence":
+        """Reads what `save` wrote; ValueError for any other file."""
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("explaind_track", "{}"))
+            if header.get("format") != FORMAT:
+                raise ValueError(f"{path} holds no influence of this format ({FORMAT!r}): found {header.get('format')!r}")
+            variables: dict[str, Any] = {
+                name: (dims, file.get_tensor(name).numpy()) for name, dims in header["dims"].items()
+            }
+        variables |= {name: (dims, np.array(values, dtype=object)) for name, (dims, values) in header["words"].items()}
+        dims = {dim for names, _ in variables.values() for dim in names}
+        return cls(xr.Dataset(variables, attrs=header["attrs"]).set_coords([name for name in variables if name in dims]))
+
+
+class Accumulator:
+    """Sums the terms of steps into an `Influence` that keeps some axes. Where it does not keep the step, it holds the
+    sum over steps for every group, query and output, since the importance takes absolute values only then."""
+
+    def __init__(self, keep: Sequence[str], groups: Sequence[str]) -> None:
+        """Raises ValueError for axes that there are not."""
+        unknown = set(keep) - set(AXES)
+        if unknown:
+            raise ValueError(f"keep takes some of {AXES}, got {tuple(keep)}")
+        self.keep = tuple(axis for axis in AXES if axis in keep)
+        self.groups = tuple(groups)
+        self.parts: tuple[str, ...] = ()
+        self._chunks: dict[int, Terms] = {}
+        self._initial: dict[int, Tensor] = {}
+        self._open: list[dict[str, Tensor]] = []
+        self._rows: list[dict[str, Tensor]] = []
+        self._steps: list[int] = []
+        self._nodes: list[int] = []
+
+    def begin(self, number: int, nodes: int, parts: tuple[str, ...]) -> None:
+        """Starts a step. Raises ValueError if its parts are not those of the steps before."""
+        if self.parts and parts != self.parts:
+            raise ValueError(f"step {number} has the parts {parts}, the steps before it had {self.parts}")
+        self.parts = parts
+        self._steps.append(number)
+        self._nodes.append(nodes)
+
+    def add(self, start: int, terms: Terms) -> None:
+        """Adds the terms of the queries from row `start` on."""
+        if {"query", "output"} <= set(self.keep) and start not in self._initial:
+            self._initial[start] = (terms.after - terms.buffers - terms.change).cpu()
+        if "step" in self.keep:
+            self._open.append(self._reduce(terms))
+        elif start in self._chunks:
+            self._chunks[start] += terms
+            self._chunks[start].after = terms.after
+        else:
+            self._chunks[start] = Terms(**{name: value.clone() for name, value in vars(terms).items()})
+
+    def end(self) -> dict[str, Tensor]:
+        """Closes the step and returns its row (empty where steps are summed)."""
+        if "step" not in self.keep:
+            return {}
+        row = self._join(self._open)
+        self._open = []
+        self._rows.append(row)
+        return row
+
+    def _reduce(self, terms: Terms) -> dict[str, Tensor]:
+        """The terms of one chunk of queries, summed over the axes that are not kept; norms are still squared."""
+        group, query, output = (axis in self.keep for axis in ("group", "query", "output"))
+        gone = tuple(axis for axis, kept in ((-2, query), (-1, output)) if not kept)
+        across = (-1,) if query else (-2, -1)
+
+        def over(value: Tensor, axes: tuple[int, ...]) -> Tensor:
+            return (value.sum(axes) if axes else value).cpu()
+
+        totals = terms.influence.sum(1)
+        return {
+            "influence": over(terms.influence if group else totals, gone),
+            "importance": over((terms.influence if group else totals).abs(), across),
+            "total_importance": over(totals.abs(), across),
+            "rounding": over(terms.rounding, gone),
+            "buffers": over(terms.buffers, gone),
+            "change": over(terms.change, gone),
+            "final": over(terms.after, gone),
+            "remainder": over(terms.remainder, gone),
+            "_remainder": terms.remainder.square().sum().double().cpu(),
+            "_change": terms.change.square().sum().double().cpu(),
+            "_floor": terms.after.square().sum().double().cpu() * (4 * torch.finfo(terms.after.dtype).eps) ** 2,
+        }
+
+    def _join(self, chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The rows of all chunks as one: laid end to end along the query axis if that is kept, else added."""
+        dims = self._dims()
+
+        def join(name: str) -> Tensor:
+            values = [chunk[name] for chunk in chunks]
+            axes = [axis for axis in dims.get(name, ()) if axis != "step"]
+            return torch.cat(values, axes.index("query")) if "query" in axes else torch.stack(values).sum(0)
+
+        row = {name: join(name) for name in chunks[0]}
+        remainder, change, floor = (row.pop(name).sqrt() for name in ("_remainder", "_change", "_floor"))
+        row["residual"] = torch.where(change > 0, remainder / change, remainder)
+        row["residual_floor"] = torch.where(change > 0, floor / change, floor)
+        return row
+
+    def _dims(self) -> dict[str, tuple[str, ...]]:
+        kept = set(self.keep)
+        cells = tuple(axis for axis in ("step", "query", "output") if axis in kept)
+        return {
+            "influence": ("part", *self.keep),
+            "importance": ("part", *(axis for axis in self.keep if axis != "output")),
+            "total_importance": ("part", *(axis for axis in self.keep if axis not in ("group", "output"))),
+            **dict.fromkeys(("rounding", "buffers", "change", "final", "remainder"), cells),
+            "residual": tuple(axis for axis in cells if axis == "step"),
+            "residual_floor": tuple(axis for axis in cells if axis == "step"),
+        }
+
+    def result(self, attrs: Mapping[str, Any]) -> Influence:
+        """The influence of all steps so far. Raises ValueError if there was none."""
+        if not self._steps:
+            raise ValueError("there is no step to sum over")
+        if "step" in self.keep:
+            values = {name: torch.stack([row[name] for row in self._rows], 0) for name in self._rows[0]}
+            for name, dims in self._dims().items():  # the part axis comes first, the step axis after it
+                if dims and dims[0] == "part":
+                    values[name] = values[name].movedim(0, 1)
+        else:
+            values = self._join([self._reduce(self._chunks[start]) for start in sorted(self._chunks)])
+        dims = self._dims()
+        variables: dict[str, Any] = {name: (dims[name], value.numpy()) for name, value in values.items()}
+        if "step" in self.keep:
+            variables["nodes"] = (("step",), np.array(self._nodes))
+        else:
+            variables["nodes"] = ((), np.array(max(self._nodes)))
+        if self._initial:
+            initial = torch.cat([self._initial[start] for start in sorted(self._initial)])
+            variables["initial"] = (("query", "output"), initial.numpy())
+            if "step" in self.keep:
+                variables["final"] = (("query", "output"), values["final"][-1].numpy())
+        else:
+            del variables["final"]
+        labels: dict[str, Any] = {"part": np.array(self.parts, dtype=object)}
+        if "step" in self.keep:
+            labels["step"] = np.array(self._steps)
+        if "group" in self.keep:
+            labels["group"] = np.array(self.groups, dtype=object)
+        span = {"first_step": self._steps[0], "last_step": self._steps[-1], "steps": len(self._steps)}
+        return Influence(xr.Dataset(variables, labels, {**attrs, **span}))

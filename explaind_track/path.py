@@ -1,0 +1,103 @@
+"""The path from θ_s to θ_{s+1}: its nodes, the terms that are integrated along it, and what they leave over.
+
+    Ψ_s(part, Θ_g, x)_j = ∫₀¹ ⟨∇_θ f_{θ_s(t)}(x)_j, part restricted to Θ_g⟩ dt,   θ_s(t) = θ_s + t (θ_{s+1} − θ_s)
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from einops import einsum, reduce
+from torch import Tensor
+
+from explaind_track.step import State, Step
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """How a step is integrated: Gauss–Legendre nodes, doubled from `nodes` to at most `max_nodes` until the step's
+    residual ‖remainder‖₂ / ‖change‖₂ (over queries × outputs) is at most `tolerance`, or at its rounding floor.
+
+    `Quadrature.fixed(n)` always takes n nodes. Raises ValueError unless 1 ≤ nodes ≤ max_nodes.
+    """
+
+    tolerance: float = 1e-3
+    nodes: int = 1
+    max_nodes: int = 64
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.nodes <= self.max_nodes:
+            raise ValueError(f"expected 1 <= nodes <= max_nodes, got nodes={self.nodes}, max_nodes={self.max_nodes}")
+
+    @classmethod
+    def fixed(cls, nodes: int) -> "Quadrature":
+        return cls(tolerance=0.0, nodes=nodes, max_nodes=nodes)
+
+
+@lru_cache
+def gauss_legendre(nodes: int) -> tuple[tuple[float, float], ...]:
+    """Nodes and weights on [0, 1], as pairs; exact for polynomials of degree 2·nodes − 1. One node is the midpoint."""
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+    return tuple(zip(((points + 1) / 2).tolist(), (weights / 2).tolist(), strict=True))
+
+
+def interpolate(step: Step, time: float) -> State:
+    """θ_s(t), with the buffers of step s."""
+    before, after = step.before.parameters, step.after.parameters
+    moved = {name: torch.lerp(before[name], after[name], time) for name in step.updates}
+    return State({**before, **moved}, step.before.buffers)
+
+
+@dataclass
+class Terms:
+    """One step's influences on some of the queries (x of them, O outputs each), for P parts and G groups."""
+
+    influence: Tensor
+    """Ψ, (P, G, x, O)."""
+    rounding: Tensor
+    """The influence of what float arithmetic did to the parameters, summed over the groups, (x, O)."""
+    change: Tensor
+    """f(θ_{s+1}, b_s) − f(θ_s, b_s), (x, O)."""
+    buffers: Tensor
+    """f(θ_{s+1}, b_{s+1}) − f(θ_{s+1}, b_s): what the model's buffers did to the prediction, (x, O)."""
+    after: Tensor
+    """f(θ_{s+1}, b_{s+1}), (x, O)."""
+    spread: Tensor
+    """While integrating, Σ_t w_t J_t²; (P, G, x, O)."""
+    remainder: Tensor
+    """What the split leaves over, [f(θ_{s+1}, b_s) − f(θ_s, b_s)] + ΣΨ, before any closing; (x, O)."""
+
+    @classmethod
+    def start(cls, before: Tensor, moved: Tensor, after: Tensor, parts: int, groups: int) -> "Terms":
+        """Zero influences, and the changes from the three predictions, (x, O) each."""
+        cells = before.new_zeros(parts, groups, *before.shape)
+        zeros = torch.zeros_like(before)
+        return cls(cells, zeros, moved - before, after - moved, after, cells.clone(), zeros.clone())
+
+    def add(self, part: int, group: int, value: Tensor, weight: float) -> None:
+        """Adds one node's directional derivative, (x, O), with the node's weight."""
+        self.influence[part, group].add_(value, alpha=weight)
+        self.spread[part, group].addcmul_(value, value, value=weight)
+
+    def finish(self, owned: Tensor, close: bool) -> None:
+        """Finds the remainder once all nodes are in. owned (P,): 1 for parts, 0 for shares of them.
+
+        close: makes the sums exact by sharing the remainder out, per output, in proportion to each term's variance
+        over the nodes; where there is none (one node, a linear path), to its size. Shares of parts stay as they are.
+        """
+        self.remainder = self.change + einsum(self.influence, owned, "p g x o, p -> x o") + self.rounding
+        if not close:
+            return
+        mask = owned[:, None, None, None]
+        size = self.influence.abs() * mask
+        variance = (self.spread - self.influence.square()).clamp(min=0) * mask
+        noise = size.square() * (16 * torch.finfo(size.dtype).eps)
+        scale = torch.where(reduce(variance - noise, "p g x o -> 1 1 x o", "sum") > 0, variance, size)
+        total = reduce(scale, "p g x o -> x o", "sum")
+        self.influence = self.influence - torch.where(total > 0, scale / total, 0.0) * self.remainder
+
+    def __iadd__(self, other: "Terms") -> "Terms":
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        return self

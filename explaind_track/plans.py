@@ -1,0 +1,183 @@
+"""The two ways to differentiate a step's targets in the directions of its parts and groups.
+
+*Forward*: one directional derivative for each (part, group) gives all outputs of all queries at once. *Reverse*: one
+gradient for each output gives every direction, down to the single parameter. The counts decide, like an einsum path.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.func import vmap
+
+from explaind_track.autodiff import Functional, vjp_rows
+from explaind_track.groups import Groups
+from explaind_track.path import Terms
+from explaind_track.queries import Query
+from explaind_track.step import SHARES, State, Step, Tensors
+
+REVERSE_COST = 5
+"""What one output's gradients cost, in units of one forward-mode direction; measured: 3 reduced, 5 query by query."""
+
+
+def size_in_bytes(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def target_of(query: Query, chunk: Query) -> Callable[[nn.Module], Tensor]:
+    """The targets of a chunk of the query, (x, O); where the query is reduced, the chunk's share of them, (1, O)."""
+    if query.reduction is None:
+        return chunk
+    scale = 1.0 if query.reduction == "sum" else 1.0 / query.size
+    return lambda model: chunk(model).sum(0, keepdim=True) * scale
+
+
+class Plan(Protocol):
+    rows: int
+    """How many copies of a forward pass's activations are alive at once."""
+    held: int
+    """The bytes that are held beside them."""
+
+    def add(self, terms: Terms, chunk: Query, state: State, weight: float) -> None:
+        """Adds the derivatives at one node, with the node's weight, to the terms of a chunk of queries."""
+
+
+def choose_plan(
+    functional: Functional, query: Query, step: Step, parts: Sequence[str], groups: Groups, outputs: int, memory: int
+) -> Plan:
+    """outputs: O, for each query."""
+    if outputs * REVERSE_COST <= prod((len(parts), len(groups))) + 1:
+        return ReversePlan(functional, query, step, parts, groups, memory)
+    return ForwardPlan(functional, query, step, parts, groups, memory)
+
+
+def directions(step: Step, parts: Sequence[str], parameter: str) -> Tensor:
+    """The parts of one parameter's step, and last what they leave over (its rounding), (P + 1, *shape)."""
+    values = [step.parts[part][parameter] for part in parts]
+    rest = step.before.parameters[parameter] - step.after.parameters[parameter]
+    for part, value in zip(parts, values, strict=True):
+        if part not in SHARES:
+            rest -= value
+    return torch.stack([*values, rest])
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Directions that are differentiated together, (R, *shape) for each of the parameters they share."""
+
+    tangents: dict[str, Tensor]
+    cells: list[tuple[int, int] | None]
+    """What each row is: (part, group), or None for the rounding."""
+
+
+class ForwardPlan:
+    """Passes of as many groups as fit half the memory. A pass differentiates with respect to its own groups'
+    parameters only, so what lies before them in the model carries no derivative. The rounding is spread over the
+    passes, since only its sum is asked for."""
+
+    def __init__(
+        self, functional: Functional, query: Query, step: Step, parts: Sequence[str], groups: Groups, memory: int
+    ) -> None:
+        self._functional, self._query, self._step, self._parts = functional, query, step, parts
+        moving = [[name for name in names if name in step.updates] for names in groups.values()]
+        self._bundles: list[dict[int, list[str]]] = []
+        sizes: list[int] = []
+        for group, names in enumerate(moving):
+            if not names:
+                continue
+            bundle = {**(self._bundles[-1] if self._bundles else {}), group: names}
+            if self._bundles and self._bytes(bundle) <= memory // 2:
+                self._bundles[-1], sizes[-1] = bundle, self._bytes(bundle)
+            else:
+                self._bundles.append({group: names})
+                sizes.append(self._bytes(self._bundles[-1]))
+        self.rows = 1 + len(parts) * max(map(len, self._bundles), default=0)
+        keep = sum(sizes) <= memory // 2
+        self.held = sum(sizes) if keep else max(sizes)
+        self._kept = [self._pass(bundle) for bundle in self._bundles] if keep else None
+
+    def _bytes(self, bundle: dict[int, list[str]]) -> int:
+        members = {name: self._step.before.parameters[name] for names in bundle.values() for name in names}
+        return (len(bundle) * len(self._parts) + 1) * size_in_bytes(members)
+
+    def _pass(self, bundle: dict[int, list[str]]) -> _Pass:
+        count = len(self._parts)
+        tangents = {}
+        for position, names in enumerate(bundle.values()):
+            for name in names:
+                values = directions(self._step, self._parts, name)
+                tangents[name] = values.new_zeros(len(bundle) * count + 1, *values.shape[1:])
+                tangents[name][position * count : (position + 1) * count] = values[:-1]
+                tangents[name][-1] = values[-1]
+        return _Pass(tangents, [*((part, group) for group in bundle for part in range(count)), None])
+
+    def _passes(self) -> Iterator[_Pass]:
+        yield from self._kept if self._kept is not None else map(self._pass, self._bundles)
+
+    def add(self, terms: Terms, chunk: Query, state: State, weight: float) -> None:
+        function = self._functional.at(state, target_of(self._query, chunk))
+        for one in self._passes():
+            primals = {name: state.parameters[name] for name in one.tangents}
+            for cell, row in zip(one.cells, self._functional.jvp(function, primals, one.tangents), strict=True):
+                if cell is None:
+                    terms.rounding.add_(row, alpha=weight)
+                else:
+                    terms.add(*cell, row, weight)
+
+
+class ReversePlan:
+    """A gradient for each output, of all queries together where they are reduced to one target, else of each."""
+
+    def __init__(
+        self, functional: Functional, query: Query, step: Step, parts: Sequence[str], groups: Groups, memory: int
+    ) -> None:
+        self._functional, self._query, self._groups = functional, query, groups
+        self._directions = {name: directions(step, parts, name) for name in step.updates}
+        size = size_in_bytes(step.before.parameters)
+        self._at_once = max(1, memory // 2 // size)
+        self.rows = 1
+        self.held = (len(parts) + 3) * size + (0 if query.reduction else min(query.size, self._at_once) * size)
+
+    def add(self, terms: Terms, chunk: Query, state: State, weight: float) -> None:
+        primals = {name: state.parameters[name] for name in self._directions}
+        if self._query.reduction is not None:
+            function = self._functional.at(state, target_of(self._query, chunk))
+            self._add_gradients(terms, slice(0, 1), vjp_rows(function, primals), weight)
+            return
+        for start in range(0, chunk.size, self._at_once):
+            piece = chunk.rows(start, start + self._at_once, terms.change.device)
+            gradients = query_gradients(self._functional, piece, state, primals)
+            self._add_gradients(terms, slice(start, start + piece.size), gradients, weight)
+
+    def _add_gradients(self, terms: Terms, rows: slice, gradients: Tensors, weight: float) -> None:
+        for group, names in enumerate(self._groups.values()):
+            products = [
+                einsum(
+                    gradients[name].flatten(2),
+                    rearrange(self._directions[name], "r ... -> r (...)"),
+                    "x o d, r d -> r x o",
+                )
+                for name in names
+                if name in self._directions
+            ]
+            if products:
+                total = torch.stack(products).sum(0)
+                terms.rounding[rows].add_(total[-1], alpha=weight)
+                for part, row in enumerate(total[:-1]):
+                    terms.influence[part, group, rows].add_(row, alpha=weight)
+                    terms.spread[part, group, rows].addcmul_(row, row, value=weight)
+
+
+def query_gradients(functional: Functional, query: Query, state: State, primals: Tensors) -> dict[str, Tensor]:
+    """The gradient of every output of every query with respect to `primals`, (x, O, *shape) each."""
+
+    def of_one(inputs: object, labels: object) -> dict[str, Tensor]:
+        one = query.single(inputs, labels)
+        gradients = vjp_rows(functional.at(state, one), primals)
+        return {name: gradient.squeeze(0) for name, gradient in gradients.items()}
+
+    return vmap(of_one, in_dims=query.in_dims)(query.inputs, query.labels)

@@ -1,0 +1,1 @@
+"""One runnable script for each experiment of the paper."""
