@@ -3,24 +3,34 @@
 from explaind_track.explain import Explainer, explain
 from explaind_track.groups import resolve_groups
 from explaind_track.influence import Influence
+from explaind_track.panels import how_to_look, open_run
 from explaind_track.path import Quadrature
 from explaind_track.queries import Query
 from explaind_track.rules import Rule, update_rule
 from explaind_track.step import Batch, State, Step, Stepper, UnexplainedUpdate, Update
+from explaind_track.storage import TrajectoryError
+from explaind_track.tracker import NonFiniteError, Tracker
+from explaind_track.trajectory import Trajectory
 
 __all__ = [
     "Batch",
     "Explainer",
     "Influence",
+    "NonFiniteError",
     "Quadrature",
     "Query",
     "Rule",
     "State",
     "Step",
     "Stepper",
+    "Tracker",
+    "Trajectory",
+    "TrajectoryError",
     "UnexplainedUpdate",
     "Update",
     "explain",
+    "how_to_look",
+    "open_run",
     "resolve_groups",
     "update_rule",
 ]

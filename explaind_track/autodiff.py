@@ -105,10 +105,11 @@ class Functional:
 
 
 def _jvp_vectorized(function: PointFunction, primals: Tensors, tangents: Tensors) -> Tensor:
-    """with all directions at once in forward mode."""
+    """With all directions at once in forward mode."""
     primals = dict(primals)
     with torch.no_grad():
-        return vmap(lambda tangent: jvp(function, (primals,), (tangent,))[1])(dict(tangents))
+        result: Tensor = vmap(lambda tangent: jvp(function, (primals,), (tangent,))[1])(dict(tangents))
+        return result
 
 
 def _rows(tangents: Tensors) -> Iterator[dict[str, Tensor]]:
@@ -117,16 +118,21 @@ def _rows(tangents: Tensors) -> Iterator[dict[str, Tensor]]:
 
 
 def _jvp_one_by_one(function: PointFunction, primals: Tensors, tangents: Tensors) -> Tensor:
-    """one direction at a time in forward mode."""
+    """One direction at a time in forward mode."""
     with torch.no_grad():
         return torch.stack([jvp(function, (dict(primals),), (row,))[1] for row in _rows(tangents)])
 
 
 def _jvp_by_reverse(function: PointFunction, primals: Tensors, tangents: Tensors) -> Tensor:
-    """in reverse mode, as the derivative of w ↦ Jᵀw, which is linear."""
-    output, pullback = vjp(function, dict(primals))
-    _, pushforward = vjp(lambda weight: pullback(weight)[0], torch.zeros_like(output))
+    """In reverse mode, as the derivative of w ↦ Jᵀw, which is linear."""
+    output, pullback = _vjp(function, primals)
+    _, pushforward = vjp(lambda weight: pullback(weight)[0], torch.zeros_like(output))[:2]
     return torch.stack([pushforward(row)[0] for row in _rows(tangents)]).detach()
+
+
+def _vjp(function: PointFunction, primals: Tensors) -> tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor]]]]:
+    output, pullback = vjp(function, dict(primals))[:2]
+    return output, pullback
 
 
 def vjp_rows(function: PointFunction, primals: Tensors) -> dict[str, Tensor]:
@@ -134,7 +140,7 @@ def vjp_rows(function: PointFunction, primals: Tensors) -> dict[str, Tensor]:
 
     One reverse pass for each entry; meant for few of them.
     """
-    output, pullback = vjp(function, dict(primals))
+    output, pullback = _vjp(function, primals)
     basis = torch.eye(output.numel(), dtype=output.dtype, device=output.device).reshape(-1, *output.shape)
     rows = [pullback(direction)[0] for direction in basis]
     return {
@@ -182,4 +188,4 @@ def activation_bytes(functional: Functional, state: State, function: Callable[[n
     parameters = {name: value.detach().requires_grad_() for name, value in state.parameters.items()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         output = functional(State(parameters, state.buffers), function)
-    return sum(kept.values()) + output.numel() * output.element_size()
+    return sum(kept.values()) + int(output.numel() * output.element_size())

@@ -42,12 +42,17 @@ class Explainer:
         self.accumulators = [Accumulator(keep, list(groups)) for keep in keeps]
         self.integrator = Integrator(model, query, groups, parts, quadrature, memory)
         self.close = close
+        self.nodes = 0
+        """After a step: the quadrature nodes it took."""
+        self.residual = float("nan")
+        """After a step: its ‖remainder‖₂ / ‖change‖₂, where a choice of axes keeps the step."""
         self.metrics: dict[str, float] = {}
         """After a step: the query's mean `loss` and `accuracy`, where it has labels to tell."""
 
     def add(self, step: Step) -> list[dict[str, Tensor]]:
         """Takes one step in. Returns, for each choice of axes that keeps the step, the step's own row of it."""
         nodes, parts = self.integrator.nodes(step), self.integrator.parts(step)
+        self.nodes = nodes
         for accumulator in self.accumulators:
             accumulator.begin(step.number, nodes, parts)
         self.metrics = {}
@@ -56,7 +61,9 @@ class Explainer:
                 self.metrics[name] = self.metrics.get(name, 0.0) + value
             for accumulator in self.accumulators:
                 accumulator.add(start, terms)
-        return [accumulator.end() for accumulator in self.accumulators]
+        rows = [accumulator.end() for accumulator in self.accumulators]
+        self.residual = next((float(row["residual"]) for row in rows if row), float("nan"))
+        return rows
 
     def results(self) -> list[Influence]:
         """One influence for each choice of kept axes, over the steps so far."""

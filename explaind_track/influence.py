@@ -57,7 +57,7 @@ class Influence:
         """D(Θ) = Σ_θ (Ψ − Ψ^reg), over the kept axes but `part`: signed kernel minus signed regularization."""
         influence = self.data["influence"]
         kernel, decay = influence.sel(part="kernel"), influence.sel(part="regularization")
-        return (kernel - decay).drop_vars("part").rename("relative_regularization")
+        return (kernel - decay).drop_vars("part", errors="ignore").rename("relative_regularization")
 
     @property
     def residual(self) -> xr.DataArray:
@@ -83,6 +83,16 @@ class Influence:
             total, buffers = total.sum("step"), buffers.sum("step")
         return (self.data["initial"] - total + buffers).rename("prediction")
 
+    def faithfulness(self) -> dict[str, float]:
+        """How well the path-kernel prediction stands for the model (Table 1), for outputs that score classes:
+        `agreement`, the fraction of queries with the same decision, and `kl`, the mean KL(model ‖ path kernel) in
+        nats. Raises ValueError unless query and output were kept."""
+        kernel = torch.from_numpy(self.prediction().values).double().log_softmax(-1)
+        model = torch.from_numpy(self.data["final"].values).double().log_softmax(-1)
+        agreement = (kernel.argmax(-1) == model.argmax(-1)).double().mean()
+        divergence = (model.exp() * (model - kernel)).sum(-1).mean()
+        return {"agreement": float(agreement), "kl": float(divergence)}
+
     @property
     def kept(self) -> tuple[str, ...]:
         return tuple(axis for axis in AXES if axis in self.data["influence"].dims)
@@ -91,10 +101,12 @@ class Influence:
         """Writes one safetensors file; labels and attributes go into its JSON header."""
         variables = {name: (list(map(str, array.dims)), array) for name, array in self.data.variables.items()}
         numbers = {name: item for name, item in variables.items() if item[1].dtype.kind in "fiu"}
-        words = {name: [dims, array.values.tolist()] for name, (dims, array) in variables.items() if name not in numbers}
+        words = {
+            name: [dims, array.values.tolist()] for name, (dims, array) in variables.items() if name not in numbers
+        }
         header = {"format": FORMAT, "attrs": self.data.attrs, "words": words}
         header["dims"] = {name: dims for name, (dims, _) in numbers.items()}
-        tensors = {str(name): torch.from_numpy(np.ascontiguousarray(array.values)) for name, (_, array) in numbers.items()}
+        tensors = {str(name): torch.from_numpy(np.array(array.values, order="C")) for name, (_, array) in numbers.items()}
         save_file(tensors, path, metadata={"explaind_track": json.dumps(header)})
 
     @classmethod
@@ -103,13 +115,17 @@ class Influence:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("explaind_track", "{}"))
             if header.get("format") != FORMAT:
-                raise ValueError(f"{path} holds no influence of this format ({FORMAT!r}): found {header.get('format')!r}")
+                raise ValueError(
+                    f"{path} holds no influence of this format ({FORMAT!r}): found {header.get('format')!r}"
+                )
             variables: dict[str, Any] = {
                 name: (dims, file.get_tensor(name).numpy()) for name, dims in header["dims"].items()
             }
         variables |= {name: (dims, np.array(values, dtype=object)) for name, (dims, values) in header["words"].items()}
         dims = {dim for names, _ in variables.values() for dim in names}
-        return cls(xr.Dataset(variables, attrs=header["attrs"]).set_coords([name for name in variables if name in dims]))
+        return cls(
+            xr.Dataset(variables, attrs=header["attrs"]).set_coords([name for name in variables if name in dims])
+        )
 
 
 class Accumulator:
@@ -141,6 +157,8 @@ class Accumulator:
 
     def add(self, start: int, terms: Terms) -> None:
         """Adds the terms of the queries from row `start` on."""
+        if "group" not in self.keep:
+            terms = terms.grouped()
         if {"query", "output"} <= set(self.keep) and start not in self._initial:
             self._initial[start] = (terms.after - terms.buffers - terms.change).cpu()
         if "step" in self.keep:
@@ -149,7 +167,7 @@ class Accumulator:
             self._chunks[start] += terms
             self._chunks[start].after = terms.after
         else:
-            self._chunks[start] = Terms(**{name: value.clone() for name, value in vars(terms).items()})
+            self._chunks[start] = terms.copy()
 
     def end(self) -> dict[str, Tensor]:
         """Closes the step and returns its row (empty where steps are summed)."""
@@ -217,8 +235,8 @@ class Accumulator:
             raise ValueError("there is no step to sum over")
         if "step" in self.keep:
             values = {name: torch.stack([row[name] for row in self._rows], 0) for name in self._rows[0]}
-            for name, dims in self._dims().items():  # the part axis comes first, the step axis after it
-                if dims and dims[0] == "part":
+            for name, axes in self._dims().items():  # the part axis comes first, the step axis after it
+                if axes and axes[0] == "part":
                     values[name] = values[name].movedim(0, 1)
         else:
             values = self._join([self._reduce(self._chunks[start]) for start in sorted(self._chunks)])

@@ -41,6 +41,10 @@ class Integrator:
         self._activation_bytes: int | None = None
         self._outputs: int | None = None
 
+    def for_query(self, query: Query) -> "Integrator":
+        """The same integrator for another query."""
+        return Integrator(self.functional.model, query, self.groups, self._parts, self.quadrature, self.memory)
+
     def parts(self, step: Step) -> tuple[str, ...]:
         """The names along the part axis."""
         own = (name for name in step.parts if name != "rounding" and name not in SHARES)

@@ -1,9 +1,9 @@
 """The path from θ_s to θ_{s+1}: its nodes, the terms that are integrated along it, and what they leave over.
 
-    Ψ_s(part, Θ_g, x)_j = ∫₀¹ ⟨∇_θ f_{θ_s(t)}(x)_j, part restricted to Θ_g⟩ dt,   θ_s(t) = θ_s + t (θ_{s+1} − θ_s)
+Ψ_s(part, Θ_g, x)_j = ∫₀¹ ⟨∇_θ f_{θ_s(t)}(x)_j, part restricted to Θ_g⟩ dt,   θ_s(t) = θ_s + t (θ_{s+1} − θ_s)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -96,6 +96,13 @@ class Terms:
         scale = torch.where(reduce(variance - noise, "p g x o -> 1 1 x o", "sum") > 0, variance, size)
         total = reduce(scale, "p g x o -> x o", "sum")
         self.influence = self.influence - torch.where(total > 0, scale / total, 0.0) * self.remainder
+
+    def grouped(self) -> "Terms":
+        """The same terms with all groups as one."""
+        return replace(self, influence=self.influence.sum(1, keepdim=True), spread=torch.zeros_like(self.spread[:, :1]))
+
+    def copy(self) -> "Terms":
+        return Terms(**{name: value.clone() for name, value in vars(self).items()})
 
     def __iadd__(self, other: "Terms") -> "Terms":
         for name, value in vars(other).items():

@@ -139,7 +139,6 @@ class Query:
     def single(self, inputs: Any, labels: Any) -> "Query":
         """The query of one row, given without its row axis."""
 
-
         def row(tensor: Tensor) -> Tensor:
             return tensor.unsqueeze(0)
 

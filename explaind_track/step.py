@@ -107,7 +107,7 @@ class Update:
         return (self.before - self.after) - self.kernel() - self.regularization() - self.past()
 
     def adjoint(self, direction: Tensor) -> Tensor:
-        """`P (e b + d) · direction`: its inner product with `w_k ∇L_k` is the sample's influence through its own step."""
+        """`P (e b + d) · direction`: its product with `w_k ∇L_k` is the sample's influence through its own step."""
         return self.precondition(direction * (self.rule.e * self.rule.b + self.rule.d))
 
 
@@ -168,9 +168,7 @@ class Stepper:
         """parameters: the model's, by name; the optimizer's have to be among them (ValueError)."""
         require_rule(optimizer)
         names = {id(parameter): name for name, parameter in parameters.items()}
-        shapes = [
-            tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names
-        ]
+        shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
         if shapes:
             raise ValueError(
                 f"the optimizer holds {len(shapes)} parameter(s) that the model does not have, of shapes {shapes[:5]}; "

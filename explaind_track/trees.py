@@ -26,7 +26,7 @@ def tree_tensors(tree: Any) -> list[Tensor]:
 
 
 def tree_rows(tree: Any) -> int:
-    """The rows (length of the first axis) that the tree's tensors share; ValueError if they differ or there are none."""
+    """The rows (length of the first axis) that the tree's tensors share; ValueError if they differ or there is none."""
     counts = {tensor.shape[0] if tensor.ndim else 0 for tensor in tree_tensors(tree)}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(
@@ -38,3 +38,8 @@ def tree_rows(tree: Any) -> int:
 def tree_in_dims(tree: Any) -> Any:
     """`in_dims` for `vmap` over the rows of the tree: 0 for tensors, None for other leaves."""
     return tree_map(lambda _: 0, tree, lambda _: None)
+
+
+def tree_slice(tree: Any, start: int, stop: int) -> Any:
+    """Rows `start` to `stop` of every tensor of the tree."""
+    return tree_map(lambda tensor: tensor[start:stop], tree)

@@ -15,6 +15,9 @@ class Split:
     x_test: Tensor
     y_test: Tensor
 
+    def to(self, device: str) -> "Split":
+        return Split(*(tensor.to(device) for tensor in vars(self).values()))
+
 
 def modulo_addition(modulus: int, train: int, test: int, seed: int) -> Split:
     """`[a] [+] [b] [=]` → `(a + b) mod modulus` (E.2): tokens (N, 4) and labels (N,).

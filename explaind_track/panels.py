@@ -1,0 +1,150 @@
+"""What Weights & Biases shows: the rows of metrics, their axis, and the tables of training samples."""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from explaind_track.samples import SampleInfluence
+
+if TYPE_CHECKING:
+    import wandb  # a second to import: only where a run is opened or a table made
+
+AXIS = "train/step"
+"""The metric that all panels are drawn over: the number of the training step."""
+
+PREFIX = {"kernel": "kernel", "regularization": "reg", "momentum": "momentum", "past": "past"}
+
+SAMPLE_ROWS = 20
+
+
+class LoggingWarning(UserWarning):
+    """Something could not be logged; training goes on."""
+
+
+def open_run(project: str, directory: str | os.PathLike[str] | None = None, **options: Any) -> "wandb.Run":
+    """The active run if there is one, else a new one: online where somebody is logged in and the server answers, else
+    offline. options: as `wandb.init` takes them."""
+    import wandb
+
+    if wandb.run is not None:
+        return wandb.run
+    where = None if directory is None else str(directory)
+    if "WANDB_MODE" not in os.environ and "mode" not in options and not wandb.login(prompt=False, verify=False):
+        options["mode"] = "offline"
+    try:
+        return wandb.init(project=project, dir=where, **options)
+    except wandb.errors.CommError as error:
+        warnings.warn(f"W&B's server does not answer ({error}); logging offline", LoggingWarning, stacklevel=2)
+        return wandb.init(project=project, dir=where, **{**options, "mode": "offline"})
+
+
+def how_to_look(run: "wandb.Run") -> str:
+    """Where the run can be seen, in a sentence."""
+    if not run.settings._offline:
+        return f"See the run at {run.url}"
+    directory = Path(run.settings.sync_dir)
+    return f"Look at the run with `wandb leet {directory}`, upload it with `wandb sync {directory}`"
+
+
+def importance_row(
+    prefix: str, parts: Sequence[str], groups: Sequence[str], row: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Ψ̄ and Ψ̄^reg of every group and of all together, and D; row: of an accumulator that keeps step and group."""
+    metrics: dict[str, float] = {}
+    for part, values, total in zip(parts, row["importance"].tolist(), row["total_importance"].tolist(), strict=True):
+        metrics |= {f"{prefix}{PREFIX[part]}/{group}": value for group, value in zip(groups, values, strict=True)}
+        metrics[f"{prefix}{PREFIX[part]}/total"] = total
+    kernel, decay = (row["influence"][parts.index(part)] for part in ("kernel", "regularization"))
+    difference = kernel - decay
+    metrics |= {f"{prefix}D/{group}": value for group, value in zip(groups, difference.tolist(), strict=True)}
+    metrics[f"{prefix}D/total"] = float(difference.sum())
+    return metrics
+
+
+def change_row(
+    prefix: str, parts: Sequence[str], groups: Sequence[str], row: Mapping[str, Tensor], scale: float
+) -> dict[str, float]:
+    """−Ψ of every group and part: how much each changed the loss in this step, times `scale`."""
+    metrics: dict[str, float] = {}
+    for part, values in zip(parts, (row["influence"] * -scale).tolist(), strict=True):
+        if part != "momentum":
+            metrics |= {f"{prefix}/{PREFIX[part]}/{g}": value for g, value in zip(groups, values, strict=True)}
+        metrics[f"{prefix}/{PREFIX[part]}/total"] = sum(values)
+    metrics[f"{prefix}/change"] = float(row["change"]) * scale
+    return metrics
+
+
+def sample_table(samples: SampleInfluence, norms: Mapping[int, float]) -> "wandb.Table":
+    """The training samples that changed the query's loss most through this step's own gradient."""
+    import wandb
+
+    order = samples.influence.abs().argsort(descending=True)[:SAMPLE_ROWS]
+    columns: list[str | int] = ["sample", "change of the query's loss", "weight", "loss", "gradient norm"]
+    rows = [
+        [
+            int(samples.index[place]),
+            -float(samples.influence[place]),
+            float(samples.weight[place]),
+            float(samples.loss[place]),
+            norms.get(int(samples.index[place])),
+        ]
+        for place in order.tolist()
+    ]
+    return wandb.Table(columns=columns, data=rows)
+
+
+class Panels:
+    """Sends rows to a W&B run and to a file of our own. Whatever fails there is told of once and stops nothing."""
+
+    def __init__(self, run: "wandb.Run | None", history: Path | None, sections: Sequence[str]) -> None:
+        """history: a JSON-lines file, flushed with every row; a killed process leaves it whole but for its last line.
+        sections: the first parts of the keys that are drawn over our axis."""
+        self._run, self._history, self._sections = run, history, sections
+        self._told: set[str] = set()
+        if run is not None:
+            self._attempt("define the panels' axis", self._define)
+
+    def _define(self) -> None:
+        assert self._run is not None  # asked for only where there is one
+        self._run.define_metric(AXIS, hidden=True)
+        for section in self._sections:
+            self._run.define_metric(f"{section}/*", step_metric=AXIS)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Sends one row. Numbers that are not finite are left out, and `residual/nonfinite` counts them."""
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+        clean = {name: value for name, value in row.items() if name not in bad}
+        if bad:
+            clean["residual/nonfinite"] = len(bad)
+        if self._history is not None:
+            self._attempt("write the history", lambda: self._write(clean))
+        if self._run is not None:
+            run = self._run
+            self._attempt("log to W&B", lambda: run.log(clean))
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        assert self._history is not None  # asked for only where there is one
+        plain = {name: value for name, value in row.items() if isinstance(value, int | float | str)}
+        with self._history.open("a") as file:
+            file.write(json.dumps(plain) + "\n")
+
+    def _attempt(self, what: str, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:
+            if what not in self._told:
+                self._told.add(what)
+                warnings.warn(f"could not {what}: {error!r}; training goes on", LoggingWarning, stacklevel=4)
+
+
+def finite(gradients: Mapping[str, Tensor]) -> list[str]:
+    """The names of the gradients that hold a number that is not finite."""
+    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]

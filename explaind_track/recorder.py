@@ -1,0 +1,173 @@
+"""Writes the record of a training run while it trains; see `trajectory` for what lies where."""
+
+import hashlib
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explaind_track import storage
+from explaind_track.step import Batch, Step, Stepper, Tensors
+from explaind_track.storage import Entry
+from explaind_track.trees import tree_map
+
+FORMAT = "explaind_track trajectory 1"
+KEYFRAME_EVERY = 100
+SEGMENT_BYTES = 2**26
+
+
+def qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def signature(tensors: Tensors) -> dict[str, list[Any]]:
+    """Shape and type of every tensor, as JSON has them."""
+    return {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+
+
+def _number(setting: Any) -> Any:
+    """An optimizer's setting as JSON has it: a tensor (a learning rate may be one) as its number."""
+    return setting.item() if isinstance(setting, Tensor) else setting
+
+
+class TrajectoryWriter:
+    """Writes the steps of a live run, segment by segment. What is on disk is a whole trajectory at any moment."""
+
+    def __init__(
+        self, directory: str | PathLike[str], model: nn.Module, stepper: Stepper, keyframe_every: int = KEYFRAME_EVERY
+    ) -> None:
+        """Raises FileExistsError if the directory holds anything: a run is never written over."""
+        self.directory = Path(directory)
+        if self.directory.exists() and any(self.directory.iterdir()):
+            raise FileExistsError(f"{self.directory} is not empty; name a new directory, or remove that one first")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._stepper, self._every = stepper, keyframe_every
+        self._buffers = dict(model.named_buffers())
+        everything = dict(model.named_parameters(remove_duplicate=False))
+        names = {id(parameter): name for name, parameter in stepper.parameters.items()}
+        self._head = {
+            "format": FORMAT,
+            "optimizer": qualified(type(stepper.optimizer)),
+            "parameters": signature(stepper.parameters),
+            "buffers": signature(self._buffers),
+            "aliases": {name: names[id(p)] for name, p in everything.items() if name not in stepper.parameters},
+            "saved": [name for name in model.state_dict() if name in everything or name in self._buffers],
+            "packages": {"torch": torch.__version__, "explaind_track": version("explaind_track")},
+        }
+        self._entries: list[Entry] = []
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._steps: list[dict[str, Any]] = []
+        self._first = 0
+        self._settings: Any = None
+        self._seen: set[str] = set()
+        self._versions: list[int] = []
+
+    def before(self, number: int) -> None:
+        """Right before the optimizer takes step `number`: writes a keyframe where one is due, which is also the case
+        where something other than the optimizer has changed the parameters since its last step."""
+        if number % self._every == 0 or self._touched():
+            self.flush()
+            self._write_keyframe(number)
+
+    def record(self, step: Step, buffers_moved: bool) -> None:
+        """Takes in the step that was just made."""
+        if not self._steps:
+            self._first = step.number
+        settings = self._current_settings()
+        entry: dict[str, Any] = {"settings": None if settings == self._settings and self._steps else settings}
+        self._settings = settings
+        for name in step.updates:
+            gradient = self._stepper.parameters[name].grad
+            assert gradient is not None  # it has an update, so it had a gradient
+            self._keep(f"gradient:{step.number}:{name}", gradient.detach().clone())
+        if buffers_moved:
+            for name, buffer in step.after.buffers.items():
+                self._keep(f"buffer:{step.number}:{name}", buffer.detach().clone())
+        entry["batches"] = [self._batch(f"batch:{step.number}:{place}", one) for place, one in enumerate(step.batches)]
+        self._steps.append(entry)
+        self._versions = [parameter._version for parameter in self._stepper.parameters.values()]
+        if self._pending_bytes >= SEGMENT_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending; after it, nothing of the steps so far can be lost."""
+        if not self._steps:
+            return
+        path, last = f"steps/{self._first:08}.safetensors", self._first + len(self._steps)
+        self._add(storage.write_tensors(self.directory, path, self._first, last, self._pending, {"steps": self._steps}))
+        self._pending, self._pending_bytes, self._steps = {}, 0, []
+
+    def close(self, number: int) -> None:
+        """Ends the record behind step number − 1, with a keyframe that proves the last steps."""
+        self.flush()
+        if not any(entry.first == number and entry.path.startswith("keyframes/") for entry in self._entries):
+            self._write_keyframe(number)
+
+    def _touched(self) -> bool:
+        return bool(self._versions) and self._versions != [p._version for p in self._stepper.parameters.values()]
+
+    def _add(self, entry: Entry) -> None:
+        self._entries.append(entry)
+        storage.write_manifest(self.directory, self._head, self._entries)
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.numel() * tensor.element_size()
+
+    def _current_settings(self) -> list[dict[str, Any]]:
+        names = {id(parameter): name for name, parameter in self._stepper.parameters.items()}
+        return [
+            {
+                **{key: _number(value) for key, value in group.items() if key != "params"},
+                "params": [names[id(parameter)] for parameter in group["params"]],
+            }
+            for group in self._stepper.optimizer.param_groups
+        ]
+
+    def _batch(self, name: str, batch: Batch) -> dict[str, Any]:
+        entry: dict[str, Any] = {"size": batch.size, "weight": batch.weight, "index": None, "data": None}
+        if isinstance(batch.weight, Tensor):
+            entry["weight"] = self._once("weight", batch.weight)
+        if batch.index is not None:
+            entry["index"] = self._once("index", batch.index)
+        elif batch.data is not None:
+            count = 0
+
+            def put(tensor: Tensor) -> dict[str, str]:
+                nonlocal count
+                count += 1
+                self._keep(f"{name}:{count}", tensor.detach().clone())
+                return {"tensor": f"{name}:{count}"}
+
+            entry["data"] = tree_map(put, batch.data)
+        return entry
+
+    def _once(self, kind: str, tensor: Tensor) -> str:
+        """Keeps a tensor unless the trajectory has it already; returns its name, which is its content's hash."""
+        content = tensor.detach().cpu().contiguous()
+        name = f"{kind}:{hashlib.sha256(content.numpy().tobytes()).hexdigest()[:32]}"
+        if name not in self._seen:
+            self._seen.add(name)
+            self._keep(name, content.clone())
+        return name
+
+    def _write_keyframe(self, number: int) -> None:
+        stepper = self._stepper
+        tensors = {f"parameter:{name}": value for name, value in stepper.parameters.items()}
+        tensors |= {f"buffer:{name}": value for name, value in self._buffers.items()}
+        tensors |= {f"decay:{name}": value for name, value in stepper.decay_buffers.items()}
+        tensors |= {f"past:{name}": value for name, value in stepper.past_buffers.items()}
+        plain: dict[str, dict[str, Any]] = {}
+        for name, parameter in stepper.parameters.items():
+            for key, value in stepper.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"state:{key}:{name}"] = value
+                else:
+                    plain.setdefault(name, {})[key] = value
+        header = {"state": plain, "settings": self._current_settings()}
+        path = f"keyframes/{number:08}.safetensors"
+        self._add(storage.write_tensors(self.directory, path, number, number, tensors, header))

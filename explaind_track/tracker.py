@@ -1,0 +1,304 @@
+"""The Tracker: a plugin for an ordinary training loop that explains every step as it is taken."""
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from explaind_track import panels
+from explaind_track.artifacts import log_trajectory
+from explaind_track.autodiff import SampleLoss
+from explaind_track.explain import Explainer
+from explaind_track.groups import GroupSpec, resolve_groups
+from explaind_track.influence import Influence
+from explaind_track.integrator import MEMORY, buffers_moved
+from explaind_track.path import Quadrature
+from explaind_track.queries import Query
+from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
+from explaind_track.samples import Samples, make_batch
+from explaind_track.step import Batch, State, Step, Stepper
+
+if TYPE_CHECKING:
+    import wandb
+
+LIVE_AXES = (("step", "group"), ("query", "output"))
+CHECKED_STEPS = 3
+CHECK_EVERY = 500
+
+
+class NonFiniteError(FloatingPointError):
+    """The gradient of a step holds numbers that are not finite."""
+
+
+class Tracker:
+    """Watches an optimizer's steps: explains each on the given queries, shows it and records it.
+
+    tracker = Tracker(model, optimizer, queries={"test": Query.outputs(x, y)}, trajectory="runs/one")
+    for batch, index in loader:
+        with tracker.step():
+            optimizer.zero_grad()
+            tracker.batch(batch, index=index)
+            loss = tracker.backward()            # or an ordinary loss.backward()
+            optimizer.step()
+    tracker.finish()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        queries: Mapping[str, Query],
+        groups: GroupSpec = None,
+        sample_loss: SampleLoss | None = None,
+        run: "wandb.Run | None" = None,
+        trajectory: str | PathLike[str] | None = None,
+        every: int = 1,
+        samples_every: int | None = None,
+        quadrature: Quadrature | None = None,
+        keyframe_every: int = KEYFRAME_EVERY,
+        memory: int = MEMORY,
+        on_nonfinite: Literal["raise", "mark"] = "raise",
+    ) -> None:
+        """queries: by name. The first owns the plain panels (`kernel/decoder`), the others prefix theirs with their
+        name; losses are shown by their signed change (`loss/kernel/decoder` for the first of them).
+
+        groups:        see `resolve_groups`.
+        sample_loss:   `(model, batch)` → unreduced losses (N,), needed for anything about single samples.
+        run:           where panels go; None: nowhere. See `open_run`.
+        trajectory:    a new or empty directory for the record; None: none is written.
+        every:         explain every n-th step; the trajectory always holds all.
+        samples_every: make a table of the most influential samples every n-th step, on the first loss query.
+        quadrature:    None: one node a step, which costs least; the residual tells what it leaves out.
+        memory:        see `explain`.
+        on_nonfinite:  what to do before a step whose gradient is not finite: raise NonFiniteError, or mark the step
+                       in the panels, explain nothing of it, and go on.
+
+        Raises, before any work: TypeError for an optimizer without a rule; ValueError for parameters of the optimizer
+        that the model does not have, for groups that are no partition, and for a query that cannot be differentiated;
+        FileExistsError for a trajectory directory that holds something.
+        """
+        if not queries:
+            raise ValueError("a Tracker needs at least one query, such as {'test': Query.outputs(x_test, y_test)}")
+        self.model, self.optimizer, self.every, self.samples_every = model, optimizer, every, samples_every
+        parameters = dict(model.named_parameters())
+        self.groups = resolve_groups(groups, parameters)
+        self._stepper = Stepper(optimizer, parameters)
+        rule = quadrature or Quadrature.fixed(1)
+        self._explainers = {
+            name: Explainer(model, query, self.groups, LIVE_AXES, self._parts(query), rule, memory=memory)
+            for name, query in queries.items()
+        }
+        self._losses = [name for name, query in queries.items() if query.is_loss]
+        self._samples = Samples(model, sample_loss) if sample_loss is not None else None
+        self._check_samples_wanted()
+        self._writer = (
+            None if trajectory is None else TrajectoryWriter(trajectory, model, self._stepper, keyframe_every)
+        )
+        history = None if self._writer is None else self._writer.directory / "history.jsonl"
+        sections = ["kernel", "reg", "past", "D", "residual", "loss", "cost", "train", *queries]
+        self._panels, self.run = panels.Panels(run, history, sections), run
+        self._mark = on_nonfinite == "mark"
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before()),
+            optimizer.register_step_post_hook(lambda *_: self._after()),
+        ]
+        self.number = 0
+        """The number of the next step."""
+        self.seconds = {"training": 0.0, "influence": 0.0, "trajectory": 0.0}
+        """Wall time so far: inside step contexts but outside of the Tracker, explaining, and recording."""
+        self.staging_mb = 0.0
+        """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
+        self._open = self._taken = False
+        self._batches: list[Batch] = []
+        self._norms: dict[int, float] = {}
+        self._row: dict[str, Any] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._nonfinite: list[str] = []
+
+    # ------------------------------------------------------------- in the loop
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One training step: everything from its forward pass to its single `optimizer.step()`. A context in which the
+        optimizer takes no step (a skipped one) leaves no trace."""
+        if self._open:
+            raise RuntimeError("tracker.step() is open already; close it before the next step")
+        self._buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+        self._batches, self._norms, self._open, self._taken = [], {}, True, False
+        own = self.seconds["influence"] + self.seconds["trajectory"]
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._open = False
+        spent = time.perf_counter() - started
+        own = self.seconds["influence"] + self.seconds["trajectory"] - own
+        self.seconds["training"] += spent - own
+        if self._taken:
+            self._log_row({"cost/seconds_training": spent - own, "cost/seconds_influence": own})
+
+    def batch(self, batch: Any, index: Tensor | None = None, weight: Tensor | float | str = "mean") -> None:
+        """Tells of the next (micro-)batch, right before its forward pass. Its tensors' first axis is the samples.
+
+        index:  (N,), which training samples these are.
+        weight: `w_{i,k}`, how each sample's loss enters the step's gradient: "mean", "sum", a number or (N,).
+        """
+        if not self._open:
+            raise RuntimeError("tracker.batch() belongs inside `with tracker.step():`")
+        if index is None and self.samples_every:
+            raise ValueError("tables of samples were asked for (samples_every), so every batch needs its index=")
+        device = next(self.model.parameters()).device
+        self._batches.append(make_batch(batch, index, weight, device))
+
+    def backward(self) -> Tensor:
+        """The gradient of the last batch from per-sample gradients, added to the parameters' `.grad`.
+
+        Returns the batch's loss `Σ_k w_k L_k`. Raises ValueError without a sample_loss or a batch, or if a sample's
+        loss depends on the others (batch norm in training mode).
+        """
+        if self._samples is None or not self._batches:
+            raise ValueError("tracker.backward() needs the Tracker's sample_loss=, and tracker.batch(…) before it")
+        batch = self._batches[-1]
+        trained = {name: p for name, p in self._stepper.parameters.items() if p.requires_grad}
+        state = State({name: p.detach() for name, p in trained.items()}, dict(self.model.named_buffers()))
+        gradient, losses, norms = self._samples.gradient(state, batch)
+        for name, parameter in trained.items():
+            parameter.grad = gradient[name] if parameter.grad is None else parameter.grad + gradient[name]
+        if batch.index is not None:
+            self._norms |= dict(zip(batch.index.tolist(), norms.tolist(), strict=True))
+        loss = (losses * batch.weight).sum()
+        self._row["train/loss"] = self._row.get("train/loss", 0.0) + float(loss)
+        return loss
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to the row of the current step (between steps, of the next)."""
+        self._row |= metrics
+
+    @property
+    def samples_due(self) -> bool:
+        """Whether the current step gets a table of samples."""
+        return bool(self.samples_every) and self.number % self.samples_every == 0  # type: ignore[operator]
+
+    def influence(self, query: str, keep: tuple[str, ...] = LIVE_AXES[0]) -> Influence:
+        """The influences of the steps so far: over ("step", "group") or over ("query", "output")."""
+        if keep not in LIVE_AXES:
+            raise ValueError(f"live influences keep {LIVE_AXES[0]} or {LIVE_AXES[1]}, not {keep}; explain() the rest")
+        return self._explainers[query].results()[LIVE_AXES.index(keep)]
+
+    def residual(self, query: str) -> float:
+        """The residual of the last step that was explained."""
+        return self._explainers[query].residual
+
+    def finish(self) -> None:
+        """Ends the record, removes the hooks and logs the trajectory as an artifact of the run."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._writer is None:
+            return
+        with self._timed("trajectory"):
+            self._writer.close(self.number)
+        if self.run is not None:
+            try:
+                self.staging_mb = log_trajectory(self.run, self._writer.directory)
+            except Exception as error:
+                warnings.warn(
+                    f"the trajectory in {self._writer.directory} could not be logged to W&B: {error!r}",
+                    panels.LoggingWarning,
+                    stacklevel=2,
+                )
+
+    # --------------------------------------------------------- around the step
+
+    def _before(self) -> None:
+        if not self._open:
+            raise RuntimeError("the optimizer took a step outside of `with tracker.step():`; put it inside")
+        if self._taken:
+            raise RuntimeError("the optimizer took two steps in one tracker.step(); give each its own")
+        gradients = {name: p.grad.detach() for name, p in self._stepper.parameters.items() if p.grad is not None}
+        self._nonfinite = panels.finite(gradients)
+        if self._nonfinite and not self._mark:
+            raise NonFiniteError(
+                f"the gradient of step {self.number} is not finite in {', '.join(self._nonfinite)}; the parameters "
+                'are still those before the step. Tracker(on_nonfinite="mark") goes on and marks such steps'
+            )
+        if self._check_due() and not self._nonfinite:
+            state = State({n: p.detach() for n, p in self._stepper.parameters.items()}, self._buffers)
+            self._samples.check(state, tuple(self._batches), gradients, self.number)  # type: ignore[union-attr]
+        with self._timed("trajectory"):
+            if self._writer is not None:
+                self._writer.before(self.number)
+        self._stepper.before()
+
+    def _after(self) -> None:
+        now = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
+        step = self._stepper.after(self.number, (self._buffers, now), tuple(self._batches))
+        with self._timed("trajectory"):
+            if self._writer is not None:
+                self._writer.record(step, buffers_moved(step))
+        self._taken = True
+        if self._nonfinite:
+            self._row["residual/nonfinite"] = len(self._nonfinite)
+        elif self.number % self.every == 0 and step.updates:
+            with self._timed("influence"):
+                self._explain(step)
+
+    def _explain(self, step: Step) -> None:
+        for place, (name, explainer) in enumerate(self._explainers.items()):
+            row, _ = explainer.add(step)
+            query, parts = explainer.integrator.query, explainer.integrator.parts(step)
+            prefix = "" if place == 0 else f"{name}/"
+            if place == 0 or not query.is_loss:
+                self._row |= panels.importance_row(prefix, parts, list(self.groups), row)
+            if query.is_loss:
+                own = "loss" if name == self._losses[0] else name
+                scale = 1.0 if query.reduction == "mean" else 1.0 / query.size
+                self._row |= panels.change_row(own, parts, list(self.groups), row, scale)
+            self._row |= {f"{name}/{metric}": value for metric, value in explainer.metrics.items()}
+            self._row[f"residual/{name}"] = float(row["residual"])
+            self._row["residual/nodes"] = explainer.nodes
+        if self.samples_due and self._samples is not None and step.batches:
+            self._tabulate(step)
+
+    def _tabulate(self, step: Step) -> None:
+        assert self._samples is not None  # the caller has looked
+        integrator = self._explainers[self._losses[0]].integrator
+        mean = integrator.for_query(replace(integrator.query, reduction="mean"))
+        samples = self._samples.influence(step, mean.gradient(step, integrator.nodes(step)))
+        self._row["samples/own_step"] = -float(samples.influence.sum())
+        if self.run is not None:
+            self._row["samples/most_influential"] = panels.sample_table(samples, self._norms)
+
+    def _log_row(self, more: Mapping[str, float]) -> None:
+        self._panels.log({panels.AXIS: self.number, **self._row, **more})
+        self._row = {}
+        self.number += 1
+
+    def _check_due(self) -> bool:
+        due = self.number < CHECKED_STEPS or self.number % CHECK_EVERY == 0
+        return due and self._samples is not None and bool(self._batches)
+
+    def _check_samples_wanted(self) -> None:
+        if not self.samples_every:
+            return
+        if self._samples is None or not self._losses:
+            raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
+
+    @staticmethod
+    def _parts(query: Query) -> tuple[str, ...] | None:
+        """A loss is cheap to split (one gradient serves every part), so its momentum share is told as well."""
+        return ("kernel", "momentum", "regularization", "past") if query.is_loss else None
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - started

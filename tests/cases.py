@@ -1,0 +1,323 @@
+"""The one list of cases, models × optimizers × loops × targets, that every test of the engine runs over."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from reference import Reference, Training, Turn, copies, reference
+from torch import Tensor, nn
+
+from explaind_track import Query, Step, Stepper, resolve_groups
+from explaind_track.groups import Groups, GroupSpec
+
+SAMPLES, QUERIES, TOKENS = 7, 3, 4
+
+
+class MLP(nn.Module):
+    def __init__(self, activation: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.first, self.second, self.activation = nn.Linear(3, 4), nn.Linear(4, 3), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.activation(self.first(x)))
+
+
+class Attention(nn.Module):
+    """Two heads, in which queries, keys and values are the same vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, 4)
+        self.project = nn.Linear(4, 4, bias=False)
+        self.decoder = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        heads = self.project(self.embedding(tokens)).unflatten(-1, (2, 2)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(heads, heads, heads)
+        return self.decoder(mixed.transpose(1, 2).flatten(-2)[:, -1])
+
+
+class Tied(nn.Module):
+    """Embedding and decoder are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.hidden = nn.Embedding(TOKENS, 3), nn.Linear(3, 3)
+        self.decoder = nn.Linear(3, TOKENS, bias=False)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.decoder(torch.tanh(self.hidden(self.embedding(tokens).sum(1))))
+
+
+def convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3))
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, nhead=2, dim_feedforward=4, dropout=0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(8, 3))
+
+
+def normalized() -> nn.Module:
+    """Its running statistics change with each step; a sample's loss depends on the whole batch."""
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def frozen() -> nn.Module:
+    model = MLP()
+    model.first.weight.requires_grad_(False)
+    return model
+
+
+INPUTS: dict[Any, tuple[int, ...]] = {convolution: (1, 6, 6), encoder: (2, 4)}
+
+
+def inputs(model: Callable[[], nn.Module], rows: int) -> Tensor:
+    if model in (Attention, Tied):
+        return torch.randint(TOKENS, (rows, 3))
+    return torch.randn(rows, *INPUTS.get(model, (3,)))
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def squared_error(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (model(x) - F.one_hot(y, 3)).square().sum(1)
+
+
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def optimizer(cls: type[torch.optim.Optimizer], lr: float, **settings: Any) -> Make:
+    return lambda model: cls(model.parameters(), lr=lr, **settings)
+
+
+def adamw_in_groups(model: nn.Module) -> torch.optim.Optimizer:
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    biases = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    return torch.optim.AdamW(
+        [{"params": biases, "lr": 0.03, "weight_decay": 0.0}, {"params": weights, "betas": (0.7, 0.95)}],
+        lr=0.1, weight_decay=0.3,
+    )  # fmt: skip
+
+
+def sgd_in_groups(model: nn.Module) -> torch.optim.Optimizer:
+    first, *others = model.parameters()
+    return torch.optim.SGD([{"params": [first], "lr": 0.05, "momentum": 0.0}, {"params": others}], 0.2, momentum=0.8)
+
+
+ADAMW = optimizer(torch.optim.AdamW, 0.05, betas=(0.8, 0.9), weight_decay=0.2)
+NESTEROV = optimizer(torch.optim.SGD, 0.2, momentum=0.7, nesterov=True, weight_decay=0.1)
+OPTIMIZERS: dict[str, Make] = {
+    "adamw": ADAMW,
+    "adamw-groups": adamw_in_groups,
+    "adamw-amsgrad": optimizer(torch.optim.AdamW, 0.1, betas=(0.8, 0.5), weight_decay=0.2, amsgrad=True),
+    "adamw-maximize": optimizer(torch.optim.AdamW, 0.05, weight_decay=0.2, maximize=True),
+    "adam": optimizer(torch.optim.Adam, 0.05, betas=(0.8, 0.9)),
+    "adam-decay": optimizer(torch.optim.Adam, 0.05, betas=(0.8, 0.9), weight_decay=0.3),
+    "adam-decay-maximize": optimizer(torch.optim.Adam, 0.05, weight_decay=0.3, amsgrad=True, maximize=True),
+    "sgd": optimizer(torch.optim.SGD, 0.3),
+    "sgd-decay": optimizer(torch.optim.SGD, 0.3, weight_decay=0.2),
+    "sgd-momentum-decay": optimizer(torch.optim.SGD, 0.2, momentum=0.8, weight_decay=0.2),
+    "sgd-dampening-decay": optimizer(torch.optim.SGD, 0.4, momentum=0.8, dampening=0.4, weight_decay=0.2),
+    "sgd-nesterov-decay": NESTEROV,
+    "sgd-nesterov-maximize": optimizer(
+        torch.optim.SGD, 0.1, momentum=0.7, nesterov=True, weight_decay=0.2, maximize=True
+    ),
+    "sgd-groups": sgd_in_groups,
+}
+
+
+def mean(*index: int, **special: Any) -> Turn:
+    return Turn(index, (1 / len(index),) * len(index), **special)
+
+
+FULL = tuple(mean(*range(SAMPLES)) for _ in range(4))
+RAGGED = (mean(0, 1, 2), mean(3, 4, 5, 6), mean(1, 6), mean(5, 2, 0), mean(1, 6))
+WEIGHTED = (
+    Turn((0, 1, 2), (0.5, 0.2, 0.1)),
+    Turn((3, 4), (2.0, 0.0)),
+    Turn((5, 6, 0, 0), (0.3, -0.2, 0.4, 0.1)),
+    Turn((1, 2), (0.7, 0.7)),
+)
+RATES = tuple(replace(turn, settings={"lr": lr}) for turn, lr in zip(RAGGED, (0.01, 0.1, 0.2, 0.05, 0.0), strict=True))
+BETAS = tuple(
+    replace(turn, settings={"betas": (beta, 0.9), "weight_decay": decay})
+    for turn, beta, decay in zip(FULL, (0.9, 0.5, 0.7, 0.8), (0.1, 0.3, 0.0, 0.2), strict=True)
+)
+MOMENTA = tuple(
+    replace(turn, settings={"momentum": beta, "weight_decay": decay})
+    for turn, beta, decay in zip(FULL, (0.9, 0.5, 0.7, 0.8), (0.1, 0.3, 0.0, 0.2), strict=True)
+)
+THAWED = (
+    mean(0, 1, 2),
+    mean(3, 4, without=("first.weight", "first.bias")),
+    mean(5, 6, without=("first.bias",)),
+    mean(1, 2),
+    mean(3, 0),
+)
+LATE = (
+    mean(0, 1, without=("first.weight", "first.bias")),
+    mean(2, 3, without=("first.weight",)),
+    mean(4, 5),
+    mean(6, 0),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A query, and beside it what it means in plain torch: `plain(model, x, y)` → (X, O)."""
+
+    query: Callable[[Tensor, Tensor], Query]
+    plain: Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def picked(values: Tensor, index: Tensor) -> Tensor:
+    """values[x, index[x]], (X, 1)."""
+    return torch.stack([row[int(i)] for row, i in zip(values, index, strict=True)])[:, None]
+
+
+def best_other(values: Tensor, index: Tensor) -> Tensor:
+    rows = [torch.cat([row[: int(i)], row[int(i) + 1 :]]).max() for row, i in zip(values, index, strict=True)]
+    return torch.stack(rows)[:, None]
+
+
+def entropy(values: Tensor) -> Tensor:
+    chances = values.exp() / values.exp().sum(1, keepdim=True)
+    return -(chances * chances.log()).sum(1, keepdim=True)
+
+
+MATRIX = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, 3.0]], dtype=torch.float64)
+OUTPUTS = Target(lambda x, _: Query.outputs(x), lambda f, x, _: f(x))
+LOSS = Target(Query.loss, lambda f, x, y: -picked(f(x).log_softmax(1), y))
+MEAN_LOSS = Target(lambda x, y: Query.loss(x, y).mean(), lambda f, x, y: -picked(f(x).log_softmax(1), y).mean(0)[None])
+TARGETS = {
+    "outputs": OUTPUTS,
+    "labelled-outputs": Target(Query.outputs, OUTPUTS.plain),
+    "summed-outputs": Target(lambda x, _: Query.outputs(x).sum(), lambda f, x, _: f(x).sum(0)[None]),
+    "loss": LOSS,
+    "mean-loss": MEAN_LOSS,
+    "own-loss": Target(
+        lambda x, y: Query.loss(x, y, lambda output, y: (output[:, 0] - y) ** 2),
+        lambda f, x, y: ((f(x)[:, 0] - y) ** 2)[:, None],
+    ),
+    "logit": Target(lambda x, _: Query.logit(x, 1), lambda f, x, _: f(x)[:, 1:2]),
+    "logits": Target(Query.logit, lambda f, x, y: picked(f(x), y)),
+    "margin": Target(Query.margin, lambda f, x, y: picked(f(x), y) - best_other(f(x), y)),
+    "margin-of-two": Target(
+        lambda x, y: Query.margin(x, y, (y + 1) % 3), lambda f, x, y: picked(f(x), y) - picked(f(x), (y + 1) % 3)
+    ),
+    "projection": Target(
+        lambda x, _: Query.projection(x, MATRIX), lambda f, x, _: torch.stack([MATRIX @ row for row in f(x)])
+    ),
+    "entropy": Target(lambda x, _: Query.entropy(x), lambda f, x, _: entropy(f(x))),
+    "function": Target(
+        lambda x, y: Query.function(x, lambda output, y: output.square() * y[:, None], y),
+        lambda f, x, y: torch.stack([row**2 * label for row, label in zip(f(x), y, strict=True)]),
+    ),
+    "activation": Target(lambda x, _: Query.activation(x, "first"), lambda f, x, _: f.first(x)),
+    "mean-activation": Target(
+        lambda x, _: Query.activation(x, "second").mean(), lambda f, x, _: f(x).mean(0, keepdim=True)
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    id: str
+    model: Callable[[], nn.Module] = MLP
+    optimizer: Make = ADAMW
+    loop: tuple[Turn, ...] = RAGGED
+    target: Target = OUTPUTS
+    groups: GroupSpec = None
+    sample_loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = cross_entropy
+    dtype: torch.dtype = torch.float64
+
+    def make(self, seed: int = 0) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.model().to(self.dtype)
+
+    def data(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            x = inputs(self.model, rows)
+            return x.to(self.dtype) if x.is_floating_point() else x, torch.randint(3, (rows,))
+
+    def training(self) -> Training:
+        model = self.make()
+        return Training(model, self.optimizer(model), self.sample_loss, *self.data(SAMPLES, 1), self.loop)
+
+    def query(self) -> Query:
+        return self.target.query(*self.data(QUERIES, 2))
+
+    def resolved_groups(self) -> Groups:
+        return resolve_groups(self.groups, dict(self.make().named_parameters()))
+
+    def reference(self, nodes: int) -> Reference:
+        return _reference(self, nodes)
+
+    def steps(self, first: int = 0) -> Iterator[Step]:
+        """The training's steps, as the package sees them if it watches from step `first` on."""
+        training = self.training()
+        model, parameters = training.model, dict(training.model.named_parameters())
+        buffers = copies(model.named_buffers())
+        stepper: Stepper | None = None
+        for number, (turn, losses) in enumerate(training.losses()):
+            training.backward(turn, losses)
+            if number == first:
+                stepper = Stepper(training.optimizer, parameters)
+            if stepper is not None:
+                stepper.before()
+            training.optimizer.step()
+            after = copies(model.named_buffers())
+            if stepper is not None:
+                yield stepper.after(number, (buffers, after))
+            buffers = after
+
+
+@cache
+def _reference(case: Case, nodes: int) -> Reference:
+    x, y = case.data(QUERIES, 2)
+    return reference(case.training(), lambda model: case.target.plain(model, x, y), nodes)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: MLP(torch.relu),
+    "attention": Attention,
+    "convolution": convolution,
+    "tied": Tied,
+    "frozen": frozen,
+    "encoder": encoder,
+    "normalized": normalized,
+}
+CASES = [
+    *(Case(name, optimizer=make, loop=RAGGED) for name, make in OPTIMIZERS.items()),
+    *(
+        Case(f"{name}-{loop}", optimizer=OPTIMIZERS[name], loop=turns)
+        for name in ("adamw", "adam-decay", "sgd-dampening-decay")
+        for loop, turns in {"weighted": WEIGHTED, "rates": RATES, "thawed": THAWED, "late": LATE}.items()
+    ),
+    Case("adamw-full", loop=FULL),
+    Case("adamw-betas", loop=BETAS),
+    Case("adam-betas", optimizer=OPTIMIZERS["adam-decay"], loop=BETAS),
+    Case("sgd-momenta", optimizer=OPTIMIZERS["sgd-momentum-decay"], loop=MOMENTA),
+    Case("sgd-full", optimizer=OPTIMIZERS["sgd"], loop=FULL, sample_loss=squared_error),
+    *(Case(f"{name}-adamw", model=model) for name, model in MODELS.items()),
+    *(Case(f"{name}-nesterov-loss", model=model, optimizer=NESTEROV, target=LOSS) for name, model in MODELS.items()),
+    *(Case(f"target-{name}", target=target, loop=WEIGHTED) for name, target in TARGETS.items()),
+    Case("tied-mean-loss", model=Tied, target=MEAN_LOSS),
+    Case(
+        "patterns",
+        groups={"weights": "*.weight", "biases": ("first.bias", "second.b*")},
+        optimizer=OPTIMIZERS["sgd-nesterov-decay"],
+        target=LOSS,
+    ),
+    Case("depth-two-loss", groups=2, model=encoder, target=LOSS),
+    Case("depth-two-mean-loss", groups=2, model=encoder, target=MEAN_LOSS, loop=FULL),
+]

@@ -1,0 +1,279 @@
+"""The oracle: the paper's formulas as plain float64 loops. Slow, obvious, and without any code of the package.
+
+Letters as in Theorem 3.1: step s (of N), earlier step i, training sample k (of M), prediction x (of X), its output j
+(of O). The D parameter entries of a model lie end to end in one axis, parameter after parameter.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Settings = Mapping[str, Any]
+"""An optimizer's hyperparameters for one parameter: an entry of its `param_groups`."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One step of a training loop: its batch `B_s` with the weights `w_{s,k}`, and what is special about it."""
+
+    index: tuple[int, ...]
+    weights: tuple[float, ...]
+    settings: Settings = field(default_factory=dict)
+    """Hyperparameters that change in all parameter groups before the step."""
+    without: tuple[str, ...] = ()
+    """Parameters that get no gradient in this step."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that determines a run. `sample_loss(model, x, y)` gives the losses (B,) of a batch's samples."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sample_loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    x: Tensor
+    y: Tensor
+    loop: Sequence[Turn]
+
+    def losses(self) -> Iterator[tuple[Turn, Tensor]]:
+        """Each turn with the losses of its samples; whoever iterates calls `backward` and the optimizer's `step`."""
+        for turn in self.loop:
+            for group in self.optimizer.param_groups:
+                group.update(turn.settings)
+            self.optimizer.zero_grad()
+            index = torch.tensor(turn.index)
+            yield turn, self.sample_loss(self.model, self.x[index], self.y[index])
+
+    def backward(self, turn: Turn, losses: Tensor) -> None:
+        """The gradient of Σ_k w_k L_k."""
+        (losses * losses.new_tensor(turn.weights)).sum().backward()
+        for name in turn.without:
+            self.model.get_parameter(name).grad = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The record of one step: θ_s, θ_{s+1}, the buffers then, and every sample's own gradient at θ_s."""
+
+    turn: Turn
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    buffers_before: dict[str, Tensor]
+    buffers_after: dict[str, Tensor]
+    gradients: list[dict[str, Tensor]]
+    """∇L_k(θ_s) by parameter, for each sample of the batch."""
+    settings: dict[str, dict[str, Any]]
+    """Of the parameters that the optimizer updated."""
+
+
+def copies(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def record(training: Training) -> list[Moment]:
+    """Trains, and records each step."""
+    model, optimizer, moments = training.model, training.optimizer, []
+    parameters = dict(model.named_parameters())
+    learning = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    buffers = copies(model.named_buffers())
+    for turn, losses in training.losses():
+        gradients = []
+        for loss in losses:
+            found = torch.autograd.grad(loss, list(learning.values()), retain_graph=True, allow_unused=True)
+            gradients.append(
+                {n: torch.zeros_like(learning[n]) if g is None else g for n, g in zip(learning, found, strict=True)}
+            )
+        training.backward(turn, losses)
+        settings = {
+            name: {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+            for name, parameter in parameters.items()
+            if parameter.grad is not None and any(parameter is member for member in group["params"])
+        }
+        before = copies(model.named_parameters())
+        optimizer.step()
+        after, buffers_after = copies(model.named_parameters()), copies(model.named_buffers())
+        moments.append(Moment(turn, before, after, buffers, buffers_after, gradients, settings))
+        buffers = buffers_after
+    return moments
+
+
+def adam_coefficients(past: Sequence[Settings]) -> list[float]:
+    """c_{s,i} = α_s (1−β₁) β₁^{s−i} / (1−β₁^{s+1}) for i = 0…s, from the settings at those steps (Thm. 3.1)."""
+    now, count = past[-1], len(past)
+    return [
+        now["lr"] * (1 - then["betas"][0]) * prod(later["betas"][0] for later in past[i + 1 :])
+        / (1 - now["betas"][0] ** count)
+        for i, then in enumerate(past)
+    ]  # fmt: skip
+
+
+def adam_preconditioner(past: Sequence[Settings], gradients: Sequence[Tensor]) -> Tensor:
+    """P_s = 1 / (√v̂_{s+1} + ε),  v_{i+1} = β₂ v_i + (1−β₂) g_i²,  v̂_{s+1} = v_{s+1} / (1−β₂^{s+1})."""
+    now, count = past[-1], len(past)
+    v = largest = torch.zeros_like(gradients[0])
+    for then, gradient in zip(past, gradients, strict=True):
+        v = then["betas"][1] * v + (1 - then["betas"][1]) * gradient**2
+        largest = torch.maximum(largest, v)
+    v_hat = (largest if now["amsgrad"] else v) / (1 - now["betas"][1] ** count)
+    return 1 / (v_hat.sqrt() + now["eps"])
+
+
+def sgd_coefficients(past: Sequence[Settings]) -> list[float]:
+    """c_{s,i} = α_s β^{s−i} (Cor. 3.2), times 1 − dampening for all gradients but the first, whose buffer torch
+    does not dampen. Nesterov looks one step ahead: α_s β β^{s−i}, and α_s more for i = s."""
+    now, coefficients = past[-1], []
+    if now["momentum"] == 0:
+        return [0.0] * (len(past) - 1) + [now["lr"]]
+    for i, then in enumerate(past):
+        fresh = 1 if i == 0 else 1 - then["dampening"]
+        coefficients.append(now["lr"] * fresh * prod(later["momentum"] for later in past[i + 1 :]))
+    if now["nesterov"]:
+        coefficients = [now["momentum"] * coefficient for coefficient in coefficients]
+        coefficients[-1] += now["lr"]
+    return coefficients
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The factors of ψ, and ψ itself."""
+
+    places: dict[str, slice]
+    """Where each parameter's entries lie along D."""
+    train: Tensor
+    """c_{s,i} 1[k∈B_i] w_{i,k} P_s ∇L_k(θ_i), (N, N, M, D) over s, i, k; its sum over i is φ_s^train(k)."""
+    decay: Tensor
+    """What the weight decay of step i does in step s, (N, N, D) over s, i; its sum over i is r_s."""
+    moved: Tensor
+    """θ_s − θ_{s+1}, (N, D)."""
+    test: Tensor
+    """φ_s^test(x)_j, (N, X, O, D)."""
+    before: Tensor
+    """f(θ_s, b_s), (N, X, O); b_s are the model's buffers."""
+    between: Tensor
+    """f(θ_{s+1}, b_s), (N, X, O)."""
+    after: Tensor
+    """f(θ_{s+1}, b_{s+1}), (N, X, O)."""
+
+    def psi(self) -> Tensor:
+        """ψ(s, θ_d, k, x)_j = φ_s^test(x)_{j,d} φ_s^train(k)_d, (N, D, M, X, O)."""
+        train = self.train.sum(1)  # N M D
+        return self.test.permute(0, 3, 1, 2)[:, :, None] * train.permute(0, 2, 1)[:, :, :, None, None]
+
+    def psi_reg(self) -> Tensor:
+        """ψ^reg(s, θ_d, x)_j = φ_s^test(x)_{j,d} (r_s)_d, (N, D, X, O)."""
+        return self.test.permute(0, 3, 1, 2) * self.decay.sum(1)[:, :, None, None]
+
+    def parts(self, first: int = 0) -> dict[str, Tensor]:
+        """The parts of θ_s − θ_{s+1}, (N, D) each, as seen by someone who watches from step `first` on."""
+        own = self.train[:, first:].sum((1, 2))
+        now = torch.stack([by_step[s].sum(0) for s, by_step in enumerate(self.train)])
+        decay = self.decay[:, first:].sum(1)
+        past = self.train[:, :first].sum((1, 2)) + self.decay[:, :first].sum(1)
+        rounding = self.moved - own - decay - past
+        return {
+            "kernel": own, "regularization": decay, "past": past, "rounding": rounding, "momentum": own - now
+        }  # fmt: skip
+
+    def influence(self, part: Tensor) -> Tensor:
+        """φ_s^test(x)_{j,d} part_{s,d}, (N, D, X, O)."""
+        return self.test.permute(0, 3, 1, 2) * part[:, :, None, None]
+
+    def over(self, groups: Mapping[str, Sequence[str]], values: Tensor) -> Tensor:
+        """Sums the axis D (the second) over each group's parameters: (N, D, …) → (N, G, …)."""
+        sums = [
+            sum((values[:, self.places[name]].sum(1) for name in names), torch.zeros_like(values[:, 0]))
+            for names in groups.values()
+        ]
+        return torch.stack(sums, 1)
+
+
+def train_features(optimizer: torch.optim.Optimizer, moments: Sequence[Moment], samples: int) -> tuple[Tensor, Tensor]:
+    """The `train` and `decay` of a `Reference`. A parameter's steps are those at which the optimizer updated it."""
+    places, size = layout(moments[0].before)
+    train = torch.zeros(len(moments), len(moments), samples, size, dtype=torch.float64)
+    decay = torch.zeros(len(moments), len(moments), size, dtype=torch.float64)
+    for name, place in places.items():
+        touched = [i for i, moment in enumerate(moments) if name in moment.settings]
+        for count, s in enumerate(touched, start=1):
+            steps = touched[:count]
+            past = [moments[i].settings[name] for i in steps]
+            if isinstance(optimizer, torch.optim.Adam):
+                c, p = adam_coefficients(past), adam_preconditioner(past, [seen(moments[i], name) for i in steps])
+            else:
+                c, p = sgd_coefficients(past), torch.ones_like(moments[s].before[name])
+            for i, then, c_si in zip(steps, past, c, strict=True):
+                turn, sign = moments[i].turn, -1 if then["maximize"] else 1
+                for k, weight, gradients in zip(turn.index, turn.weights, moments[i].gradients, strict=True):
+                    train[s, i, k, place] += (c_si * weight * p * sign * gradients[name]).flatten()
+                if not decoupled(then):
+                    decay[s, i, place] += (c_si * p * then["weight_decay"] * moments[i].before[name]).flatten()
+            if decoupled(past[-1]):
+                decay[s, s, place] += (past[-1]["lr"] * past[-1]["weight_decay"] * moments[s].before[name]).flatten()
+    return train, decay
+
+
+def decoupled(settings: Settings) -> bool:
+    """Whether weight decay stays out of the gradient, as in AdamW."""
+    return bool(settings.get("decoupled_weight_decay", False))
+
+
+def seen(moment: Moment, name: str) -> Tensor:
+    """The gradient as Adam's moments see it: ± Σ_k w_k ∇L_k(θ_s), and coupled weight decay added."""
+    settings, theta = moment.settings[name], moment.before[name]
+    total = torch.zeros_like(theta)
+    for weight, gradients in zip(moment.turn.weights, moment.gradients, strict=True):
+        total += weight * gradients[name]
+    total = -total if settings["maximize"] else total
+    return total if decoupled(settings) else total + settings["weight_decay"] * theta
+
+
+def layout(parameters: Mapping[str, Tensor]) -> tuple[dict[str, slice], int]:
+    places, start = {}, 0
+    for name, parameter in parameters.items():
+        places[name] = slice(start, start + parameter.numel())
+        start += parameter.numel()
+    return places, start
+
+
+def flat(parameters: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([parameter.flatten() for parameter in parameters.values()])
+
+
+def reference(training: Training, target: Callable[[nn.Module], Tensor], nodes: int) -> Reference:
+    """Trains, and explains `target(model)` → (X, O) with Gauss–Legendre's `nodes` nodes in each step."""
+    moments = record(training)
+    places, size = layout(moments[0].before)
+    train, decay = train_features(training.optimizer, moments, len(training.x))
+    model = deepcopy(training.model).eval().requires_grad_()
+
+    def value(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
+        model.load_state_dict({**parameters, **buffers}, strict=False)
+        return target(model)
+
+    features, before, between, after = [], [], [], []
+    for moment in moments:
+        before.append(value(moment.before, moment.buffers_before).detach())
+        between.append(value(moment.after, moment.buffers_before).detach())
+        after.append(value(moment.after, moment.buffers_after).detach())
+        phi = torch.zeros(*before[-1].shape, size, dtype=torch.float64)
+        for node, weight in zip(*np.polynomial.legendre.leggauss(nodes), strict=True):
+            time = (node + 1) / 2
+            theta = {n: moment.before[n] + time * (moment.after[n] - moment.before[n]) for n in places}
+            outputs = value(theta, moment.buffers_before)
+            for x, row in enumerate(outputs):
+                for j, output in enumerate(row):
+                    found = torch.autograd.grad(output, list(model.parameters()), retain_graph=True, allow_unused=True)
+                    for place, gradient in zip(places.values(), found, strict=True):
+                        if gradient is not None:
+                            phi[x, j, place] += weight / 2 * gradient.flatten()
+        features.append(phi)
+    moved = torch.stack([flat(moment.before) - flat(moment.after) for moment in moments])
+    stacks = (torch.stack(values) for values in (features, before, between, after))
+    return Reference(places, train, decay, moved, *stacks)
