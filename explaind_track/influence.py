@@ -106,7 +106,9 @@ class Influence:
         }
         header = {"format": FORMAT, "attrs": self.data.attrs, "words": words}
         header["dims"] = {name: dims for name, (dims, _) in numbers.items()}
-        tensors = {str(name): torch.from_numpy(np.array(array.values, order="C")) for name, (_, array) in numbers.items()}
+        tensors = {
+            str(name): torch.from_numpy(np.array(array.values, order="C")) for name, (_, array) in numbers.items()
+        }
         save_file(tensors, path, metadata={"explaind_track": json.dumps(header)})
 
     @classmethod

@@ -66,12 +66,14 @@ class TrajectoryWriter:
         self._seen: set[str] = set()
         self._versions: list[int] = []
 
-    def before(self, number: int) -> None:
+    def before(self, number: int, buffers: Tensors) -> None:
         """Right before the optimizer takes step `number`: writes a keyframe where one is due, which is also the case
-        where something other than the optimizer has changed the parameters since its last step."""
-        if number % self._every == 0 or self._touched():
+        where something other than the optimizer has changed the parameters since its last step. buffers: the model's
+        at the start of the step."""
+        touched = self._touched()
+        if number % self._every == 0 or touched:
             self.flush()
-            self._write_keyframe(number)
+            self._write_keyframe(number, buffers, continues=not touched)
 
     def record(self, step: Step, buffers_moved: bool) -> None:
         """Takes in the step that was just made."""
@@ -105,7 +107,7 @@ class TrajectoryWriter:
         """Ends the record behind step number − 1, with a keyframe that proves the last steps."""
         self.flush()
         if not any(entry.first == number and entry.path.startswith("keyframes/") for entry in self._entries):
-            self._write_keyframe(number)
+            self._write_keyframe(number, self._buffers, continues=not self._touched())
 
     def _touched(self) -> bool:
         return bool(self._versions) and self._versions != [p._version for p in self._stepper.parameters.values()]
@@ -155,10 +157,11 @@ class TrajectoryWriter:
             self._keep(name, content.clone())
         return name
 
-    def _write_keyframe(self, number: int) -> None:
+    def _write_keyframe(self, number: int, buffers: Tensors, continues: bool) -> None:
+        """continues: whether the keyframe follows from the steps before it, so that it can prove their replay."""
         stepper = self._stepper
         tensors = {f"parameter:{name}": value for name, value in stepper.parameters.items()}
-        tensors |= {f"buffer:{name}": value for name, value in self._buffers.items()}
+        tensors |= {f"buffer:{name}": value for name, value in buffers.items()}
         tensors |= {f"decay:{name}": value for name, value in stepper.decay_buffers.items()}
         tensors |= {f"past:{name}": value for name, value in stepper.past_buffers.items()}
         plain: dict[str, dict[str, Any]] = {}
@@ -168,6 +171,6 @@ class TrajectoryWriter:
                     tensors[f"state:{key}:{name}"] = value
                 else:
                     plain.setdefault(name, {})[key] = value
-        header = {"state": plain, "settings": self._current_settings()}
+        header = {"state": plain, "settings": self._current_settings(), "continues": continues}
         path = f"keyframes/{number:08}.safetensors"
         self._add(storage.write_tensors(self.directory, path, number, number, tensors, header))

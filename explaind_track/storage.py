@@ -99,7 +99,7 @@ def read_manifest(directory: Path, format_name: str) -> tuple[dict[str, Any], li
     try:
         content = json.loads(path.read_bytes())
         digest = content.pop("digest")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise TrajectoryError(f"{path} is torn or is no trajectory's manifest") from None
     if content.get("format") != format_name:
         raise TrajectoryError(f"{path} has the format {content.get('format')!r}; this version reads {format_name!r}")

@@ -233,7 +233,7 @@ class Tracker:
             self._samples.check(state, tuple(self._batches), gradients, self.number)  # type: ignore[union-attr]
         with self._timed("trajectory"):
             if self._writer is not None:
-                self._writer.before(self.number)
+                self._writer.before(self.number, self._buffers)
         self._stepper.before()
 
     def _after(self) -> None:

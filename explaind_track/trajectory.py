@@ -92,12 +92,20 @@ class Trajectory:
                 if number < start:
                     continue
                 if number > start and number in self._keyframes:
-                    replay.prove(number, self._keyframe(number))
+                    replay = self._go_on(replay, number)
                 step = replay.take(number, settings, file, self._batches(entry, file))
                 if number >= first:
                     yield step
         if last > start and last in self._keyframes:
-            replay.prove(last, self._keyframe(last))
+            self._go_on(replay, last)
+
+    def _go_on(self, replay: "_Replay", number: int) -> "_Replay":
+        """The replay from keyframe `number` on, which proves the steps before it if it follows from them."""
+        keyframe = self._keyframe(number)
+        if not keyframe.header["continues"]:
+            return _Replay(self.head["optimizer"], keyframe)
+        replay.prove(number, keyframe)
+        return replay
 
     def state_dict(self, step: int) -> dict[str, Tensor]:
         """The model's state before step `step` (after all steps, for `len(self)`), as `load_state_dict` takes it."""

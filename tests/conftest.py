@@ -1,0 +1,85 @@
+"""A small training job that the tests of the Tracker and of the trajectory share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from explaind_track import Query, Tracker
+
+torch.set_num_threads(1)
+
+
+@dataclass
+class Job:
+    """An MLP on three classes in float64, trained on mini-batches of a data set of 24 samples."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    x: Tensor
+    y: Tensor
+    schedule: Any
+    seed: int = 0
+
+    @property
+    def queries(self) -> dict[str, Query]:
+        return {
+            "query": Query.outputs(self.x[:5], self.y[:5]),
+            "loss": Query.loss(self.x[5:9], self.y[5:9]).mean(),
+        }
+
+    def tracker(self, **options: Any) -> Tracker:
+        options = {"queries": self.queries, "sample_loss": sample_loss, **options}
+        return Tracker(self.model, self.optimizer, **options)
+
+    def run(self, tracker: Tracker, steps: int, per_sample: bool = False) -> None:
+        """Trains on with ragged batches: of 8, 8 and 5 samples."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(steps):
+            size = 5 if tracker.number % 3 == 2 else 8
+            index = torch.randperm(24, generator=generator)[:size]
+            batch = (self.x[index], self.y[index])
+            with tracker.step():
+                self.optimizer.zero_grad()
+                tracker.batch(batch, index=index)
+                if per_sample:
+                    tracker.backward()
+                else:
+                    sample_loss(self.model, batch).mean().backward()
+                self.optimizer.step()
+            self.schedule.step()
+
+
+def sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "plain": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+}
+
+
+def make_job(optimizer: str = "adamw", dtype: torch.dtype = torch.float64) -> Job:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    x = torch.randn(24, 4, dtype=dtype)
+    y = torch.randint(0, 3, (24,))
+    made = OPTIMIZERS[optimizer](model.parameters())
+    return Job(model, made, x, y, torch.optim.lr_scheduler.StepLR(made, 2, 0.8))
+
+
+@pytest.fixture(autouse=True)
+def _quiet_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """W&B writes nothing outside of the test's own directory."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
