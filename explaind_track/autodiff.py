@@ -3,15 +3,19 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import einsum
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from explaind_track.step import State, Tensors
 from explaind_track.trees import tree_in_dims, tree_map
+
+if TYPE_CHECKING:
+    from explaind_track.queries import Query
 
 PointFunction = Callable[[Tensors], Tensor]
 """A tensor as a function of the parameters, by name."""
@@ -65,7 +69,8 @@ class Functional:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._holder = self._Holder(model)
-        self._jvp_modes = [_jvp_vectorized, _jvp_one_by_one, _jvp_by_reverse]
+        self._jvp_modes = list(_JVP_MODES.items())
+        self._vectorized_queries = True
 
     def __call__(self, state: State, function: Callable[[nn.Module], Any]) -> Any:
         """`function(model)` with the parameters and buffers of `state`; those it lacks stay the model's own."""
@@ -83,20 +88,44 @@ class Functional:
         rule, slower ways are tried in turn, and the first that works is kept; a ForwardModeFallback tells of it.
         """
         first_error: Exception | None = None
-        while True:
+        for place, (how, mode) in enumerate(self._jvp_modes):
             try:
-                result = self._jvp_modes[0](function, primals, tangents)
+                result = mode(function, primals, tangents)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, NotImplementedError) as error:
                 first_error = first_error or error
-                if len(self._jvp_modes) == 1 or isinstance(error, torch.OutOfMemoryError):
-                    raise first_error from None
-                self._jvp_modes = self._jvp_modes[1:]
                 continue
             if first_error is not None:
-                how = (self._jvp_modes[0].__doc__ or "").strip(".")
-                reason = str(first_error).split("\n")[0]
-                warnings.warn(f"influences are computed {how}, since: {reason}", ForwardModeFallback, stacklevel=2)
+                self._jvp_modes = self._jvp_modes[place:]
+                _tell_of_fallback(how, first_error)
             return result
+        assert first_error is not None  # there is always a mode to try
+        raise first_error
+
+    def query_gradients(self, query: "Query", state: State, primals: Tensors) -> dict[str, Tensor]:
+        """The gradient of every output of every query with respect to `primals`, (x, O, *shape) each."""
+
+        def of_one(inputs: object, labels: object) -> dict[str, Tensor]:
+            output, pullback = vjp(self.at(state, query.single(inputs, labels)), dict(primals))[:2]
+            rows = [pullback(direction)[0] for direction in torch.eye(output.numel()).to(output).unsqueeze(1)]
+            return {name: torch.stack([row[name] for row in rows]) for name in primals}
+
+        if self._vectorized_queries:
+            try:
+                result: dict[str, Tensor] = vmap(of_one, in_dims=query.in_dims)(query.inputs, query.labels)
+                return result
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                first_error = error
+        device = next(iter(primals.values())).device
+        ones = [query.rows(row, row + 1, device) for row in range(query.size)]
+        rows = [vjp_rows(self.at(state, one), primals) for one in ones]
+        if self._vectorized_queries:
+            self._vectorized_queries = False
+            _tell_of_fallback("one query at a time in reverse mode", first_error)
+        return {name: torch.cat([row[name] for row in rows]) for name in primals}
 
     def value(self, state: State, function: Callable[[nn.Module], Tensor]) -> Tensor:
         with torch.no_grad():
@@ -123,30 +152,68 @@ def _jvp_one_by_one(function: PointFunction, primals: Tensors, tangents: Tensors
         return torch.stack([jvp(function, (dict(primals),), (row,))[1] for row in _rows(tangents)])
 
 
-def _jvp_by_reverse(function: PointFunction, primals: Tensors, tangents: Tensors) -> Tensor:
-    """In reverse mode, as the derivative of w ↦ Jᵀw, which is linear."""
-    output, pullback = _vjp(function, primals)
-    _, pushforward = vjp(lambda weight: pullback(weight)[0], torch.zeros_like(output))[:2]
-    return torch.stack([pushforward(row)[0] for row in _rows(tangents)]).detach()
+def _jvp_by_double_reverse(function: PointFunction, primals: Tensors, tangents: Tensors) -> Tensor:
+    """As the derivative of w ↦ Jᵀw, which is linear: two reverse passes for each direction."""
+    output, leaves = _with_graph(function, primals)
+    weight = torch.zeros_like(output, requires_grad=True)
+    pulled = _pull(output, leaves, weight, create_graph=True)
+    linear = [name for name in leaves if pulled[name].requires_grad]
+    rows = []
+    for row in _rows(tangents):
+        along = [row[name] for name in linear]
+        (pushed,) = torch.autograd.grad([pulled[name] for name in linear], weight, along, retain_graph=True)
+        rows.append(pushed)
+    return torch.stack(rows).detach()
 
 
-def _vjp(function: PointFunction, primals: Tensors) -> tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor]]]]:
-    output, pullback = vjp(function, dict(primals))[:2]
-    return output, pullback
+def _jvp_by_rows(function: PointFunction, primals: Tensors, tangents: Tensors) -> Tensor:
+    gradients = vjp_rows(function, primals)
+    products = [
+        einsum(gradients[name].flatten(2), tangents[name].flatten(1), "x o d, r d -> r x o") for name in primals
+    ]
+    return torch.stack(products).sum(0)
+
+
+_JVP_MODES: dict[str, Callable[[PointFunction, Tensors, Tensors], Tensor]] = {
+    "in forward mode, all directions at once": _jvp_vectorized,
+    "in forward mode, one direction at a time": _jvp_one_by_one,
+    "in reverse mode, one direction at a time": _jvp_by_double_reverse,
+    "in reverse mode, one output at a time": _jvp_by_rows,
+}
+"""Ways to a directional derivative, the fastest first, and each with fewer demands on the model than the one before."""
 
 
 def vjp_rows(function: PointFunction, primals: Tensors) -> dict[str, Tensor]:
     """The gradient of every entry of `function(primals)`, by parameter: each (*output shape, *parameter shape).
 
-    One reverse pass for each entry; meant for few of them.
+    One reverse pass for each entry; meant for few of them. Ordinary autograd, which knows every operation.
     """
-    output, pullback = _vjp(function, primals)
+    output, leaves = _with_graph(function, primals)
     basis = torch.eye(output.numel(), dtype=output.dtype, device=output.device).reshape(-1, *output.shape)
-    rows = [pullback(direction)[0] for direction in basis]
+    rows = [_pull(output, leaves, direction) for direction in basis]
     return {
         name: torch.stack([row[name] for row in rows]).reshape(*output.shape, *primal.shape)
         for name, primal in primals.items()
     }
+
+
+def _with_graph(function: PointFunction, primals: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+    leaves = {name: primal.detach().requires_grad_() for name, primal in primals.items()}
+    with torch.enable_grad():
+        return function(leaves), leaves
+
+
+def _pull(output: Tensor, leaves: Tensors, weight: Tensor, create_graph: bool = False) -> dict[str, Tensor]:
+    """`Jᵀ weight` by parameter; zeros for those that the output does not depend on."""
+    pulled = torch.autograd.grad(
+        output, list(leaves.values()), weight, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
+    return dict(zip(leaves, pulled, strict=True))
+
+
+def _tell_of_fallback(how: str, reason: Exception) -> None:
+    first_line = str(reason).split("\n")[0]
+    warnings.warn(f"influences are computed {how}, since: {first_line}", ForwardModeFallback, stacklevel=4)
 
 
 SampleLoss = Callable[[nn.Module, Any], Tensor]

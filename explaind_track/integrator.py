@@ -1,6 +1,6 @@
 """Integrates a step's influences on one query: picks the nodes and the plan, and keeps memory within its setting."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from explaind_track.autodiff import Functional, activation_bytes, evaluation, vjp_rows
 from explaind_track.groups import Groups
 from explaind_track.path import Quadrature, Terms, gauss_legendre, interpolate
-from explaind_track.plans import choose_plan, size_in_bytes, target_of
+from explaind_track.plans import Plan, choose_plan, size_in_bytes, target_of
 from explaind_track.queries import Query
 from explaind_track.step import PARTS, SHARES, State, Step, Tensors
 
@@ -40,6 +40,7 @@ class Integrator:
         self._parts = parts
         self._activation_bytes: int | None = None
         self._outputs: int | None = None
+        self._terms_chunk: int | None = None
 
     def for_query(self, query: Query) -> "Integrator":
         """The same integrator for another query."""
@@ -59,7 +60,7 @@ class Integrator:
         """How many nodes the step needs, found with one direction, that of the whole step."""
         rule = self.quadrature
         nodes = rule.nodes
-        while nodes < rule.max_nodes:
+        while step.updates and nodes < rule.max_nodes:
             remainder, change, floor = self._total_residual(step, nodes)
             if remainder <= max(rule.tolerance * change, floor):
                 break
@@ -67,29 +68,46 @@ class Integrator:
         return nodes
 
     def terms(self, step: Step, nodes: int, close: bool = False) -> Iterator[tuple[int, Terms]]:
-        """The step's influences, chunk by chunk of the queries: the chunk's first row, and its terms, which add up
-        exactly if `close`."""
-        parts = self.parts(step)
+        """The step's influences, chunk by chunk of the queries (always the same chunks): the chunk's first row, and its
+        terms, which add up exactly if `close`. One chunk where the query is reduced to one target."""
+        owned, parts = self._owned(step), self.parts(step)
         with evaluation(self.functional.model):
-            outputs = self._output_count(step)
-            plan = choose_plan(self.functional, self.query, step, parts, self.groups, outputs, self.memory)
-
-            def integrate(chunk: Query) -> Terms:
-                terms = self._start(step, chunk, len(parts), len(self.groups))
-                for time, weight in gauss_legendre(nodes):
-                    plan.add(terms, chunk, interpolate(step, time), weight)
-                return terms
-
-            owned = self._owned(step)
-            for start, terms in self._over_chunks(step, integrate, plan.rows, plan.held):
+            plan = self._plan(step, parts)
+            if self._terms_chunk is None:
+                self._terms_chunk = self._chunk_size(step, *((plan.rows, plan.held) if plan else (1, 0)))
+            chunks = list(self._chunks(step, self._terms_chunk))
+            for together in [chunks] if self.query.reduction else [[chunk] for chunk in chunks]:
+                terms = self._start(step, together, len(parts))
+                if plan is not None:
+                    self._integrate(step, plan, together, nodes, terms)
                 terms.finish(owned, close)
-                yield start, terms
+                yield together[0][0], terms
+
+    @staticmethod
+    def _integrate(step: Step, plan: Plan, together: Sequence[tuple[int, Query]], nodes: int, terms: Terms) -> None:
+        for time, weight in gauss_legendre(nodes):
+            state = interpolate(step, time)
+            influence, rounding = plan.derivatives(together[0][1], state)
+            for _, chunk in together[1:]:
+                more = plan.derivatives(chunk, state)
+                influence, rounding = influence + more[0], rounding + more[1]
+            terms.add(influence, rounding, weight)
+
+    def _plan(self, step: Step, parts: Sequence[str]) -> Plan | None:
+        """How to differentiate the step's targets; None for a step that moved no parameter."""
+        if not step.updates:
+            return None
+        if self._outputs is None:
+            one = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
+            self._outputs = self.functional.value(step.before, one).shape[1]
+        return choose_plan(self.functional, self.query, step, parts, self.groups, self._outputs, self.memory)
 
     def gradient(self, step: Step, nodes: int) -> dict[str, Tensor]:
         """φ_s^test = ∫₀¹ ∇_θ f_{θ_s(t)} dt of a query with one target, by parameter (those that the step moved)."""
         total: dict[str, Tensor] = {}
         with evaluation(self.functional.model):
-            for _, chunk in self._chunks(step, 1, 2 * size_in_bytes(step.before.parameters)):
+            size = self._chunk_size(step, 1, 2 * size_in_bytes(step.before.parameters))
+            for _, chunk in self._chunks(step, size):
                 for time, weight in gauss_legendre(nodes):
                     state = interpolate(step, time)
                     primals = {name: state.parameters[name] for name in step.updates}
@@ -102,67 +120,49 @@ class Integrator:
     def _total_residual(self, step: Step, nodes: int) -> tuple[float, float, float]:
         """‖remainder‖₂, ‖change‖₂, and the rounding floor of the first, from the direction of the whole step."""
         direction = {name: (step.before.parameters[name] - step.after.parameters[name])[None] for name in step.updates}
-
-        def total(chunk: Query) -> Terms:
-            terms = self._start(step, chunk, 0, 0)
-            for time, weight in gauss_legendre(nodes):
-                state = interpolate(step, time)
-                function = self.functional.at(state, target_of(self.query, chunk))
-                primals = {name: state.parameters[name] for name in step.updates}
-                terms.rounding.add_(self.functional.jvp(function, primals, direction)[0], alpha=weight)
-            return terms
-
         squares = torch.zeros(3, dtype=torch.float64)
-        epsilon = 0.0
         with evaluation(self.functional.model):
-            for _, terms in self._over_chunks(step, total, 1, 2 * size_in_bytes(step.before.parameters)):
-                epsilon = torch.finfo(terms.change.dtype).eps
-                for place, value in enumerate((terms.change + terms.rounding, terms.change, terms.after)):
+            size = self._chunk_size(step, 1, 2 * size_in_bytes(step.before.parameters))
+            chunks = list(self._chunks(step, size))
+            for together in [chunks] if self.query.reduction else [[chunk] for chunk in chunks]:
+                terms = self._start(step, together, 0)
+                remainder = terms.change
+                for time, weight in gauss_legendre(nodes):
+                    state = interpolate(step, time)
+                    primals = {name: state.parameters[name] for name in step.updates}
+                    for _, chunk in together:
+                        function = self.functional.at(state, target_of(self.query, chunk))
+                        remainder = remainder + self.functional.jvp(function, primals, direction)[0] * weight
+                for place, value in enumerate((remainder, terms.change, terms.after)):
                     squares[place] += value.square().sum().cpu()
-        remainder, change, prediction = squares.sqrt().tolist()
-        return remainder, change, 4 * epsilon * prediction
+        remainder_norm, change, prediction = squares.sqrt().tolist()
+        return remainder_norm, change, 4 * torch.finfo(terms.change.dtype).eps * prediction
 
-    def _start(self, step: Step, chunk: Query, parts: int, groups: int) -> Terms:
-        target = target_of(self.query, chunk)
-        before = self.functional.value(step.before, target)
-        moved = self.functional.value(State(step.after.parameters, step.before.buffers), target)
-        after = self.functional.value(step.after, target) if buffers_moved(step) else moved
-        return Terms.start(before, moved, after, parts, groups)
+    def _start(self, step: Step, together: Sequence[tuple[int, Query]], parts: int) -> Terms:
+        """Terms without influences, for these chunks (several only where the query is reduced to their sum)."""
+        predictions = []
+        for _, chunk in together:
+            target = target_of(self.query, chunk)
+            before = self.functional.value(step.before, target)
+            moved = self.functional.value(State(step.after.parameters, step.before.buffers), target)
+            after = self.functional.value(step.after, target) if buffers_moved(step) else moved
+            predictions.append(torch.stack([before, moved, after]))
+        before, moved, after = torch.stack(predictions).sum(0)
+        return Terms.start(before, moved, after, parts, len(self.groups))
 
-    def _chunks(self, step: Step, rows: int, held: int) -> Iterator[tuple[int, Query]]:
-        """The query in even chunks, such that `rows` copies of its activations and `held` bytes fit the memory."""
-        device = next(iter(step.before.parameters.values())).device
+    def _chunk_size(self, step: Step, rows: int, held: int) -> int:
+        """Queries at once, such that `rows` copies of their activations and `held` bytes fit the memory."""
         if self._activation_bytes is None:
-            one = self.query.rows(0, 1, device)
+            one = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
             self._activation_bytes = max(1, activation_bytes(self.functional, step.before, one))
         room = max(self.memory - held, self.memory // 2)
-        count = -(-self.query.size // max(1, room // (self._activation_bytes * (rows + 1))))
-        size = -(-self.query.size // count)
+        chunks = -(-self.query.size // max(1, room // (self._activation_bytes * (rows + 1))))
+        return -(-self.query.size // chunks)
+
+    def _chunks(self, step: Step, size: int) -> Iterator[tuple[int, Query]]:
+        device = next(iter(step.before.parameters.values())).device
         for start in range(0, self.query.size, size):
             yield start, self.query.rows(start, start + size, device)
-
-    def _over_chunks(
-        self, step: Step, compute: Callable[[Query], Terms], rows: int, held: int
-    ) -> Iterator[tuple[int, Terms]]:
-        """`compute` on every chunk; their sum where the query is reduced to one target."""
-        total: Terms | None = None
-        for start, chunk in self._chunks(step, rows, held):
-            terms = compute(chunk)
-            if self.query.reduction is None:
-                yield start, terms
-            elif total is None:
-                total = terms
-            else:
-                total += terms
-        if total is not None:
-            yield 0, total
-
-    def _output_count(self, step: Step) -> int:
-        """O, the outputs of each query."""
-        if self._outputs is None:
-            one = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
-            self._outputs = self.functional.value(step.before, one).shape[1]
-        return self._outputs
 
 
 def buffers_moved(step: Step) -> bool:

@@ -75,27 +75,29 @@ class Terms:
         zeros = torch.zeros_like(before)
         return cls(cells, zeros, moved - before, after - moved, after, cells.clone(), zeros.clone())
 
-    def add(self, part: int, group: int, value: Tensor, weight: float) -> None:
-        """Adds one node's directional derivative, (x, O), with the node's weight."""
-        self.influence[part, group].add_(value, alpha=weight)
-        self.spread[part, group].addcmul_(value, value, value=weight)
+    def add(self, influence: Tensor, rounding: Tensor, weight: float) -> None:
+        """Adds one node's directional derivatives, (P, G, x, O) and (x, O), with the node's weight."""
+        self.influence.add_(influence, alpha=weight)
+        self.spread.addcmul_(influence, influence, value=weight)
+        self.rounding.add_(rounding, alpha=weight)
 
     def finish(self, owned: Tensor, close: bool) -> None:
         """Finds the remainder once all nodes are in. owned (P,): 1 for parts, 0 for shares of them.
 
         close: makes the sums exact by sharing the remainder out, per output, in proportion to each term's variance
-        over the nodes; where there is none (one node, a linear path), to its size. Shares of parts stay as they are.
+        over the nodes; where there is none (one node, a linear path), to its size; and where all terms are 0, evenly.
+        Shares of parts stay as they are.
         """
         self.remainder = self.change + einsum(self.influence, owned, "p g x o, p -> x o") + self.rounding
         if not close:
             return
-        mask = owned[:, None, None, None]
+        mask = owned[:, None, None, None].expand_as(self.influence)
         size = self.influence.abs() * mask
         variance = (self.spread - self.influence.square()).clamp(min=0) * mask
         noise = size.square() * (16 * torch.finfo(size.dtype).eps)
-        scale = torch.where(reduce(variance - noise, "p g x o -> 1 1 x o", "sum") > 0, variance, size)
-        total = reduce(scale, "p g x o -> x o", "sum")
-        self.influence = self.influence - torch.where(total > 0, scale / total, 0.0) * self.remainder
+        share = torch.where(_total(variance - noise) > 0, variance, size)
+        share = torch.where(_total(share) > 0, share, mask)
+        self.influence = self.influence - share / _total(share) * self.remainder
 
     def grouped(self) -> "Terms":
         """The same terms with all groups as one."""
@@ -108,3 +110,7 @@ class Terms:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
         return self
+
+
+def _total(terms: Tensor) -> Tensor:
+    return reduce(terms, "p g x o -> 1 1 x o", "sum")

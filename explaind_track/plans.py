@@ -12,11 +12,9 @@ from typing import Protocol
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
-from torch.func import vmap
 
 from explaind_track.autodiff import Functional, vjp_rows
 from explaind_track.groups import Groups
-from explaind_track.path import Terms
 from explaind_track.queries import Query
 from explaind_track.step import SHARES, State, Step, Tensors
 
@@ -46,8 +44,9 @@ class Plan(Protocol):
     held: int
     """The bytes that are held beside them."""
 
-    def add(self, terms: Terms, chunk: Query, state: State, weight: float) -> None:
-        """Adds the derivatives at one node, with the node's weight, to the terms of a chunk of queries."""
+    def derivatives(self, chunk: Query, state: State) -> tuple[Tensor, Tensor]:
+        """At one node: those of each part and group, (P, G, x, O), and of the rounding, (x, O), for a chunk of queries
+        (its share of the one target where the query is reduced)."""
 
 
 def choose_plan(
@@ -100,7 +99,8 @@ class ForwardPlan:
             else:
                 self._bundles.append({group: names})
                 sizes.append(self._bytes(self._bundles[-1]))
-        self.rows = 1 + len(parts) * max(map(len, self._bundles), default=0)
+        self._shape = (len(parts), len(groups))
+        self.rows = 1 + len(parts) * max(map(len, self._bundles))
         keep = sum(sizes) <= memory // 2
         self.held = sum(sizes) if keep else max(sizes)
         self._kept = [self._pass(bundle) for bundle in self._bundles] if keep else None
@@ -123,15 +123,23 @@ class ForwardPlan:
     def _passes(self) -> Iterator[_Pass]:
         yield from self._kept if self._kept is not None else map(self._pass, self._bundles)
 
-    def add(self, terms: Terms, chunk: Query, state: State, weight: float) -> None:
+    def derivatives(self, chunk: Query, state: State) -> tuple[Tensor, Tensor]:
         function = self._functional.at(state, target_of(self._query, chunk))
+        influence: Tensor | None = None
+        rounding = torch.zeros(())
         for one in self._passes():
             primals = {name: state.parameters[name] for name in one.tangents}
-            for cell, row in zip(one.cells, self._functional.jvp(function, primals, one.tangents), strict=True):
+            rows = self._functional.jvp(function, primals, one.tangents)
+            if influence is None:
+                influence = rows.new_zeros(*self._shape, *rows.shape[1:])
+                rounding = torch.zeros_like(rows[0])
+            for cell, row in zip(one.cells, rows, strict=True):
                 if cell is None:
-                    terms.rounding.add_(row, alpha=weight)
+                    rounding += row
                 else:
-                    terms.add(*cell, row, weight)
+                    influence[cell] = row
+        assert influence is not None  # a step that moves nothing has no plan
+        return influence, rounding
 
 
 class ReversePlan:
@@ -140,49 +148,33 @@ class ReversePlan:
     def __init__(
         self, functional: Functional, query: Query, step: Step, parts: Sequence[str], groups: Groups, memory: int
     ) -> None:
-        self._functional, self._query, self._groups = functional, query, groups
+        self._functional, self._query, self._groups, self._parts = functional, query, groups, len(parts)
         self._directions = {name: directions(step, parts, name) for name in step.updates}
         size = size_in_bytes(step.before.parameters)
         self._at_once = max(1, memory // 2 // size)
         self.rows = 1
         self.held = (len(parts) + 3) * size + (0 if query.reduction else min(query.size, self._at_once) * size)
 
-    def add(self, terms: Terms, chunk: Query, state: State, weight: float) -> None:
+    def derivatives(self, chunk: Query, state: State) -> tuple[Tensor, Tensor]:
         primals = {name: state.parameters[name] for name in self._directions}
         if self._query.reduction is not None:
             function = self._functional.at(state, target_of(self._query, chunk))
-            self._add_gradients(terms, slice(0, 1), vjp_rows(function, primals), weight)
-            return
-        for start in range(0, chunk.size, self._at_once):
-            piece = chunk.rows(start, start + self._at_once, terms.change.device)
-            gradients = query_gradients(self._functional, piece, state, primals)
-            self._add_gradients(terms, slice(start, start + piece.size), gradients, weight)
+            products = self._products(vjp_rows(function, primals))
+        else:
+            device = next(iter(primals.values())).device
+            pieces = (chunk.rows(start, start + self._at_once, device) for start in range(0, chunk.size, self._at_once))
+            gradients = (self._functional.query_gradients(piece, state, primals) for piece in pieces)
+            products = torch.cat([self._products(one) for one in gradients], dim=2)
+        return products[:-1], products[-1].sum(0)
 
-    def _add_gradients(self, terms: Terms, rows: slice, gradients: Tensors, weight: float) -> None:
+    def _products(self, gradients: Tensors) -> Tensor:
+        """The gradients' inner products with each part, and last the rounding, by group: (P + 1, G, x, O)."""
+        example = next(iter(gradients.values()))
+        rows = 1 + self._parts
+        products = example.new_zeros(rows, len(self._groups), *example.shape[:2])
         for group, names in enumerate(self._groups.values()):
-            products = [
-                einsum(
-                    gradients[name].flatten(2),
-                    rearrange(self._directions[name], "r ... -> r (...)"),
-                    "x o d, r d -> r x o",
-                )
-                for name in names
-                if name in self._directions
-            ]
-            if products:
-                total = torch.stack(products).sum(0)
-                terms.rounding[rows].add_(total[-1], alpha=weight)
-                for part, row in enumerate(total[:-1]):
-                    terms.influence[part, group, rows].add_(row, alpha=weight)
-                    terms.spread[part, group, rows].addcmul_(row, row, value=weight)
-
-
-def query_gradients(functional: Functional, query: Query, state: State, primals: Tensors) -> dict[str, Tensor]:
-    """The gradient of every output of every query with respect to `primals`, (x, O, *shape) each."""
-
-    def of_one(inputs: object, labels: object) -> dict[str, Tensor]:
-        one = query.single(inputs, labels)
-        gradients = vjp_rows(functional.at(state, one), primals)
-        return {name: gradient.squeeze(0) for name, gradient in gradients.items()}
-
-    return vmap(of_one, in_dims=query.in_dims)(query.inputs, query.labels)
+            for name in names:
+                if name in self._directions:
+                    direction = rearrange(self._directions[name], "r ... -> r (...)")
+                    products[:, group] += einsum(gradients[name].flatten(2), direction, "x o d, r d -> r x o")
+        return products

@@ -141,6 +141,8 @@ class Step:
     updates: Mapping[str, Update]
     """By parameter; a parameter that the step did not touch (frozen, or without a gradient) has none."""
     batches: tuple[Batch, ...] = ()
+    warm: bool = False
+    """Whether the optimizer had a past before it was watched, so that there is a part `past`."""
 
     @property
     def parts(self) -> Mapping[str, Part]:
@@ -148,8 +150,7 @@ class Step:
 
         `past` is there only on a warm start.
         """
-        warm = any(update.past_buffer is not None for update in self.updates.values())
-        compute = {name: getattr(Update, name) for name in (*PARTS, *SHARES) if name != "past" or warm}
+        compute = {name: getattr(Update, name) for name in (*PARTS, *SHARES) if name != "past" or self.warm}
         return {name: Part(self.updates, function) for name, function in compute.items()}
 
 
@@ -208,7 +209,9 @@ class Stepper:
             for name, parameter, settings in self._members()
             if parameter.grad is not None
         }
-        return Step(number, State(self._before, buffers[0]), State(after, buffers[1]), updates, batches)
+        return Step(
+            number, State(self._before, buffers[0]), State(after, buffers[1]), updates, batches, bool(self.past_buffers)
+        )
 
     def _update(self, name: str, parameter: Tensor, settings: dict[str, Any]) -> Update:
         state = self.optimizer.state[parameter]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, ConfigTypeError, ValidationError
+from omegaconf.errors import OmegaConfBaseException
 
 
 def configure(recipe: str, arguments: list[str]) -> DictConfig:
@@ -18,7 +18,7 @@ def configure(recipe: str, arguments: list[str]) -> DictConfig:
     OmegaConf.set_struct(config, True)
     try:
         config.merge_with_dotlist(arguments)
-    except (ConfigKeyError, ConfigTypeError, ValidationError, ValueError) as error:
+    except (OmegaConfBaseException, ValueError) as error:
         reason = str(error).splitlines()[0]
         sys.exit(f"{reason}\nusage: python -m recipes.{recipe} [key=value …] with keys of\n{OmegaConf.to_yaml(config)}")
     return config

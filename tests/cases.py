@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from reference import Reference, Training, Turn, copies, reference
+from reference import Reference, Rule, Training, Turn, copies, gauss_legendre, reference
 from torch import Tensor, nn
 
 from explaind_track import Query, Step, Stepper, resolve_groups
@@ -64,7 +64,7 @@ def encoder() -> nn.Module:
 
 def normalized() -> nn.Module:
     """Its running statistics change with each step; a sample's loss depends on the whole batch."""
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    return nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
 
 
 def frozen() -> nn.Module:
@@ -145,28 +145,21 @@ WEIGHTED = (
     Turn((5, 6, 0, 0), (0.3, -0.2, 0.4, 0.1)),
     Turn((1, 2), (0.7, 0.7)),
 )
-RATES = tuple(replace(turn, settings={"lr": lr}) for turn, lr in zip(RAGGED, (0.01, 0.1, 0.2, 0.05, 0.0), strict=True))
-BETAS = tuple(
-    replace(turn, settings={"betas": (beta, 0.9), "weight_decay": decay})
-    for turn, beta, decay in zip(FULL, (0.9, 0.5, 0.7, 0.8), (0.1, 0.3, 0.0, 0.2), strict=True)
-)
-MOMENTA = tuple(
-    replace(turn, settings={"momentum": beta, "weight_decay": decay})
-    for turn, beta, decay in zip(FULL, (0.9, 0.5, 0.7, 0.8), (0.1, 0.3, 0.0, 0.2), strict=True)
-)
-THAWED = (
-    mean(0, 1, 2),
-    mean(3, 4, without=("first.weight", "first.bias")),
-    mean(5, 6, without=("first.bias",)),
-    mean(1, 2),
-    mean(3, 0),
-)
-LATE = (
-    mean(0, 1, without=("first.weight", "first.bias")),
-    mean(2, 3, without=("first.weight",)),
-    mean(4, 5),
-    mean(6, 0),
-)
+
+
+def scheduled(loop: tuple[Turn, ...], **settings: tuple[Any, ...]) -> tuple[Turn, ...]:
+    """The loop with other hyperparameters in each step."""
+    steps = zip(loop, *settings.values(), strict=True)
+    return tuple(replace(turn, settings=dict(zip(settings, values, strict=True))) for turn, *values in steps)
+
+
+DECAYS = (0.1, 0.3, 0.0, 0.2)
+RATES = scheduled(RAGGED, lr=(0.01, 0.1, 0.2, 0.05, 0.0))
+BETAS = scheduled(FULL, betas=((0.9, 0.9), (0.5, 0.8), (0.7, 0.9), (0.8, 0.95)), weight_decay=DECAYS)
+MOMENTA = scheduled(FULL, momentum=(0.9, 0.5, 0.7, 0.8), weight_decay=DECAYS)
+FIRST = ("first.weight", "first.bias")
+THAWED = (mean(0, 1, 2), mean(3, 4, without=FIRST), mean(5, 6, without=("first.bias",)), mean(1, 2), mean(3, 0))
+LATE = (mean(0, 1, without=FIRST), mean(2, 3, without=("first.weight",)), mean(4, 5), mean(6, 0))
 
 
 @dataclass(frozen=True)
@@ -222,7 +215,7 @@ TARGETS = {
     ),
     "activation": Target(lambda x, _: Query.activation(x, "first"), lambda f, x, _: f.first(x)),
     "mean-activation": Target(
-        lambda x, _: Query.activation(x, "second").mean(), lambda f, x, _: f(x).mean(0, keepdim=True)
+        lambda x, _: Query.activation(x, "first").mean(), lambda f, x, _: f.first(x).mean(0, keepdim=True)
     ),
 }
 
@@ -260,7 +253,13 @@ class Case:
         return resolve_groups(self.groups, dict(self.make().named_parameters()))
 
     def reference(self, nodes: int) -> Reference:
-        return _reference(self, nodes)
+        """The oracle's answer with so many Gauss–Legendre nodes in each step."""
+        return self.reference_by(gauss_legendre(nodes))
+
+    @cache  # noqa: B019
+    def reference_by(self, rule: Rule) -> Reference:
+        x, y = self.data(QUERIES, 2)
+        return reference(self.training(), lambda model: self.target.plain(model, x, y), rule)
 
     def steps(self, first: int = 0) -> Iterator[Step]:
         """The training's steps, as the package sees them if it watches from step `first` on."""
@@ -279,12 +278,6 @@ class Case:
             if stepper is not None:
                 yield stepper.after(number, (buffers, after))
             buffers = after
-
-
-@cache
-def _reference(case: Case, nodes: int) -> Reference:
-    x, y = case.data(QUERIES, 2)
-    return reference(case.training(), lambda model: case.target.plain(model, x, y), nodes)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -308,16 +301,21 @@ CASES = [
     Case("adam-betas", optimizer=OPTIMIZERS["adam-decay"], loop=BETAS),
     Case("sgd-momenta", optimizer=OPTIMIZERS["sgd-momentum-decay"], loop=MOMENTA),
     Case("sgd-full", optimizer=OPTIMIZERS["sgd"], loop=FULL, sample_loss=squared_error),
-    *(Case(f"{name}-adamw", model=model) for name, model in MODELS.items()),
-    *(Case(f"{name}-nesterov-loss", model=model, optimizer=NESTEROV, target=LOSS) for name, model in MODELS.items()),
+    *(Case(f"{name}-adamw", model=model, loop=RAGGED[:3]) for name, model in MODELS.items()),
+    *(
+        Case(f"{name}-nesterov-loss", model=model, optimizer=NESTEROV, target=LOSS, loop=RAGGED[:3])
+        for name, model in MODELS.items()
+    ),
     *(Case(f"target-{name}", target=target, loop=WEIGHTED) for name, target in TARGETS.items()),
     Case("tied-mean-loss", model=Tied, target=MEAN_LOSS),
+    Case("late-activation", loop=LATE, target=TARGETS["activation"]),
+    Case("late-mean-activation", loop=LATE, target=TARGETS["mean-activation"]),
     Case(
         "patterns",
         groups={"weights": "*.weight", "biases": ("first.bias", "second.b*")},
         optimizer=OPTIMIZERS["sgd-nesterov-decay"],
         target=LOSS,
     ),
-    Case("depth-two-loss", groups=2, model=encoder, target=LOSS),
-    Case("depth-two-mean-loss", groups=2, model=encoder, target=MEAN_LOSS, loop=FULL),
+    Case("depth-two-loss", groups=2, model=encoder, target=LOSS, loop=RAGGED[:2]),
+    Case("depth-two-mean-loss", groups=2, model=encoder, target=MEAN_LOSS, loop=RAGGED[:2]),
 ]

@@ -107,11 +107,11 @@ def record(training: Training) -> list[Moment]:
 def adam_coefficients(past: Sequence[Settings]) -> list[float]:
     """c_{s,i} = α_s (1−β₁) β₁^{s−i} / (1−β₁^{s+1}) for i = 0…s, from the settings at those steps (Thm. 3.1)."""
     now, count = past[-1], len(past)
-    return [
-        now["lr"] * (1 - then["betas"][0]) * prod(later["betas"][0] for later in past[i + 1 :])
-        / (1 - now["betas"][0] ** count)
-        for i, then in enumerate(past)
-    ]  # fmt: skip
+    coefficients = []
+    for i, then in enumerate(past):
+        decayed = prod(later["betas"][0] for later in past[i + 1 :])
+        coefficients.append(now["lr"] * (1 - then["betas"][0]) * decayed / (1 - now["betas"][0] ** count))
+    return coefficients
 
 
 def adam_preconditioner(past: Sequence[Settings], gradients: Sequence[Tensor]) -> Tensor:
@@ -172,14 +172,15 @@ class Reference:
 
     def parts(self, first: int = 0) -> dict[str, Tensor]:
         """The parts of θ_s − θ_{s+1}, (N, D) each, as seen by someone who watches from step `first` on."""
-        own = self.train[:, first:].sum((1, 2))
-        now = torch.stack([by_step[s].sum(0) for s, by_step in enumerate(self.train)])
-        decay = self.decay[:, first:].sum(1)
+        kernel, decay = self.train[:, first:].sum((1, 2)), self.decay[:, first:].sum(1)
         past = self.train[:, :first].sum((1, 2)) + self.decay[:, :first].sum(1)
-        rounding = self.moved - own - decay - past
         return {
-            "kernel": own, "regularization": decay, "past": past, "rounding": rounding, "momentum": own - now
-        }  # fmt: skip
+            "kernel": kernel,
+            "regularization": decay,
+            "past": past,
+            "rounding": self.moved - kernel - decay - past,
+            "momentum": torch.stack([by_step[first:s].sum((0, 1)) for s, by_step in enumerate(self.train)]),
+        }
 
     def influence(self, part: Tensor) -> Tensor:
         """φ_s^test(x)_{j,d} part_{s,d}, (N, D, X, O)."""
@@ -246,8 +247,17 @@ def flat(parameters: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([parameter.flatten() for parameter in parameters.values()])
 
 
-def reference(training: Training, target: Callable[[nn.Module], Tensor], nodes: int) -> Reference:
-    """Trains, and explains `target(model)` → (X, O) with Gauss–Legendre's `nodes` nodes in each step."""
+Rule = Sequence[tuple[float, float]]
+"""The times t in [0, 1] at which the integral over a step is evaluated, each with its weight."""
+
+
+def gauss_legendre(nodes: int) -> Rule:
+    times, weights = np.polynomial.legendre.leggauss(nodes)  # on [−1, 1]
+    return tuple((float(time + 1) / 2, float(weight) / 2) for time, weight in zip(times, weights, strict=True))
+
+
+def reference(training: Training, target: Callable[[nn.Module], Tensor], rule: Rule) -> Reference:
+    """Trains, and explains `target(model)` → (X, O), integrating every step by the rule."""
     moments = record(training)
     places, size = layout(moments[0].before)
     train, decay = train_features(training.optimizer, moments, len(training.x))
@@ -263,8 +273,7 @@ def reference(training: Training, target: Callable[[nn.Module], Tensor], nodes: 
         between.append(value(moment.after, moment.buffers_before).detach())
         after.append(value(moment.after, moment.buffers_after).detach())
         phi = torch.zeros(*before[-1].shape, size, dtype=torch.float64)
-        for node, weight in zip(*np.polynomial.legendre.leggauss(nodes), strict=True):
-            time = (node + 1) / 2
+        for time, weight in rule:
             theta = {n: moment.before[n] + time * (moment.after[n] - moment.before[n]) for n in places}
             outputs = value(theta, moment.buffers_before)
             for x, row in enumerate(outputs):
@@ -272,7 +281,7 @@ def reference(training: Training, target: Callable[[nn.Module], Tensor], nodes: 
                     found = torch.autograd.grad(output, list(model.parameters()), retain_graph=True, allow_unused=True)
                     for place, gradient in zip(places.values(), found, strict=True):
                         if gradient is not None:
-                            phi[x, j, place] += weight / 2 * gradient.flatten()
+                            phi[x, j, place] += weight * gradient.flatten()
         features.append(phi)
     moved = torch.stack([flat(moment.before) - flat(moment.after) for moment in moments])
     stacks = (torch.stack(values) for values in (features, before, between, after))

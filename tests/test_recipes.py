@@ -1,0 +1,112 @@
+"""The recipes from their command lines, shortened."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from explaind_track import Influence, Trajectory
+from recipes.data import modulo_addition
+from recipes.models import ModuloTransformer
+
+ROOT = Path(__file__).parents[1]
+
+
+def recipe(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"recipes.{name}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("recipe") / "run"
+    small = ("train=300", "test=100", "queries=10", "steps=12", "samples_every=5", "keyframe_every=5", "modulus=31")
+    done = recipe("modulo_addition", f"out={out}", *small)
+    assert done.returncode == 0, done.stderr
+    assert "loss=" in done.stderr
+    assert "residual=" in done.stderr
+    assert "wandb leet" in done.stdout
+    assert "wandb sync" in done.stdout
+    return out
+
+
+def test_the_main_job_leaves_what_it_says(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 12
+    assert all(isinstance(value, int | float) for value in summary.values())
+    assert {"train_accuracy", "epk_agreement", "epk_kl", "residual_max", "artifact_staging_mb"} <= summary.keys()
+    assert (run / "figures" / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "wandb").is_dir()
+    assert len(Trajectory.open(run / "trajectory")) == 12
+    assert Influence.load(run / "influence.safetensors").data.sizes == {"part": 2, "step": 12, "group": 6}
+
+
+def test_per_sample_gradients_are_used_where_samples_are_shown(run: Path) -> None:
+    """Only those have norms, and the table shows one for each of its samples."""
+    tables = sorted((run / "wandb").rglob("most_influential*.table.json"))
+    assert len(tables) == 3  # steps 0, 5 and 10
+    for table in tables:
+        content = json.loads(table.read_text())
+        norms = [row[content["columns"].index("gradient norm")] for row in content["data"]]
+        assert len(norms) == 20
+        assert min(norms) > 0
+
+
+def test_a_recorded_run_is_checked_offline(run: Path) -> None:
+    done = recipe("epk_validation", f"run={run}", "nodes=4")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "epk_validation-4.json").read_text())
+    assert result["agreement"] == 1.0
+    assert result["kl"] < 1e-3
+    assert "EPK acc." in done.stdout
+
+
+def test_what_cannot_be_run_is_refused_with_a_sentence(run: Path, tmp_path: Path) -> None:
+    for name, arguments, message in (
+        ("modulo_addition", ["stepz=3"], "Key 'stepz'"),
+        ("modulo_addition", [f"out={run}"], "holds a run already"),
+        ("epk_validation", [], "say which run"),
+        ("epk_validation", [f"run={tmp_path}"], "holds no run"),
+    ):
+        done = recipe(name, *arguments)
+        assert done.returncode != 0
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_transformer_is_the_papers() -> None:
+    model = ModuloTransformer()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 89_024
+    tokens = torch.tensor([[5, 113, 3, 114], [3, 113, 5, 114]])
+    output = model(tokens)
+    assert torch.allclose(output.exp().sum(-1), torch.ones(2))
+    assert torch.allclose(output[0], output[1], atol=1e-5)  # no positions: a + b is b + a
+
+
+def test_modulo_addition_has_every_pair_once() -> None:
+    data = modulo_addition(113, 4000, 2328, seed=0)
+    x, y = torch.cat([data.x_train, data.x_test]), torch.cat([data.y_train, data.y_test])
+    assert len(x) == 113 * 112 // 2 == len(torch.unique(x, dim=0))
+    assert bool((x[:, 0] > x[:, 2]).all())
+    assert torch.equal(y, (x[:, 0] + x[:, 2]) % 113)
+    with pytest.raises(ValueError, match="6328 pairs"):
+        modulo_addition(113, 4000, 2329, seed=0)
+
+
+def test_files_on_disk_hold_no_pickle(run: Path) -> None:
+    kinds = {path.suffix for path in (run / "trajectory").rglob("*") if path.is_file()}
+    assert kinds == {".json", ".jsonl", ".safetensors"}
+    for path in (run / "trajectory").rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            assert len(list(file.keys())) > 0
