@@ -156,14 +156,17 @@ def _jvp_by_double_reverse(function: PointFunction, primals: Tensors, tangents: 
     """As the derivative of w ↦ Jᵀw, which is linear: two reverse passes for each direction."""
     output, leaves = _with_graph(function, primals)
     weight = torch.zeros_like(output, requires_grad=True)
-    pulled = _pull(output, leaves, weight, create_graph=True)
-    linear = [name for name in leaves if pulled[name].requires_grad]
-    rows = []
-    for row in _rows(tangents):
-        along = [row[name] for name in linear]
-        (pushed,) = torch.autograd.grad([pulled[name] for name in linear], weight, along, retain_graph=True)
-        rows.append(pushed)
-    return torch.stack(rows).detach()
+    pulled = {name: row for name, row in _pull(output, leaves, weight, create_graph=True).items() if row is not None}
+    if not all(row.requires_grad for row in pulled.values()):
+        raise RuntimeError("some operation's derivative cannot be differentiated again")
+
+    def push(row: Tensors) -> Tensor:
+        if not pulled:
+            return torch.zeros_like(output)
+        along = [row[name] for name in pulled]
+        return torch.autograd.grad(list(pulled.values()), weight, along, retain_graph=True)[0]
+
+    return torch.stack([push(row) for row in _rows(tangents)]).detach()
 
 
 def _jvp_by_rows(function: PointFunction, primals: Tensors, tangents: Tensors) -> Tensor:
@@ -191,10 +194,12 @@ def vjp_rows(function: PointFunction, primals: Tensors) -> dict[str, Tensor]:
     output, leaves = _with_graph(function, primals)
     basis = torch.eye(output.numel(), dtype=output.dtype, device=output.device).reshape(-1, *output.shape)
     rows = [_pull(output, leaves, direction) for direction in basis]
-    return {
-        name: torch.stack([row[name] for row in rows]).reshape(*output.shape, *primal.shape)
-        for name, primal in primals.items()
-    }
+
+    def gradient(name: str, leaf: Tensor) -> Tensor:
+        values = [torch.zeros_like(leaf) if row[name] is None else row[name] for row in rows]
+        return torch.stack(values).reshape(*output.shape, *leaf.shape)  # type: ignore[arg-type]
+
+    return {name: gradient(name, primal) for name, primal in primals.items()}
 
 
 def _with_graph(function: PointFunction, primals: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
@@ -203,10 +208,12 @@ def _with_graph(function: PointFunction, primals: Tensors) -> tuple[Tensor, dict
         return function(leaves), leaves
 
 
-def _pull(output: Tensor, leaves: Tensors, weight: Tensor, create_graph: bool = False) -> dict[str, Tensor]:
-    """`Jᵀ weight` by parameter; zeros for those that the output does not depend on."""
+def _pull(output: Tensor, leaves: Tensors, weight: Tensor, create_graph: bool = False) -> dict[str, Tensor | None]:
+    """`Jᵀ weight` by parameter; None for those that the output does not depend on."""
+    if not output.requires_grad:
+        return dict.fromkeys(leaves)
     pulled = torch.autograd.grad(
-        output, list(leaves.values()), weight, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        output, list(leaves.values()), weight, retain_graph=True, create_graph=create_graph, allow_unused=True
     )
     return dict(zip(leaves, pulled, strict=True))
 
