@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+EARLY_STEPS = 10
+"""An optimizer's first steps move a model by far more than all others do: they do not set the scale."""
+
 
 def training(influence: Influence, accuracy: Mapping[str, Sequence[float]]) -> "Figure":
     """Fig. 3(a): accuracy; importance of the kernel in every group; importance of kernel and regularization in total;
-    relative regularization influence D of every group. All over the training step.
+    relative regularization influence D of every group. All over the training step; the first `EARLY_STEPS` may lie off
+    the scale.
 
     influence: kept over step and group. accuracy: "step", and any curves by their name.
     """
@@ -26,26 +30,29 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]]) -> "
         if name != "step":
             axes[0, 0].plot(accuracy["step"], values, label=name)
     _label(axes[0, 0], "accuracy", "fraction correct")
-    _by_group(axes[0, 1], influence.importance().sel(part="kernel"))
-    _label(axes[0, 1], "importance of the kernel, by layer", r"$\bar{\Psi}_s(\Theta_{layer})$")
-    for part in ("kernel", "regularization"):
-        total = influence.total_importance().sel(part=part)
-        axes[1, 0].plot(total["step"], total, label=part, linewidth=0.8)
-    _label(
-        axes[1, 0], "importance of kernel and regularization", r"$\bar{\Psi}_s(\Theta)$, $\bar{\Psi}^{reg}_s(\Theta)$"
-    )
-    _by_group(axes[1, 1], influence.relative_regularization())
+    total = influence.total_importance()
+    unit = r"$\bar{\Psi}_s(\Theta)$, $\bar{\Psi}^{reg}_s(\Theta)$"
+    _curves(axes[1, 0], total, "part", "importance of kernel and regularization", unit)
+    kernel = influence.importance().sel(part="kernel")
+    _curves(axes[0, 1], kernel, "group", "importance of the kernel, by layer", r"$\bar{\Psi}_s(\Theta_{layer})$")
+    difference = influence.relative_regularization()
+    _curves(axes[1, 1], difference, "group", "kernel minus regularization, by layer", r"$D_s(\Theta_{layer})$")
     axes[1, 1].axhline(0, color="gray", linewidth=0.5)
-    _label(axes[1, 1], "kernel minus regularization, by layer", r"$D_s(\Theta_{layer})$")
     for axis in axes[1]:
         axis.set_xlabel("training step")
     return figure
 
 
-def _by_group(axis: "Axes", values: xr.DataArray) -> None:
-    for group in values["group"].values:
-        one = values.sel(group=group)
-        axis.plot(one["step"], one, label=group, linewidth=0.8)
+def _curves(axis: "Axes", values: xr.DataArray, along: str, title: str, unit: str) -> None:
+    """One curve over the steps for each label of the axis `along`."""
+    for label in values[along].values:
+        one = values.sel({along: label})
+        axis.plot(one["step"], one, label=label, linewidth=0.8)
+    if values.sizes["step"] > EARLY_STEPS:
+        shown = values.isel(step=slice(EARLY_STEPS, None))
+        low, high = min(0.0, float(shown.min())), float(shown.max())
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    _label(axis, title, unit)
 
 
 def _label(axis: "Axes", title: str, unit: str) -> None:

@@ -178,7 +178,7 @@ class Tracker:
         return loss
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Adds metrics to the row of the current step (between steps, of the next)."""
+        """Adds metrics to the row of the current step; between steps, to that of the next, which starts from there."""
         self._row |= metrics
 
     @property
@@ -200,6 +200,8 @@ class Tracker:
         """Ends the record, removes the hooks and logs the trajectory as an artifact of the run."""
         for hook in self._hooks:
             hook.remove()
+        if self._row:
+            self._panels.log({panels.AXIS: self.number, **self._row})
         if self._writer is None:
             return
         with self._timed("trajectory"):

@@ -115,6 +115,15 @@ def test_live_influences_sum_to_the_prediction() -> None:
     assert influence.faithfulness() == {"agreement": 1.0, "kl": pytest.approx(0.0, abs=1e-12)}
 
 
+def test_what_is_logged_behind_the_last_step_is_kept(tmp_path: Path) -> None:
+    job = make_job()
+    tracker = job.tracker(trajectory=tmp_path / "t")
+    job.run(tracker, 2)
+    tracker.log({"test/accuracy": 1.0})
+    tracker.finish()
+    assert rows(tmp_path / "t")[-1] == {"train/step": 2, "test/accuracy": 1.0}
+
+
 def test_only_every_nth_step_is_explained(tmp_path: Path) -> None:
     job = make_job()
     tracker = job.tracker(every=3, trajectory=tmp_path / "t")
