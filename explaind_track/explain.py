@@ -128,7 +128,8 @@ def explain(
     model:      the module that was trained; its own values do not matter, and are not touched.
     groups:     see `resolve_groups`; None: by the first part of the module path.
     keep:       some of "step", "group", "query", "output"; all other axes are summed over.
-    parts:      of the steps, one row each; None: all but the rounding. "momentum" is a share of "kernel".
+    parts:      of the steps, one row each; what is not asked for is left to the remainder. None: all, the rounding
+                summed over the groups. "momentum" is a share of "kernel".
     window:     steps first ≤ s < last of a trajectory; None: all.
     quadrature: how each step is integrated; None: until the residual is at most 1e-3, with at most 64 nodes.
     close:      share the remainder out over parts and groups, so that sums are exact; `residual` stays as it was.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from explaind_track.autodiff import Functional, activation_bytes, evaluation, vjp_rows
 from explaind_track.groups import Groups
 from explaind_track.path import Quadrature, Terms, gauss_legendre, interpolate
-from explaind_track.plans import Plan, choose_plan, size_in_bytes, target_of
+from explaind_track.plans import Plan, Wanted, choose_plan, size_in_bytes, target_of
 from explaind_track.queries import Query
 from explaind_track.step import PARTS, SHARES, State, Step, Tensors
 
@@ -28,9 +28,10 @@ class Integrator:
         quadrature: Quadrature | None = None,
         memory: int = MEMORY,
     ) -> None:
-        """parts: the step's parts (or shares of them) that get a row of their own for each group; None: every part
-        but the rounding, which is always summed over the groups. memory: bytes that one pass may take, by which
-        queries and directions are cut into chunks (a guide, not a hard bound)."""
+        """parts: the step's parts (or shares of them) that get a row of their own for each group; whatever is not
+        among them is left to the remainder. None: all of the step, the rounding summed over the groups.
+        memory: bytes that one pass may take, by which queries and directions are cut into chunks (a guide, not a hard
+        bound)."""
         unknown = set(parts or ()) - set(PARTS) - set(SHARES)
         if unknown:
             raise ValueError(f"a step has the parts {PARTS} and the shares {tuple(SHARES)}, not {sorted(unknown)}")
@@ -100,7 +101,8 @@ class Integrator:
         if self._outputs is None:
             one = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
             self._outputs = self.functional.value(step.before, one).shape[1]
-        return choose_plan(self.functional, self.query, step, parts, self.groups, self._outputs, self.memory)
+        wanted = Wanted(tuple(parts), self.groups, rounding=self._parts is None)
+        return choose_plan(self.functional, self.query, step, wanted, self._outputs, self.memory)
 
     def gradient(self, step: Step, nodes: int) -> dict[str, Tensor]:
         """φ_s^test = ∫₀¹ ∇_θ f_{θ_s(t)} dt of a query with one target, by parameter (those that the step moved)."""

@@ -4,9 +4,8 @@
 gradient for each output gives every direction, down to the single parameter. The counts decide, like an einsum path.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Protocol
 
 import torch
@@ -21,9 +20,9 @@ from explaind_track.step import SHARES, State, Step, Tensors
 REVERSE_COST = 5
 """What one output's gradients cost, in units of one forward-mode direction; measured: 3 reduced, 5 query by query."""
 
-PASS_ROWS = 6
-"""Directions in one forward pass; measured on the modulo-113 Transformer: with fewer, passes repeat each other's work,
-with more, they carry too many zeros (6 groups × 2 parts: 78 ms one by one or all at once, 56 ms in three passes)."""
+PASS_ROWS = 5
+"""Directions in one forward pass, measured on the modulo-113 Transformer (6 groups × 2 parts and the rounding): one
+group at a time, 78 ms, since passes repeat each other's work; two, 56 ms; all at once, 78 ms, since they carry zeros."""
 
 
 def size_in_bytes(tensors: Tensors) -> int:
@@ -49,23 +48,31 @@ class Plan(Protocol):
         (its share of the one target where the query is reduced)."""
 
 
-def choose_plan(
-    functional: Functional, query: Query, step: Step, parts: Sequence[str], groups: Groups, outputs: int, memory: int
-) -> Plan:
+@dataclass(frozen=True)
+class Wanted:
+    """What of a step is to be differentiated: P parts in each of G groups, and if `rounding`, what those parts leave
+    over of the step, in all groups together."""
+
+    parts: tuple[str, ...]
+    groups: Groups
+    rounding: bool
+
+    def directions(self, step: Step, parameter: str) -> Tensor:
+        """The parts of one parameter's step, and last the rounding if it is wanted, (R, *shape)."""
+        values = [step.parts[part][parameter] for part in self.parts]
+        if self.rounding:
+            rest = step.before.parameters[parameter] - step.after.parameters[parameter]
+            for part, value in zip(self.parts, values, strict=True):
+                if part not in SHARES:
+                    rest -= value
+            values.append(rest)
+        return torch.stack(values)
+
+
+def choose_plan(functional: Functional, query: Query, step: Step, wanted: Wanted, outputs: int, memory: int) -> Plan:
     """outputs: O, for each query."""
-    if outputs * REVERSE_COST <= prod((len(parts), len(groups))) + 1:
-        return ReversePlan(functional, query, step, parts, groups, memory)
-    return ForwardPlan(functional, query, step, parts, groups, memory)
-
-
-def directions(step: Step, parts: Sequence[str], parameter: str) -> Tensor:
-    """The parts of one parameter's step, and last what they leave over (its rounding), (P + 1, *shape)."""
-    values = [step.parts[part][parameter] for part in parts]
-    rest = step.before.parameters[parameter] - step.after.parameters[parameter]
-    for part, value in zip(parts, values, strict=True):
-        if part not in SHARES:
-            rest -= value
-    return torch.stack([*values, rest])
+    plan = ReversePlan if outputs * REVERSE_COST <= len(wanted.parts) * len(wanted.groups) + 1 else ForwardPlan
+    return plan(functional, query, step, wanted, memory)
 
 
 @dataclass(frozen=True)
@@ -82,43 +89,43 @@ class ForwardPlan:
     parameters only, so what lies before them in the model carries no derivative. The rounding is spread over the
     passes, since only its sum is asked for."""
 
-    def __init__(
-        self, functional: Functional, query: Query, step: Step, parts: Sequence[str], groups: Groups, memory: int
-    ) -> None:
-        self._functional, self._query, self._step, self._parts = functional, query, step, parts
-        moving = [[name for name in names if name in step.updates] for names in groups.values()]
+    def __init__(self, functional: Functional, query: Query, step: Step, wanted: Wanted, memory: int) -> None:
+        self._functional, self._query, self._step, self._wanted = functional, query, step, wanted
+        moving = [[name for name in names if name in step.updates] for names in wanted.groups.values()]
         self._bundles: list[dict[int, list[str]]] = []
         sizes: list[int] = []
         for group, names in enumerate(moving):
             if not names:
                 continue
             bundle = {**(self._bundles[-1] if self._bundles else {}), group: names}
-            rows = len(bundle) * len(parts) + 1
-            if self._bundles and rows <= PASS_ROWS and self._bytes(bundle) <= memory // 2:
+            if self._bundles and self._rows(bundle) <= PASS_ROWS and self._bytes(bundle) <= memory // 2:
                 self._bundles[-1], sizes[-1] = bundle, self._bytes(bundle)
             else:
                 self._bundles.append({group: names})
                 sizes.append(self._bytes(self._bundles[-1]))
-        self._shape = (len(parts), len(groups))
-        self.rows = 1 + len(parts) * max(map(len, self._bundles))
+        self.rows = max(map(self._rows, self._bundles))
         keep = sum(sizes) <= memory // 2
         self.held = sum(sizes) if keep else max(sizes)
         self._kept = [self._pass(bundle) for bundle in self._bundles] if keep else None
 
+    def _rows(self, bundle: dict[int, list[str]]) -> int:
+        return len(bundle) * len(self._wanted.parts) + self._wanted.rounding
+
     def _bytes(self, bundle: dict[int, list[str]]) -> int:
         members = {name: self._step.before.parameters[name] for names in bundle.values() for name in names}
-        return (len(bundle) * len(self._parts) + 1) * size_in_bytes(members)
+        return self._rows(bundle) * size_in_bytes(members)
 
     def _pass(self, bundle: dict[int, list[str]]) -> _Pass:
-        count = len(self._parts)
+        count = len(self._wanted.parts)
         tangents = {}
         for position, names in enumerate(bundle.values()):
             for name in names:
-                values = directions(self._step, self._parts, name)
-                tangents[name] = values.new_zeros(len(bundle) * count + 1, *values.shape[1:])
-                tangents[name][position * count : (position + 1) * count] = values[:-1]
-                tangents[name][-1] = values[-1]
-        return _Pass(tangents, [*((part, group) for group in bundle for part in range(count)), None])
+                values = self._wanted.directions(self._step, name)
+                tangents[name] = values.new_zeros(self._rows(bundle), *values.shape[1:])
+                tangents[name][position * count : (position + 1) * count] = values[:count]
+                tangents[name][len(bundle) * count :] = values[count:]
+        cells: list[tuple[int, int] | None] = [(part, group) for group in bundle for part in range(count)]
+        return _Pass(tangents, cells + [None] * self._wanted.rounding)
 
     def _passes(self) -> Iterator[_Pass]:
         yield from self._kept if self._kept is not None else map(self._pass, self._bundles)
@@ -131,7 +138,7 @@ class ForwardPlan:
             primals = {name: state.parameters[name] for name in one.tangents}
             rows = self._functional.jvp(function, primals, one.tangents)
             if influence is None:
-                influence = rows.new_zeros(*self._shape, *rows.shape[1:])
+                influence = rows.new_zeros(len(self._wanted.parts), len(self._wanted.groups), *rows.shape[1:])
                 rounding = torch.zeros_like(rows[0])
             for cell, row in zip(one.cells, rows, strict=True):
                 if cell is None:
@@ -145,15 +152,13 @@ class ForwardPlan:
 class ReversePlan:
     """A gradient for each output, of all queries together where they are reduced to one target, else of each."""
 
-    def __init__(
-        self, functional: Functional, query: Query, step: Step, parts: Sequence[str], groups: Groups, memory: int
-    ) -> None:
-        self._functional, self._query, self._groups, self._parts = functional, query, groups, len(parts)
-        self._directions = {name: directions(step, parts, name) for name in step.updates}
+    def __init__(self, functional: Functional, query: Query, step: Step, wanted: Wanted, memory: int) -> None:
+        self._functional, self._query, self._wanted = functional, query, wanted
+        self._directions = {name: wanted.directions(step, name) for name in step.updates}
         size = size_in_bytes(step.before.parameters)
         self._at_once = max(1, memory // 2 // size)
         self.rows = 1
-        self.held = (len(parts) + 3) * size + (0 if query.reduction else min(query.size, self._at_once) * size)
+        self.held = (len(wanted.parts) + 3) * size + (0 if query.reduction else min(query.size, self._at_once) * size)
 
     def derivatives(self, chunk: Query, state: State) -> tuple[Tensor, Tensor]:
         primals = {name: state.parameters[name] for name in self._directions}
@@ -165,14 +170,15 @@ class ReversePlan:
             pieces = (chunk.rows(start, start + self._at_once, device) for start in range(0, chunk.size, self._at_once))
             gradients = (self._functional.query_gradients(piece, state, primals) for piece in pieces)
             products = torch.cat([self._products(one) for one in gradients], dim=2)
-        return products[:-1], products[-1].sum(0)
+        count = len(self._wanted.parts)
+        return products[:count], products[count:].sum((0, 1))
 
     def _products(self, gradients: Tensors) -> Tensor:
-        """The gradients' inner products with each part, and last the rounding, by group: (P + 1, G, x, O)."""
+        """The gradients' inner products with each part, and last the rounding if wanted, by group: (R, G, x, O)."""
         example = next(iter(gradients.values()))
-        rows = 1 + self._parts
-        products = example.new_zeros(rows, len(self._groups), *example.shape[:2])
-        for group, names in enumerate(self._groups.values()):
+        rows = len(self._wanted.parts) + self._wanted.rounding
+        products = example.new_zeros(rows, len(self._wanted.groups), *example.shape[:2])
+        for group, names in enumerate(self._wanted.groups.values()):
             for name in names:
                 if name in self._directions:
                     direction = rearrange(self._directions[name], "r ... -> r (...)")

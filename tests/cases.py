@@ -53,6 +53,17 @@ class Tied(nn.Module):
         return self.decoder(torch.tanh(self.hidden(self.embedding(tokens).sum(1))))
 
 
+class Scaled(MLP):
+    """With a parameter that is one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
 def convolution() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3))
 
@@ -282,6 +293,7 @@ class Case:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: MLP(torch.relu),
+    "scaled": Scaled,
     "attention": Attention,
     "convolution": convolution,
     "tied": Tied,

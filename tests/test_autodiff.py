@@ -165,6 +165,25 @@ def test_the_reverse_plan_does_without_special_rules(function: type[torch.autogr
     check(influence.data["influence"], wanted_influence(case.reference(1), case.resolved_groups()))
 
 
+@pytest.mark.filterwarnings("ignore::explaind_track.autodiff.ForwardModeFallback")
+@pytest.mark.parametrize("function", CUBES)
+def test_directional_derivatives_of_a_loss_vector(function: type[torch.autograd.Function]) -> None:
+    """⟨μ, ∇L_k⟩ for every sample k and several directions μ."""
+    case = cubed(function, "loss")
+    model, (x, y) = case.make(), case.data(5, 1)
+    parameters = dict(model.named_parameters())
+    directions = {name: torch.randn(2, *value.shape, dtype=torch.float64) for name, value in parameters.items()}
+    functional = Functional(model)
+    losses = functional.at(state_of(model), lambda model: case.sample_loss(model, x, y))
+    found = functional.jvp(losses, {name: value.detach() for name, value in parameters.items()}, directions)
+    wanted = torch.zeros(2, 5, dtype=torch.float64)
+    for k in range(5):
+        gradient = torch.autograd.grad(case.sample_loss(model, x, y)[k], list(parameters.values()))
+        for row in range(2):
+            wanted[row, k] = sum((g * d[row]).sum() for g, d in zip(gradient, directions.values(), strict=True))
+    check(found, wanted)
+
+
 @cases("target-outputs")
 def test_an_error_of_the_target_is_told_as_it_is(case: Case) -> None:
     def target(output: Tensor) -> Tensor:

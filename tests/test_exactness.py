@@ -29,6 +29,7 @@ from explaind_track import (
     update_rule,
 )
 from explaind_track.groups import Groups
+from explaind_track.path import gauss_legendre
 
 AXES = ("step", "group", "query", "output")
 EVERY_KEEP = [keep for count in range(5) for keep in combinations(AXES, count)]
@@ -228,6 +229,23 @@ def test_refinement_doubles_the_nodes_until_smooth_models_reach_the_tolerance(ca
         before = run(case, AXES, **fixed(int(count) // 2)).residual.values
         assert (before[nodes == count] > 1e-9).all()
     check(influence.total(), -influence.data["change"])
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 7, 8, 10, 13, 64])
+def test_nodes_come_in_even_panels_of_high_order(nodes: int) -> None:
+    times, weights = np.array(gauss_legendre(nodes)).T
+    assert len(times) == nodes
+    assert (np.diff([0, *times, 1]) > 0).all()
+    assert max(weights) <= 2.5 / nodes
+    fewest = nodes // -(-nodes // 4)
+    for degree in range(2 * fewest):
+        check(weights @ times**degree, 1 / (degree + 1), tolerance=1e-14)
+
+
+@cases("adamw", "encoder-nesterov-loss")
+def test_sums_are_exact_for_many_nodes_too(case: Case) -> None:
+    oracle = case.reference_by(gauss_legendre(10))
+    check(full(case, 10).data["influence"], wanted_influence(oracle, case.resolved_groups()))
 
 
 @cases("relu-adamw")

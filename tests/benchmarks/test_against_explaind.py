@@ -16,9 +16,9 @@ Times are of the best step, for both. Theirs leave out one-off setup and the tra
 compute at each step for each chunk of queries ("s per step and chunk"). Nothing is asserted about time.
 
 Both integrate with the same number of nodes: they at midpoints, we at Gauss–Legendre nodes. A ReLU network's gradient
-jumps along the path, and there midpoints are the better by a little (1.2 times, for jumps at random places). So what
-is asserted is: at their nodes we get their numbers; at as many of our own our error is of the same size; and with the
-nodes that we take by default, it is smaller.
+jumps along the path, and there midpoints are the better by a little. So what is asserted is: at their nodes we get
+their numbers; at as many of our own our error is of the same size; and with the nodes that we take by default, it is
+smaller.
 """
 
 import resource

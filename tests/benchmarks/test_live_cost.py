@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from explaind_track import Explainer, Quadrature, Query, Step, Stepper, resolve_groups
+from explaind_track import Explainer, Quadrature, Query, Step, Stepper, Tracker, resolve_groups
 from explaind_track.autodiff import Functional, sample_gradients
 from explaind_track.step import State
 from recipes.data import Split, modulo_addition
@@ -59,7 +59,8 @@ def test_live_influence_against_the_training_step(name: str, benchmark: Benchmar
     training = Training()
     keep = [("step", "group"), ("query", "output")]
     query = QUERIES[name](training.data)
-    explainer = Explainer(training.model, query, training.groups(), keep, quadrature=Quadrature.fixed(1))
+    parts = Tracker._parts(query)
+    explainer = Explainer(training.model, query, training.groups(), keep, parts, Quadrature.fixed(1))
     explainer.add(training.step())
     training.seconds.clear()
 
