@@ -171,9 +171,11 @@ def _jvp_by_double_reverse(function: PointFunction, primals: Tensors, tangents: 
 
 def _jvp_by_rows(function: PointFunction, primals: Tensors, tangents: Tensors) -> Tensor:
     gradients = vjp_rows(function, primals)
-    products = [
-        einsum(gradients[name].flatten(2), tangents[name].flatten(1), "x o d, r d -> r x o") for name in primals
-    ]
+    products = []
+    for name, primal in primals.items():
+        shape = gradients[name].shape[: gradients[name].ndim - primal.ndim]
+        jacobian = gradients[name].reshape(shape.numel(), primal.numel())
+        products.append(einsum(jacobian, tangents[name].flatten(1), "o d, r d -> r o").unflatten(1, shape))
     return torch.stack(products).sum(0)
 
 

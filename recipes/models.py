@@ -19,9 +19,10 @@ class Attention(nn.Module):
         nn.init.uniform_(self.decoder.weight, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, width) to what the last token reads, (B, width): only that one's prediction is used."""
         heads = self.encoder(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(heads, heads, heads)
-        result: Tensor = self.decoder(mixed.transpose(1, 2).flatten(-2))
+        mixed = F.scaled_dot_product_attention(heads[:, :, -1:], heads, heads)
+        result: Tensor = self.decoder(mixed.flatten(1))
         return result
 
 
@@ -39,4 +40,4 @@ class ModuloTransformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.attention(self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim))
         x = x + F.relu(self.linear2(F.relu(self.linear1(x))))
-        return F.log_softmax(self.decoder(x)[:, -1], dim=-1)
+        return F.log_softmax(self.decoder(x), dim=-1)
