@@ -166,7 +166,20 @@ def _jvp_by_double_reverse(function: PointFunction, primals: Tensors, tangents: 
         along = [row[name] for name in pulled]
         return torch.autograd.grad(list(pulled.values()), weight, along, retain_graph=True)[0]
 
-    return torch.stack([push(row) for row in _rows(tangents)]).detach()
+    result = torch.stack([push(row) for row in _rows(tangents)]).detach()
+    _prove_adjoint(result, tangents, output, leaves)
+    return result
+
+
+def _prove_adjoint(result: Tensor, tangents: Tensors, output: Tensor, leaves: Tensors) -> None:
+    """⟨w, J v⟩ = ⟨Jᵀw, v⟩ for one w: what an operation hides from the second pass would be missing on the left."""
+    weight = torch.linspace(1, 2, output.numel()).to(output).reshape(output.shape)
+    pulled = {name: row for name, row in _pull(output, leaves, weight).items() if row is not None}
+    for pushed, row in zip(result, _rows(tangents), strict=True):
+        ahead, back = pushed * weight, [pulled[name] * row[name] for name in pulled]
+        size = ahead.abs().sum() + sum(product.abs().sum() for product in back)
+        if (ahead.sum() - sum(product.sum() for product in back)).abs() > size * torch.finfo(output.dtype).eps ** 0.5:
+            raise RuntimeError("some operation's derivative cannot be differentiated again")
 
 
 def _jvp_by_rows(function: PointFunction, primals: Tensors, tangents: Tensors) -> Tensor:
@@ -175,7 +188,8 @@ def _jvp_by_rows(function: PointFunction, primals: Tensors, tangents: Tensors) -
     for name, primal in primals.items():
         shape = gradients[name].shape[: gradients[name].ndim - primal.ndim]
         jacobian = gradients[name].reshape(shape.numel(), primal.numel())
-        products.append(einsum(jacobian, tangents[name].flatten(1), "o d, r d -> r o").unflatten(1, shape))
+        direction = tangents[name].reshape(-1, primal.numel())
+        products.append(einsum(jacobian, direction, "o d, r d -> r o").unflatten(1, shape))
     return torch.stack(products).sum(0)
 
 

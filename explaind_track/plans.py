@@ -182,5 +182,6 @@ class ReversePlan:
             for name in names:
                 if name in self._directions:
                     direction = rearrange(self._directions[name], "r ... -> r (...)")
-                    products[:, group] += einsum(gradients[name].flatten(2), direction, "x o d, r d -> r x o")
+                    gradient = gradients[name].reshape(*example.shape[:2], -1)
+                    products[:, group] += einsum(gradient, direction, "x o d, r d -> r x o")
         return products
