@@ -29,7 +29,7 @@ class Influence:
     `data` holds, each over `part` and those of step, group, query and output that are kept:
 
     - `influence` (part, step, group, query, output): Ψ, signed; subtracted from the prediction (paper's sign);
-    - `importance` (part, step, group, query): Ψ̄ = Σ_x Σ_j |Ψ|, summed over all outputs and over the queries that are not
+    - `importance` (part, step, group, query): Ψ̄ = Σ_x Σ_j |Ψ|, summed over all outputs and the queries that are not
       kept, after the signed sum over the steps and groups that are not;
     - `total_importance` (part, step, query): the same with the groups summed (signed) as well;
     - `rounding`, `buffers`, `change` (step, query, output): the influence of float rounding on the parameters, the
