@@ -145,6 +145,6 @@ class Panels:
                 warnings.warn(f"could not {what}: {error!r}; training goes on", LoggingWarning, stacklevel=4)
 
 
-def finite(gradients: Mapping[str, Tensor]) -> list[str]:
+def nonfinite(gradients: Mapping[str, Tensor]) -> list[str]:
     """The names of the gradients that hold a number that is not finite."""
     return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]

@@ -224,7 +224,7 @@ class Tracker:
         if self._taken:
             raise RuntimeError("the optimizer took two steps in one tracker.step(); give each its own")
         gradients = {name: p.grad.detach() for name, p in self._stepper.parameters.items() if p.grad is not None}
-        self._nonfinite = panels.finite(gradients)
+        self._nonfinite = panels.nonfinite(gradients)
         if self._nonfinite and not self._mark:
             raise NonFiniteError(
                 f"the gradient of step {self.number} is not finite in {', '.join(self._nonfinite)}; the parameters "
