@@ -167,7 +167,6 @@ class Accumulator:
             self._open.append(self._reduce(terms))
         elif start in self._chunks:
             self._chunks[start] += terms
-            self._chunks[start].after = terms.after
         else:
             self._chunks[start] = terms.copy()
 

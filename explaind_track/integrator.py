@@ -1,6 +1,6 @@
 """Integrates a step's influences on one query: picks the nodes and the plan, and keeps memory within its setting."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Integrator:
         self._activation_bytes: int | None = None
         self._outputs: int | None = None
         self._terms_chunk: int | None = None
+        self._predictions = _Predictions(self.functional)
 
     def for_query(self, query: Query) -> "Integrator":
         """The same integrator for another query."""
@@ -51,11 +52,6 @@ class Integrator:
         """The names along the part axis."""
         own = (name for name in step.parts if name != "rounding" and name not in SHARES)
         return tuple(own if self._parts is None else (name for name in self._parts if name in step.parts))
-
-    def _owned(self, step: Step) -> Tensor:
-        """(P,): 1 for parts, 0 for shares of them, so that no sum counts twice."""
-        like = next(iter(step.before.parameters.values()))
-        return like.new_tensor([name not in SHARES for name in self.parts(step)])
 
     def nodes(self, step: Step) -> int:
         """How many nodes the step needs, found with one direction, that of the whole step."""
@@ -71,17 +67,18 @@ class Integrator:
     def terms(self, step: Step, nodes: int, close: bool = False) -> Iterator[tuple[int, Terms]]:
         """The step's influences, chunk by chunk of the queries (always the same chunks): the chunk's first row, and its
         terms, which add up exactly if `close`. One chunk where the query is reduced to one target."""
-        owned, parts = self._owned(step), self.parts(step)
+        parts = self.parts(step)
+        owned = [name not in SHARES for name in parts]  # so that no sum counts twice
         with evaluation(self.functional.model):
             plan = self._plan(step, parts)
             if self._terms_chunk is None:
                 self._terms_chunk = self._chunk_size(step, *((plan.rows, plan.held) if plan else (1, 0)))
             chunks = list(self._chunks(step, self._terms_chunk))
             for together in [chunks] if self.query.reduction else [[chunk] for chunk in chunks]:
-                terms = self._start(step, together, len(parts))
+                terms = self._start(step, together, len(parts), close)
                 if plan is not None:
                     self._integrate(step, plan, together, nodes, terms)
-                terms.finish(owned, close)
+                terms.finish(owned)
                 yield together[0][0], terms
 
     @staticmethod
@@ -127,7 +124,7 @@ class Integrator:
             size = self._chunk_size(step, 1, 2 * size_in_bytes(step.before.parameters))
             chunks = list(self._chunks(step, size))
             for together in [chunks] if self.query.reduction else [[chunk] for chunk in chunks]:
-                terms = self._start(step, together, 0)
+                terms = self._start(step, together, 0, close=False)
                 remainder = terms.change
                 for time, weight in gauss_legendre(nodes):
                     state = interpolate(step, time)
@@ -140,17 +137,11 @@ class Integrator:
         remainder_norm, change, prediction = squares.sqrt().tolist()
         return remainder_norm, change, 4 * torch.finfo(terms.change.dtype).eps * prediction
 
-    def _start(self, step: Step, together: Sequence[tuple[int, Query]], parts: int) -> Terms:
+    def _start(self, step: Step, together: Sequence[tuple[int, Query]], parts: int, close: bool) -> Terms:
         """Terms without influences, for these chunks (several only where the query is reduced to their sum)."""
-        predictions = []
-        for _, chunk in together:
-            target = target_of(self.query, chunk)
-            before = self.functional.value(step.before, target)
-            moved = self.functional.value(State(step.after.parameters, step.before.buffers), target)
-            after = self.functional.value(step.after, target) if buffers_moved(step) else moved
-            predictions.append(torch.stack([before, moved, after]))
-        before, moved, after = torch.stack(predictions).sum(0)
-        return Terms.start(before, moved, after, parts, len(self.groups))
+        predictions = [self._predictions.of(step, start, chunk, target_of(self.query, chunk)) for start, chunk in together]
+        before, moved, after = (sum(more, first) for first, *more in zip(*predictions, strict=True))
+        return Terms.start(before, moved, after, parts, len(self.groups), close)
 
     def _chunk_size(self, step: Step, rows: int, held: int) -> int:
         """Queries at once, such that `rows` copies of their activations and `held` bytes fit the memory."""
@@ -165,6 +156,31 @@ class Integrator:
         device = next(iter(step.before.parameters.values())).device
         for start in range(0, self.query.size, size):
             yield start, self.query.rows(start, start + size, device)
+
+
+class _Predictions:
+    """The predictions at both ends of the step at hand, each computed once: where a step follows on the one before,
+    it starts from that one's last."""
+
+    def __init__(self, functional: Functional) -> None:
+        self._functional = functional
+        self._mark: object = None
+        self._found: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    def of(self, step: Step, start: int, chunk: Query, target: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...]:
+        """f(θ_s, b_s), f(θ_{s+1}, b_s) and f(θ_{s+1}, b_{s+1}) for the chunk of queries from row `start` on."""
+        if step.mark is not self._mark:
+            follows = step.follows is not None and step.follows is self._mark
+            self._known = {rows: after for rows, (_, _, after) in self._found.items()} if follows else {}
+            self._found, self._mark = {}, step.mark
+        rows = (start, chunk.size)
+        if rows not in self._found:
+            value = self._functional.value
+            before = self._known.pop(rows) if rows in self._known else value(step.before, target)
+            moved = value(State(step.after.parameters, step.before.buffers), target)
+            self._found[rows] = before, moved, value(step.after, target) if buffers_moved(step) else moved
+        return self._found[rows]
 
 
 def buffers_moved(step: Step) -> bool:

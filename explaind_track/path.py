@@ -3,12 +3,13 @@
 Ψ_s(part, Θ_g, x)_j = ∫₀¹ ⟨∇_θ f_{θ_s(t)}(x)_j, part restricted to Θ_g⟩ dt,   θ_s(t) = θ_s + t (θ_{s+1} − θ_s)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
-from einops import einsum, reduce
+from einops import reduce
 from torch import Tensor
 
 from explaind_track.step import State, Step
@@ -77,35 +78,38 @@ class Terms:
     """f(θ_{s+1}, b_{s+1}) − f(θ_{s+1}, b_s): what the model's buffers did to the prediction, (x, O)."""
     after: Tensor
     """f(θ_{s+1}, b_{s+1}), (x, O)."""
-    spread: Tensor
-    """While integrating, Σ_t w_t J_t²; (P, G, x, O)."""
+    spread: Tensor | None
+    """While integrating, Σ_t w_t J_t², (P, G, x, O); None where nobody wants the sums closed."""
     remainder: Tensor
     """What the split leaves over, [f(θ_{s+1}, b_s) − f(θ_s, b_s)] + ΣΨ, before any closing; (x, O)."""
 
     @classmethod
-    def start(cls, before: Tensor, moved: Tensor, after: Tensor, parts: int, groups: int) -> "Terms":
-        """Zero influences, and the changes from the three predictions, (x, O) each."""
+    def start(cls, before: Tensor, moved: Tensor, after: Tensor, parts: int, groups: int, close: bool) -> "Terms":
+        """Zero influences, and the changes from the three predictions, (x, O) each. close: whether to close them."""
         cells = before.new_zeros(parts, groups, *before.shape)
         zeros = torch.zeros_like(before)
-        return cls(cells, zeros, moved - before, after - moved, after, cells.clone(), zeros.clone())
+        spread = cells.clone() if close else None
+        return cls(cells, zeros, moved - before, after - moved, after, spread, zeros.clone())
 
     def add(self, influence: Tensor, rounding: Tensor, weight: float) -> None:
         """Adds one node's directional derivatives, (P, G, x, O) and (x, O), with the node's weight."""
         self.influence.add_(influence, alpha=weight)
-        self.spread.addcmul_(influence, influence, value=weight)
+        if self.spread is not None:
+            self.spread.addcmul_(influence, influence, value=weight)
         self.rounding.add_(rounding, alpha=weight)
 
-    def finish(self, owned: Tensor, close: bool) -> None:
-        """Finds the remainder once all nodes are in. owned (P,): 1 for parts, 0 for shares of them.
+    def finish(self, owned: Sequence[bool]) -> None:
+        """Finds the remainder once all nodes are in. owned: True for each of the P parts, False for shares of them.
 
-        close: makes the sums exact by sharing the remainder out, per output, in proportion to each term's variance
+        Closing makes the sums exact by sharing the remainder out, per output, in proportion to each term's variance
         over the nodes; where there is none (one node, a linear path), to its size; and where all terms are 0, evenly.
         Shares of parts stay as they are.
         """
-        self.remainder = self.change + einsum(self.influence, owned, "p g x o, p -> x o") + self.rounding
-        if not close:
+        parts = self.influence if all(owned) else self.influence[[place for place, own in enumerate(owned) if own]]
+        self.remainder = self.change + parts.sum((0, 1)) + self.rounding
+        if self.spread is None:
             return
-        mask = owned[:, None, None, None].expand_as(self.influence)
+        mask = parts.new_tensor(owned)[:, None, None, None].expand_as(self.influence)
         size = self.influence.abs() * mask
         variance = (self.spread - self.influence.square()).clamp(min=0) * mask
         noise = size.square() * (16 * torch.finfo(size.dtype).eps)
@@ -115,14 +119,18 @@ class Terms:
 
     def grouped(self) -> "Terms":
         """The same terms with all groups as one."""
-        return replace(self, influence=self.influence.sum(1, keepdim=True), spread=torch.zeros_like(self.spread[:, :1]))
+        return replace(self, influence=self.influence.sum(1, keepdim=True), spread=None)
 
     def copy(self) -> "Terms":
-        return Terms(**{name: value.clone() for name, value in vars(self).items()})
+        """The same terms in tensors of their own, to be added to."""
+        own = {name: value.clone() for name, value in vars(self).items() if name != "spread"}
+        return Terms(**own, spread=None)
 
     def __iadd__(self, other: "Terms") -> "Terms":
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+        """Adds another step's terms; `after` becomes that step's."""
+        for name in ("influence", "rounding", "change", "buffers", "remainder"):
+            getattr(self, name).add_(getattr(other, name))
+        self.after = other.after
         return self
 
 

@@ -4,7 +4,7 @@
 gradient for each output gives every direction, down to the single parameter. The counts decide, like an einsum path.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,16 +57,20 @@ class Wanted:
     groups: Groups
     rounding: bool
 
-    def directions(self, step: Step, parameter: str) -> Tensor:
-        """The parts of one parameter's step, and last the rounding if it is wanted, (R, *shape)."""
-        values = [step.parts[part][parameter] for part in self.parts]
+    @property
+    def rows(self) -> int:
+        """R, the directions of one group: one for each part, and one more if the rounding is wanted."""
+        return len(self.parts) + self.rounding
+
+    def fill(self, step: Step, parameter: str, rows: Sequence[Tensor]) -> None:
+        """Writes the parts of one parameter's step, and last the rounding if it is wanted, into R rows of its shape."""
+        for row, part in zip(rows, self.parts, strict=False):
+            row.copy_(step.parts[part][parameter])
         if self.rounding:
-            rest = step.before.parameters[parameter] - step.after.parameters[parameter]
-            for part, value in zip(self.parts, values, strict=True):
+            rest = rows[-1].copy_(step.before.parameters[parameter]).sub_(step.after.parameters[parameter])
+            for row, part in zip(rows, self.parts, strict=False):
                 if part not in SHARES:
-                    rest -= value
-            values.append(rest)
-        return torch.stack(values)
+                    rest -= row
 
 
 def choose_plan(functional: Functional, query: Query, step: Step, wanted: Wanted, outputs: int, memory: int) -> Plan:
@@ -118,12 +122,13 @@ class ForwardPlan:
     def _pass(self, bundle: dict[int, list[str]]) -> _Pass:
         count = len(self._wanted.parts)
         tangents = {}
+        total = self._rows(bundle)
         for position, names in enumerate(bundle.values()):
+            own = [*range(position * count, (position + 1) * count), *range(len(bundle) * count, total)]
             for name in names:
-                values = self._wanted.directions(self._step, name)
-                tangents[name] = values.new_zeros(self._rows(bundle), *values.shape[1:])
-                tangents[name][position * count : (position + 1) * count] = values[:count]
-                tangents[name][len(bundle) * count :] = values[count:]
+                value = self._step.before.parameters[name]
+                tangents[name] = value.new_zeros(total, *value.shape)
+                self._wanted.fill(self._step, name, [tangents[name][row] for row in own])
         cells: list[tuple[int, int] | None] = [(part, group) for group in bundle for part in range(count)]
         return _Pass(tangents, cells + [None] * self._wanted.rounding)
 
@@ -154,7 +159,11 @@ class ReversePlan:
 
     def __init__(self, functional: Functional, query: Query, step: Step, wanted: Wanted, memory: int) -> None:
         self._functional, self._query, self._wanted = functional, query, wanted
-        self._directions = {name: wanted.directions(step, name) for name in step.updates}
+        self._directions = {}
+        for name in step.updates:
+            value = step.before.parameters[name]
+            self._directions[name] = value.new_empty(wanted.rows, *value.shape)
+            wanted.fill(step, name, list(self._directions[name]))
         size = size_in_bytes(step.before.parameters)
         self._at_once = max(1, memory // 2 // size)
         self.rows = 1
@@ -176,8 +185,7 @@ class ReversePlan:
     def _products(self, gradients: Tensors) -> Tensor:
         """The gradients' inner products with each part, and last the rounding if wanted, by group: (R, G, x, O)."""
         example = next(iter(gradients.values()))
-        rows = len(self._wanted.parts) + self._wanted.rounding
-        products = example.new_zeros(rows, len(self._wanted.groups), *example.shape[:2])
+        products = example.new_zeros(self._wanted.rows, len(self._wanted.groups), *example.shape[:2])
         for group, names in enumerate(self._wanted.groups.values()):
             for name in names:
                 if name in self._directions:

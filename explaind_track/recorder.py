@@ -64,13 +64,12 @@ class TrajectoryWriter:
         self._first = 0
         self._settings: Any = None
         self._seen: set[str] = set()
-        self._versions: list[int] = []
 
     def before(self, number: int, buffers: Tensors) -> None:
         """Right before the optimizer takes step `number`: writes a keyframe where one is due, which is also the case
         where something other than the optimizer has changed the parameters since its last step. buffers: the model's
         at the start of the step."""
-        touched = self._touched()
+        touched = number > 0 and not self._stepper.untouched(buffers)
         if number % self._every == 0 or touched:
             self.flush()
             self._write_keyframe(number, buffers, continues=not touched)
@@ -91,7 +90,6 @@ class TrajectoryWriter:
                 self._keep(f"buffer:{step.number}:{name}", buffer.detach().clone())
         entry["batches"] = [self._batch(f"batch:{step.number}:{place}", one) for place, one in enumerate(step.batches)]
         self._steps.append(entry)
-        self._versions = [parameter._version for parameter in self._stepper.parameters.values()]
         if self._pending_bytes >= SEGMENT_BYTES:
             self.flush()
 
@@ -107,10 +105,7 @@ class TrajectoryWriter:
         """Ends the record behind step number − 1, with a keyframe that proves the last steps."""
         self.flush()
         if not any(entry.first == number and entry.path.startswith("keyframes/") for entry in self._entries):
-            self._write_keyframe(number, self._buffers, continues=not self._touched())
-
-    def _touched(self) -> bool:
-        return bool(self._versions) and self._versions != [p._version for p in self._stepper.parameters.values()]
+            self._write_keyframe(number, self._buffers, continues=self._stepper.untouched(self._buffers))
 
     def _add(self, entry: Entry) -> None:
         self._entries.append(entry)

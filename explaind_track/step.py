@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -76,7 +77,8 @@ class Update:
         buffer, rule = self._gradient_buffer(), self.rule
         if buffer is None:
             return self.precondition(self.gradient * rule.d)
-        return self.precondition(buffer.mul_(rule.e).add_(self.gradient, alpha=rule.d))
+        buffer.mul_(rule.e)
+        return self.precondition(buffer.add_(self.gradient, alpha=rule.d) if rule.d else buffer)
 
     def momentum(self) -> Tensor:
         """`P e β M_{s−1}`: the share of the kernel part that comes from earlier steps' gradients."""
@@ -143,8 +145,12 @@ class Step:
     batches: tuple[Batch, ...] = ()
     warm: bool = False
     """Whether the optimizer had a past before it was watched, so that there is a part `past`."""
+    mark: object = field(default_factory=object)
+    """Stands for this very step."""
+    follows: object = None
+    """The mark of the step whose `after` is, bit for bit, this one's `before`; None where there is none."""
 
-    @property
+    @cached_property
     def parts(self) -> Mapping[str, Part]:
         """The parts that add up to `θ_s − θ_{s+1}` (`PARTS`), and `SHARES` of them.
 
@@ -154,6 +160,16 @@ class Step:
         return {name: Part(self.updates, function) for name, function in compute.items()}
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and type are the same, bit for bit (NaN included)."""
+    return torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size(), torch.uint8)
+    return tensor.contiguous().reshape(-1).view(whole)
+
+
 class UnexplainedUpdate(RuntimeError):
     """A parameter moved by more than the optimizer's rule and float rounding explain."""
 
@@ -161,8 +177,9 @@ class UnexplainedUpdate(RuntimeError):
 class Stepper:
     """Watches an optimizer's steps and tells of each as a `Step`.
 
-    Call `before()` right before `optimizer.step()` and `after()` right behind it. It keeps what the optimizer does
-    not: the coupled decay's share of the momentum buffers, and on a warm start that of the unseen past.
+    Call `before()` right before `optimizer.step()` and `after()` right behind it; `settle()`, once the step it told of
+    has served, lets it see whether the next one starts from the same numbers. It keeps what the optimizer does not:
+    the coupled decay's share of the momentum buffers, and on a warm start that of the unseen past.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
@@ -180,8 +197,11 @@ class Stepper:
         self.decay_buffers: dict[str, Tensor] = {}
         self.past_buffers: dict[str, Tensor] = {}
         self._names = names
-        self._before: dict[str, Tensor] = {}
+        self._before = State({}, {})
+        self._buffers: Tensors = {}
         self._fresh: set[str] = set()
+        self._last: object = None
+        self._settled: State | None = None
         self._adopt_past()
 
     def _members(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -197,26 +217,48 @@ class Stepper:
                 if buffer is not None and buffer.any():
                     self.past_buffers[name] = buffer.clone()
 
-    def before(self) -> None:
-        self._before = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._fresh = {name for name, p, _ in self._members() if not self.optimizer.state.get(p)}
+    def settle(self) -> None:
+        """Keeps `θ_{s+1}` in the place of `θ_s`: the step just told of is not valid any more."""
+        for name, parameter in self.parameters.items():
+            self._before.parameters[name].copy_(parameter.detach())
+        self._settled = State(self._before.parameters, {n: value.clone() for n, value in self._buffers.items()})
 
-    def after(self, number: int, buffers: tuple[Tensors, Tensors], batches: tuple[Batch, ...] = ()) -> Step:
-        """The step just taken. buffers: the model's, before and after it. Raises UnexplainedUpdate."""
-        after = {name: p.detach() for name, p in self.parameters.items()}
+    def untouched(self, buffers: Tensors) -> bool:
+        """Whether parameters and buffers are, bit for bit, what they were when the last step was settled."""
+        kept = self._settled
+        return kept is not None and (
+            all(same_bits(kept.parameters[name], parameter.detach()) for name, parameter in self.parameters.items())
+            and all(same_bits(kept.buffers[name], buffer.detach()) for name, buffer in buffers.items())
+        )
+
+    def before(self, buffers: Tensors) -> None:
+        """buffers: the model's as the step began, before its forward pass; they have to last as long as the step."""
+        if self.untouched(buffers):
+            self._before = State(self._before.parameters, buffers)
+        else:
+            self._before = State({name: p.detach().clone() for name, p in self.parameters.items()}, buffers)
+            self._last = None
+        self._fresh = {name for name, p, _ in self._members() if not self.optimizer.state.get(p)}
+        self._settled = None
+
+    def after(self, number: int, buffers: Tensors, batches: tuple[Batch, ...] = ()) -> Step:
+        """The step just taken. buffers: the model's now. Raises UnexplainedUpdate."""
+        self._buffers = buffers
+        after = State({name: p.detach() for name, p in self.parameters.items()}, buffers)
         updates = {
             name: self._update(name, parameter, settings)
             for name, parameter, settings in self._members()
             if parameter.grad is not None
         }
-        return Step(
-            number, State(self._before, buffers[0]), State(after, buffers[1]), updates, batches, bool(self.past_buffers)
-        )
+        self._prove(updates)
+        step = Step(number, self._before, after, updates, batches, bool(self.past_buffers), follows=self._last)
+        self._last = step.mark
+        return step
 
     def _update(self, name: str, parameter: Tensor, settings: dict[str, Any]) -> Update:
         state = self.optimizer.state[parameter]
         rule = update_rule(self.optimizer, settings, state, name in self._fresh)
-        before = self._before[name]
+        before = self._before.parameters[name]
         gradient = cast(Tensor, parameter.grad).detach()
         if settings.get("maximize"):
             gradient = -gradient
@@ -227,23 +269,31 @@ class Stepper:
                 self.decay_buffers[name].mul_(rule.beta).add_(before, alpha=rule.b * rule.coupled)
             if name in self.past_buffers:
                 self.past_buffers[name].mul_(rule.beta)
-        update = Update(
+        return Update(
             before, parameter.detach(), gradient, rule, self.decay_buffers.get(name), self.past_buffers.get(name)
         )
-        self._prove(name, update)
-        return update
 
-    def _prove(self, name: str, update: Update) -> None:
+    def _prove(self, updates: Mapping[str, Update]) -> None:
         """The rule is only believed where it explains the step to within float rounding."""
-        kernel, regularization = update.kernel(), update.regularization()
-        size = update.before.abs() + update.after.abs() + kernel.abs() + regularization.abs()
-        unexplained = (update.before - update.after).sub_(kernel).sub_(regularization).sub_(update.past()).abs_()
-        allowed = size.mul_(64 * torch.finfo(size.dtype).eps)
-        if bool((unexplained > allowed).any()):
-            optimizer = type(self.optimizer).__name__
-            raise UnexplainedUpdate(
-                f"the rule for {optimizer} does not explain how it changed '{name}': "
-                f"{float((unexplained / allowed).max()):.0f} times what float rounding allows. Either something else "
-                f"changed the parameter between {optimizer}.step()'s start and end, or this class needs a rule of its "
-                "own: register one with @explaind_track.update_rule.register"
-            )
+        failed = [_excess(update).gt(1).any() for update in updates.values()]
+        if not failed or not bool(torch.stack([flag.to(failed[0].device) for flag in failed]).any()):
+            return
+        excess = {name: float(_excess(update).nan_to_num().max()) for name, update in updates.items()}
+        name = max(excess, key=excess.__getitem__)
+        optimizer = type(self.optimizer).__name__
+        raise UnexplainedUpdate(
+            f"the rule for {optimizer} does not explain how it changed '{name}': "
+            f"{excess[name]:.0f} times what float rounding allows. Either something else "
+            f"changed the parameter between {optimizer}.step()'s start and end, or this class needs a rule of its "
+            "own: register one with @explaind_track.update_rule.register"
+        )
+
+
+def _excess(update: Update) -> Tensor:
+    """|θ_s − θ_{s+1} − parts| in units of what float rounding allows, elementwise; NaN where nothing can be told."""
+    kernel, regularization = update.kernel(), update.regularization()
+    rest = (update.before - update.after).sub_(kernel).sub_(regularization)
+    if update.past_buffer is not None:
+        rest.sub_(update.past())
+    size = update.before.abs().add_(kernel.abs_()).add_(regularization.abs_())
+    return rest.abs_().div_(size.mul_(64 * torch.finfo(size.dtype).eps))

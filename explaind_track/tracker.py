@@ -236,11 +236,11 @@ class Tracker:
         with self._timed("trajectory"):
             if self._writer is not None:
                 self._writer.before(self.number, self._buffers)
-        self._stepper.before()
+        self._stepper.before(self._buffers)
 
     def _after(self) -> None:
         now = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
-        step = self._stepper.after(self.number, (self._buffers, now), tuple(self._batches))
+        step = self._stepper.after(self.number, now, tuple(self._batches))
         with self._timed("trajectory"):
             if self._writer is not None:
                 self._writer.record(step, buffers_moved(step))
@@ -250,6 +250,7 @@ class Tracker:
         elif self.number % self.every == 0 and step.updates:
             with self._timed("influence"):
                 self._explain(step)
+        self._stepper.settle()
 
     def _explain(self, step: Step) -> None:
         for place, (name, explainer) in enumerate(self._explainers.items()):

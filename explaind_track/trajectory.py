@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from explaind_track import storage
 from explaind_track.recorder import FORMAT, qualified, signature
 from explaind_track.rules import update_rule
-from explaind_track.step import Batch, Step, Stepper, Tensors
+from explaind_track.step import Batch, Step, Stepper, Tensors, same_bits
 from explaind_track.storage import Entry, TensorFile, TrajectoryError
 
 REPLAY_TOLERANCE = 1e-4
@@ -96,6 +96,7 @@ class Trajectory:
                 step = replay.take(number, settings, file, self._batches(entry, file))
                 if number >= first:
                     yield step
+                replay.settle()
         if last > start and last in self._keyframes:
             self._go_on(replay, last)
 
@@ -196,11 +197,15 @@ class _Replay:
             key = f"gradient:{number}:{name}"
             parameter.grad = file[key] if key in file.names else None
         buffers = {**self._buffers, **dict(file.prefixed(f"buffer:{number}:"))}
-        self._stepper.before()
+        self._stepper.before(self._buffers)
         self._optimizer.step()
-        step = self._stepper.after(number, (self._buffers, buffers), batches)
+        step = self._stepper.after(number, buffers, batches)
         self._buffers = buffers
         return step
+
+    def settle(self) -> None:
+        """Ends the validity of the step that was taken last."""
+        self._stepper.settle()
 
     def prove(self, number: int, keyframe: TensorFile) -> None:
         """Compares everything with the keyframe before step `number`, bit for bit, and goes on from the keyframe.
@@ -221,7 +226,7 @@ class _Replay:
                     found[f"state:{key}:{name}"] = value
         if recorded.keys() != found.keys():
             raise TrajectoryError(f"the replay up to step {number} has not the tensors of the keyframe there")
-        other = {name for name, value in recorded.items() if not torch.equal(_bits(value), _bits(found[name]))}
+        other = {name for name, value in recorded.items() if not same_bits(value, found[name])}
         if not other:
             return
         error = max(float((found[n] - recorded[n]).norm() / recorded[n].norm().clamp(min=1e-30)) for n in other)
@@ -239,10 +244,6 @@ class _Replay:
         with torch.no_grad():
             for name in other:
                 found[name].copy_(recorded[name])
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _optimizer_state(keyframe: TensorFile) -> dict[str, dict[str, Any]]:

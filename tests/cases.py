@@ -283,11 +283,11 @@ class Case:
             if number == first:
                 stepper = Stepper(training.optimizer, parameters)
             if stepper is not None:
-                stepper.before()
+                stepper.before(buffers)
             training.optimizer.step()
             after = copies(model.named_buffers())
             if stepper is not None:
-                yield stepper.after(number, (buffers, after))
+                yield stepper.after(number, after)
             buffers = after
 
 

@@ -200,13 +200,13 @@ def test_closing_is_exact_where_no_node_sees_a_derivative() -> None:
     stepper, weight = Stepper(optimizer, dict(model.named_parameters())), model.get_parameter("0.weight")
     weight.data.fill_(-3.0)
     weight.grad = torch.full_like(weight, -4.0)
-    stepper.before()
+    stepper.before({})
     optimizer.step()
     query, options = (
         Query.outputs(torch.ones(1, 1, dtype=torch.float64)),
         {"keep": AXES, "close": True, "progress": False},
     )
-    step = stepper.after(0, ({}, {}))
+    step = stepper.after(0, {})
     influence = explain([step], model, query, quadrature=Quadrature.fixed(1), **options)
     check(influence.data["change"], [[[1.0]]])
     check(influence.total(), [[[-1.0]]])

@@ -153,9 +153,9 @@ def run() -> Run:
             x, y = data_path.get_batch(batch)
             optimizer_path.zero_grad()
             F.nll_loss(model(x), y).backward()
-            stepper.before()
+            stepper.before({})
             optimizer_path.step()
-            step = stepper.after(number, ({}, {}))
+            step = stepper.after(number, {})
             model_path.log_checkpoint()
             optimizer_path.log_checkpoint()
             for one in ours.values():
