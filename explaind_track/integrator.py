@@ -32,9 +32,6 @@ class Integrator:
         among them is left to the remainder. None: all of the step, the rounding summed over the groups.
         memory: bytes that one pass may take, by which queries and directions are cut into chunks (a guide, not a hard
         bound)."""
-        unknown = set(parts or ()) - set(PARTS) - set(SHARES)
-        if unknown:
-            raise ValueError(f"a step has the parts {PARTS} and the shares {tuple(SHARES)}, not {sorted(unknown)}")
         self.functional = Functional(model)
         self.query, self.groups, self.memory = query, groups, memory
         self.quadrature = quadrature or Quadrature()
@@ -49,9 +46,13 @@ class Integrator:
         return Integrator(self.functional.model, query, self.groups, self._parts, self.quadrature, self.memory)
 
     def parts(self, step: Step) -> tuple[str, ...]:
-        """The names along the part axis."""
-        own = (name for name in step.parts if name != "rounding" and name not in SHARES)
-        return tuple(own if self._parts is None else (name for name in self._parts if name in step.parts))
+        """The names along the part axis. Raises ValueError for parts that the step does not have."""
+        if self._parts is None:
+            return tuple(name for name in step.parts if name != "rounding" and name not in SHARES)
+        unknown = set(self._parts) - {*step.parts, *PARTS}
+        if unknown:
+            raise ValueError(f"step {step.number} has the parts {tuple(step.parts)}, not {sorted(unknown)}")
+        return tuple(name for name in self._parts if name in step.parts)
 
     def nodes(self, step: Step) -> int:
         """How many nodes the step needs, found with one direction, that of the whole step."""
@@ -139,7 +140,9 @@ class Integrator:
 
     def _start(self, step: Step, together: Sequence[tuple[int, Query]], parts: int, close: bool) -> Terms:
         """Terms without influences, for these chunks (several only where the query is reduced to their sum)."""
-        predictions = [self._predictions.of(step, start, chunk, target_of(self.query, chunk)) for start, chunk in together]
+        predictions = [
+            self._predictions.of(step, start, chunk, target_of(self.query, chunk)) for start, chunk in together
+        ]
         before, moved, after = (sum(more, first) for first, *more in zip(*predictions, strict=True))
         return Terms.start(before, moved, after, parts, len(self.groups), close)
 

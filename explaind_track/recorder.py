@@ -157,8 +157,8 @@ class TrajectoryWriter:
         stepper = self._stepper
         tensors = {f"parameter:{name}": value for name, value in stepper.parameters.items()}
         tensors |= {f"buffer:{name}": value for name, value in buffers.items()}
-        tensors |= {f"decay:{name}": value for name, value in stepper.decay_buffers.items()}
-        tensors |= {f"past:{name}": value for name, value in stepper.past_buffers.items()}
+        for part, held in stepper.buffers.items():
+            tensors |= {f"share:{part}:{name}": value for name, value in held.items()}
         plain: dict[str, dict[str, Any]] = {}
         for name, parameter in stepper.parameters.items():
             for key, value in stepper.optimizer.state.get(parameter, {}).items():

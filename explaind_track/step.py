@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from explaind_track.rules import Rule, require_rule, update_rule
 Tensors = Mapping[str, Tensor]
 
 PARTS = ("kernel", "regularization", "past", "rounding")
-"""The parts of a step in their order; they add up to `θ_s − θ_{s+1}`."""
+"""The parts of a step, which add up to `θ_s − θ_{s+1}`; auxiliary losses are parts by their own names beside them."""
 
 SHARES = {"momentum": "kernel"}
 """Shares of a part that can be asked for beside it: a share's name, and the part it belongs to."""
@@ -43,11 +43,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a part other than the kernel has put into the optimizer, each of the parameter's shape or None if 0."""
+
+    buffer: Tensor | None
+    """Its share of the momentum buffer."""
+    gradient: Tensor | None = None
+    """Its share of `G_s`, if it is an auxiliary loss."""
+
+
+@dataclass(frozen=True)
 class Update:
     """One parameter's update `θ_s − θ_{s+1}`, and the parts it is made of; the equations are those of `rules`.
 
-    The buffer is split along with it, `B_s = M_s + R_s + Z_s`: of gradients, of coupled decay, and of what the
-    optimizer had gathered before it was watched. All tensors have the parameter's shape.
+    The gradient and the buffer are split along with it: what none of `sources` has put in is the training samples'.
+    All tensors have the parameter's shape.
     """
 
     before: Tensor
@@ -55,62 +65,87 @@ class Update:
     gradient: Tensor
     """`G_s`, with the sign that the optimizer gives it (`maximize` turns it around)."""
     rule: Rule
-    decay_buffer: Tensor | None = None
-    past_buffer: Tensor | None = None
+    sources: Mapping[str, Source]
+    """By part: `regularization` (coupled decay), `past` (what the optimizer had gathered before it was watched), and
+    the auxiliary losses."""
+
+    def seen(self) -> Tensor:
+        """`G_s + λ θ_s`, as the optimizer saw the gradient."""
+        return self.gradient.add(self.before, alpha=self.rule.coupled) if self.rule.coupled else self.gradient
 
     def precondition(self, direction: Tensor) -> Tensor:
-        """`P · direction`, in place where `direction` is ours: callers pass fresh tensors."""
-        return direction if self.rule.preconditioner is None else direction.mul_(self.rule.preconditioner())
+        """`P · direction`, over its leading axes if it has any; may write over `direction`: pass fresh tensors."""
+        return direction if self.rule.precondition is None else self.rule.precondition(direction, self)
 
-    def _gradient_buffer(self) -> Tensor | None:
+    def entered(self, direction: Tensor) -> Tensor:
+        """`b Q · direction`: what a gradient puts into the buffer, and the adjoint of that; may write over it."""
+        if self.rule.enter is not None:
+            direction = self.rule.enter(direction, self)
+        return direction.mul_(self.rule.b)
+
+    def _combine(self, buffer: Tensor | None, gradient: Tensor | None) -> Tensor:
+        """`P (e · buffer + d · gradient)`; the buffer may be written over."""
+        rule = self.rule
+        total = torch.zeros_like(self.before) if buffer is None or not rule.e else buffer.mul_(rule.e)
+        if gradient is not None and rule.d:
+            total.add_(gradient, alpha=rule.d)
+        return self.precondition(total)
+
+    def kernel_gradient(self) -> Tensor:
+        """`Σ_k w_k ∇L_k(θ_s)`: the gradient without the auxiliary losses'. Not to be written over."""
+        own = self.gradient
+        for source in self.sources.values():
+            if source.gradient is not None:
+                own = own - source.gradient
+        return own
+
+    def _kernel_buffer(self) -> Tensor | None:
         """`M_s`, a fresh tensor."""
         if self.rule.buffer is None:
             return None
         buffer = self.rule.buffer.clone()
-        for other in (self.decay_buffer, self.past_buffer):
-            if other is not None:
-                buffer -= other
+        for source in self.sources.values():
+            if source.buffer is not None:
+                buffer -= source.buffer
         return buffer
 
     def kernel(self) -> Tensor:
         """`u_s = P (e M_s + d G_s)`: what the training samples did (Thm. 3.1, summed over the samples)."""
-        buffer, rule = self._gradient_buffer(), self.rule
-        if buffer is None:
-            return self.precondition(self.gradient * rule.d)
-        buffer.mul_(rule.e)
-        return self.precondition(buffer.add_(self.gradient, alpha=rule.d) if rule.d else buffer)
+        return self._combine(self._kernel_buffer(), self.kernel_gradient())
 
     def momentum(self) -> Tensor:
         """`P e β M_{s−1}`: the share of the kernel part that comes from earlier steps' gradients."""
-        buffer, rule = self._gradient_buffer(), self.rule
+        buffer = self._kernel_buffer()
         if buffer is None:
             return torch.zeros_like(self.before)
-        return self.precondition(buffer.sub_(self.gradient, alpha=rule.b).mul_(rule.e))
+        return self._combine(buffer.sub_(self.entered(self.kernel_gradient().clone())), None)
+
+    def source(self, name: str) -> Tensor:
+        """`P (e · buffer + d · gradient)` of one of the sources; 0 if this parameter has none of that name."""
+        source = self.sources.get(name, Source(None))
+        return self._combine(None if source.buffer is None else source.buffer.clone(), source.gradient)
 
     def regularization(self) -> Tensor:
         """`r_s = P (e R_s + d λ θ_s) + γ θ_s`: what weight decay did."""
-        rule = self.rule
+        rule, buffer = self.rule, self.sources.get("regularization", Source(None)).buffer
         result = self.before * rule.decoupled
-        if rule.coupled or self.decay_buffer is not None:
-            coupled = self.before * (rule.d * rule.coupled)
-            if self.decay_buffer is not None:
-                coupled.add_(self.decay_buffer, alpha=rule.e)
-            result += self.precondition(coupled)
+        if rule.coupled or buffer is not None:
+            held = None if buffer is None else buffer.clone()
+            result += self._combine(held, self.before * rule.coupled if rule.d else None)
         return result
 
-    def past(self) -> Tensor:
-        """`P e Z_s`: what arrives from gradients (and decay) older than the record, on a warm start."""
-        if self.past_buffer is None:
-            return torch.zeros_like(self.before)
-        return self.precondition(self.past_buffer * self.rule.e)
-
     def rounding(self) -> Tensor:
-        """`(θ_s − θ_{s+1}) − u_s − r_s − past`: what float arithmetic did."""
-        return (self.before - self.after) - self.kernel() - self.regularization() - self.past()
+        """`(θ_s − θ_{s+1})` less all other parts: what float arithmetic did."""
+        rest = (self.before - self.after).sub_(self.kernel()).sub_(self.regularization())
+        for name in self.sources:
+            if name != "regularization":
+                rest -= self.source(name)
+        return rest
 
     def adjoint(self, direction: Tensor) -> Tensor:
-        """`P (e b + d) · direction`: its product with `w_k ∇L_k` is the sample's influence through its own step."""
-        return self.precondition(direction * (self.rule.e * self.rule.b + self.rule.d))
+        """`(b Q e + d) P · direction`: its product with `w_k ∇L_k` is the sample's influence through its own step."""
+        preconditioned = self.precondition(direction.clone())
+        return self.entered(preconditioned * self.rule.e).add_(preconditioned, alpha=self.rule.d)
 
 
 class Part(Mapping[str, Tensor]):
@@ -145,6 +180,8 @@ class Step:
     batches: tuple[Batch, ...] = ()
     warm: bool = False
     """Whether the optimizer had a past before it was watched, so that there is a part `past`."""
+    auxiliary: tuple[str, ...] = ()
+    """The auxiliary losses, each a part of its own: terms of the loss that belong to no training sample."""
     mark: object = field(default_factory=object)
     """Stands for this very step."""
     follows: object = None
@@ -152,11 +189,12 @@ class Step:
 
     @cached_property
     def parts(self) -> Mapping[str, Part]:
-        """The parts that add up to `θ_s − θ_{s+1}` (`PARTS`), and `SHARES` of them.
-
-        `past` is there only on a warm start.
-        """
-        compute = {name: getattr(Update, name) for name in (*PARTS, *SHARES) if name != "past" or self.warm}
+        """The parts that add up to `θ_s − θ_{s+1}`, and `SHARES` of them. `past` is there only on a warm start."""
+        compute: dict[str, Callable[[Update], Tensor]] = {"kernel": Update.kernel, "momentum": Update.momentum}
+        compute["regularization"] = Update.regularization
+        for name in (*self.auxiliary, *(["past"] if self.warm else [])):
+            compute[name] = partial(Update.source, name=name)
+        compute["rounding"] = Update.rounding
         return {name: Part(self.updates, function) for name, function in compute.items()}
 
 
@@ -179,49 +217,78 @@ class Stepper:
 
     Call `before()` right before `optimizer.step()` and `after()` right behind it; `settle()`, once the step it told of
     has served, lets it see whether the next one starts from the same numbers. It keeps what the optimizer does not:
-    the coupled decay's share of the momentum buffers, and on a warm start that of the unseen past.
+    how much of the momentum buffers is due to coupled decay, to auxiliary losses, and to a past that nobody watched.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
-        """parameters: the model's, by name; the optimizer's have to be among them (ValueError)."""
+        """parameters: the model's, by name; the optimizer's have to be among them.
+
+        Raises ValueError if they are not, or are not of real numbers; TypeError for an optimizer without a rule.
+        """
         require_rule(optimizer)
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self.buffers: dict[str, dict[str, Tensor]] = {}
+        """By part other than the kernel and by parameter: its share of the momentum buffer."""
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._refuse_foreign_parameters()
+        self._before = State({}, {})
+        self._after_buffers: Tensors = {}
+        self._auxiliary: Mapping[str, Tensors] = {}
+        self._fresh: set[str] = set()
+        self._last: object = None
+        self._settled: State | None = None
+        self._watching = self._loaded = False
+        optimizer.register_load_state_dict_post_hook(lambda _: self._note_loading())
+
+    def _refuse_foreign_parameters(self) -> None:
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        shapes = [tuple(p.shape) for p in held if id(p) not in self._names]
         if shapes:
             raise ValueError(
                 f"the optimizer holds {len(shapes)} parameter(s) that the model does not have, of shapes {shapes[:5]}; "
                 "make the optimizer from the parameters of the model that is tracked (after moving it to its device)"
             )
-        self.optimizer = optimizer
-        self.parameters = parameters
-        self.decay_buffers: dict[str, Tensor] = {}
-        self.past_buffers: dict[str, Tensor] = {}
-        self._names = names
-        self._before = State({}, {})
-        self._buffers: Tensors = {}
-        self._fresh: set[str] = set()
-        self._last: object = None
-        self._settled: State | None = None
-        self._adopt_past()
+        bad = [f"{self._names[id(p)]} ({p.dtype})" for p in held if not p.is_floating_point()]
+        if bad:
+            raise ValueError(f"only parameters of real numbers can be explained, not {', '.join(bad)}")
 
     def _members(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 yield self._names[id(parameter)], parameter, group
 
-    def _adopt_past(self) -> None:
+    def _note_loading(self) -> None:
+        self._loaded = True
+
+    def _begin(self) -> None:
+        """At the first step: what the optimizer holds already is the past."""
+        if self._watching:
+            if self._loaded:
+                raise RuntimeError(
+                    "the optimizer's state was loaded after its first step was watched, so what its momentum holds is "
+                    "not known any more; load first, then make the Tracker"
+                )
+            return
+        self._watching, self._loaded = True, False
+        past = self.buffers.setdefault("past", {})
         for name, parameter, settings in self._members():
             state = self.optimizer.state.get(parameter)
             if state:
                 buffer = update_rule(self.optimizer, settings, state, False).buffer
                 if buffer is not None and buffer.any():
-                    self.past_buffers[name] = buffer.clone()
+                    past[name] = buffer.clone()
+
+    def adopt(self, buffers: Mapping[str, Tensors]) -> None:
+        """Goes on where a record left off: `buffers` as they were then; there is no other past."""
+        self.buffers = {part: dict(values) for part, values in buffers.items()}
+        self._watching = True
 
     def settle(self) -> None:
         """Keeps `θ_{s+1}` in the place of `θ_s`: the step just told of is not valid any more."""
         for name, parameter in self.parameters.items():
             self._before.parameters[name].copy_(parameter.detach())
-        self._settled = State(self._before.parameters, {n: value.clone() for n, value in self._buffers.items()})
+        self._settled = State(self._before.parameters, {n: value.clone() for n, value in self._after_buffers.items()})
 
     def untouched(self, buffers: Tensors) -> bool:
         """Whether parameters and buffers are, bit for bit, what they were when the last step was settled."""
@@ -231,19 +298,21 @@ class Stepper:
             and all(same_bits(kept.buffers[name], buffer.detach()) for name, buffer in buffers.items())
         )
 
-    def before(self, buffers: Tensors) -> None:
-        """buffers: the model's as the step began, before its forward pass; they have to last as long as the step."""
+    def before(self, buffers: Tensors, auxiliary: Mapping[str, Tensors] | None = None) -> None:
+        """buffers: the model's as the step began, before its forward pass; they have to last as long as the step.
+        auxiliary: the gradient of every auxiliary loss, by its name and by parameter."""
+        self._begin()
         if self.untouched(buffers):
             self._before = State(self._before.parameters, buffers)
         else:
             self._before = State({name: p.detach().clone() for name, p in self.parameters.items()}, buffers)
             self._last = None
         self._fresh = {name for name, p, _ in self._members() if not self.optimizer.state.get(p)}
-        self._settled = None
+        self._auxiliary, self._settled = auxiliary or {}, None
 
     def after(self, number: int, buffers: Tensors, batches: tuple[Batch, ...] = ()) -> Step:
         """The step just taken. buffers: the model's now. Raises UnexplainedUpdate."""
-        self._buffers = buffers
+        self._after_buffers = buffers
         after = State({name: p.detach() for name, p in self.parameters.items()}, buffers)
         updates = {
             name: self._update(name, parameter, settings)
@@ -251,27 +320,41 @@ class Stepper:
             if parameter.grad is not None
         }
         self._prove(updates)
-        step = Step(number, self._before, after, updates, batches, bool(self.past_buffers), follows=self._last)
+        warm = bool(self.buffers.get("past"))
+        step = Step(
+            number, self._before, after, updates, batches, warm, tuple(self._auxiliary), follows=self._last
+        )  # fmt: skip
         self._last = step.mark
         return step
 
     def _update(self, name: str, parameter: Tensor, settings: dict[str, Any]) -> Update:
-        state = self.optimizer.state[parameter]
-        rule = update_rule(self.optimizer, settings, state, name in self._fresh)
-        before = self._before.parameters[name]
         gradient = cast(Tensor, parameter.grad).detach()
-        if settings.get("maximize"):
-            gradient = -gradient
-        if rule.buffer is not None:
-            if rule.coupled and name not in self.decay_buffers:
-                self.decay_buffers[name] = torch.zeros_like(before)
-            if name in self.decay_buffers:
-                self.decay_buffers[name].mul_(rule.beta).add_(before, alpha=rule.b * rule.coupled)
-            if name in self.past_buffers:
-                self.past_buffers[name].mul_(rule.beta)
-        return Update(
-            before, parameter.detach(), gradient, rule, self.decay_buffers.get(name), self.past_buffers.get(name)
-        )
+        if gradient.is_sparse:
+            raise ValueError(f"the gradient of '{name}' is sparse; use sparse=False in its module")
+        sign = -1.0 if settings.get("maximize") else 1.0
+        rule = update_rule(self.optimizer, settings, self.optimizer.state[parameter], name in self._fresh)
+        before = self._before.parameters[name]
+        sources: dict[str, Source] = {}
+        update = Update(before, parameter.detach(), gradient if sign > 0 else -gradient, rule, sources)
+        for part in dict.fromkeys(("regularization", *self._auxiliary, *self.buffers)):
+            own = self._auxiliary.get(part, {}).get(name)
+            signed = None if own is None else own * sign
+            entering = before * rule.coupled if part == "regularization" and rule.coupled else signed
+            buffer = self._advance(part, name, update, entering)
+            if signed is not None or buffer is not None:
+                sources[part] = Source(buffer, signed)
+        return update
+
+    def _advance(self, part: str, name: str, update: Update, gradient: Tensor | None) -> Tensor | None:
+        """A part's share of the momentum buffer after the step, `β R_{s−1} + b Q · gradient`."""
+        held = self.buffers.setdefault(part, {})
+        if update.rule.buffer is not None:
+            if name in held:
+                held[name].mul_(update.rule.beta)
+            if gradient is not None:
+                entered = update.entered(gradient.clone())
+                held[name] = held[name].add_(entered) if name in held else entered
+        return held.get(name)
 
     def _prove(self, updates: Mapping[str, Update]) -> None:
         """The rule is only believed where it explains the step to within float rounding."""
@@ -291,9 +374,10 @@ class Stepper:
 
 def _excess(update: Update) -> Tensor:
     """|θ_s − θ_{s+1} − parts| in units of what float rounding allows, elementwise; NaN where nothing can be told."""
-    kernel, regularization = update.kernel(), update.regularization()
-    rest = (update.before - update.after).sub_(kernel).sub_(regularization)
-    if update.past_buffer is not None:
-        rest.sub_(update.past())
-    size = update.before.abs().add_(kernel.abs_()).add_(regularization.abs_())
-    return rest.abs_().div_(size.mul_(64 * torch.finfo(size.dtype).eps))
+    rest, size = update.before - update.after, update.before.abs()
+    parts = [update.kernel(), update.regularization()]
+    parts += [update.source(name) for name in update.sources if name != "regularization"]
+    for part in parts:
+        rest -= part
+        size += part.abs_()
+    return rest.abs_().div_(size.mul_(64 * torch.finfo(update.rule.precision or size.dtype).eps))

@@ -177,8 +177,7 @@ class _Replay:
         for name, state in _optimizer_state(keyframe).items():
             self._optimizer.state[self._parameters[name]] = state
         self._stepper = Stepper(self._optimizer, self._parameters)
-        self._stepper.decay_buffers = dict(keyframe.prefixed("decay:"))
-        self._stepper.past_buffers = dict(keyframe.prefixed("past:"))
+        self._stepper.adopt(_shares(keyframe))
 
     def _groups(self, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [
@@ -214,12 +213,12 @@ class _Replay:
         ReplayWarning; other numbers raise TrajectoryError.
         """
         recorded: dict[str, Tensor] = {}
-        for prefix in ("parameter:", "buffer:", "decay:", "past:", "state:"):
+        for prefix in ("parameter:", "buffer:", "share:", "state:"):
             recorded |= {prefix + name: value for name, value in keyframe.prefixed(prefix)}
         found = {f"parameter:{name}": value.detach() for name, value in self._parameters.items()}
         found |= {f"buffer:{name}": value for name, value in self._buffers.items()}
-        found |= {f"decay:{name}": value for name, value in self._stepper.decay_buffers.items()}
-        found |= {f"past:{name}": value for name, value in self._stepper.past_buffers.items()}
+        for part, held in self._stepper.buffers.items():
+            found |= {f"share:{part}:{name}": value for name, value in held.items()}
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
@@ -253,6 +252,15 @@ def _optimizer_state(keyframe: TensorFile) -> dict[str, dict[str, Any]]:
         key, parameter = name.split(":", 1)
         state.setdefault(parameter, {})[key] = value
     return state
+
+
+def _shares(keyframe: TensorFile) -> dict[str, dict[str, Tensor]]:
+    """The shares of the momentum buffers by part and parameter."""
+    shares: dict[str, dict[str, Tensor]] = {}
+    for name, value in keyframe.prefixed("share:"):
+        part, parameter = name.split(":", 1)
+        shares.setdefault(part, {})[parameter] = value
+    return shares
 
 
 def _known_optimizers() -> dict[str, type[torch.optim.Optimizer]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from optimizers import Lion
 from reference import Reference, Rule, Training, Turn, copies, gauss_legendre, reference
 from torch import Tensor, nn
 
@@ -51,6 +52,17 @@ class Tied(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.decoder(torch.tanh(self.hidden(self.embedding(tokens).sum(1))))
+
+
+class Matrices(nn.Module):
+    """Without vectors, as Muon wants it: a tall matrix and a wide one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
 
 
 class Scaled(MLP):
@@ -101,6 +113,14 @@ def squared_error(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (model(x) - F.one_hot(y, 3)).square().sum(1)
 
 
+def l1(model: nn.Module) -> Tensor:
+    return sum((0.05 * p.abs().sum() for p in model.parameters() if p.requires_grad), torch.zeros(()))
+
+
+def scaled(tensors: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    return {name: tensor * factor for name, tensor in tensors.items()}
+
+
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -141,6 +161,18 @@ OPTIMIZERS: dict[str, Make] = {
         torch.optim.SGD, 0.1, momentum=0.7, nesterov=True, weight_decay=0.2, maximize=True
     ),
     "sgd-groups": sgd_in_groups,
+    "adamw-foreach": optimizer(torch.optim.AdamW, 0.05, weight_decay=0.2, foreach=True),
+    "adamw-fused": optimizer(torch.optim.AdamW, 0.05, weight_decay=0.2, fused=True),
+    "sgd-fused": optimizer(torch.optim.SGD, 0.2, momentum=0.8, weight_decay=0.2, fused=True),
+    "nadam": optimizer(torch.optim.NAdam, 0.05, betas=(0.8, 0.9), weight_decay=0.2, momentum_decay=0.1),
+    "nadamw": optimizer(torch.optim.NAdam, 0.05, weight_decay=0.2, decoupled_weight_decay=True, maximize=True),
+    "radam": optimizer(torch.optim.RAdam, 0.05, betas=(0.8, 0.9), weight_decay=0.2),
+    "radamw": optimizer(torch.optim.RAdam, 0.05, betas=(0.8, 0.9), weight_decay=0.2, decoupled_weight_decay=True),
+    "rmsprop": optimizer(torch.optim.RMSprop, 0.05, alpha=0.8, weight_decay=0.2),
+    "rmsprop-momentum": optimizer(torch.optim.RMSprop, 0.02, alpha=0.8, momentum=0.7, weight_decay=0.2, centered=True),
+    "adagrad": optimizer(torch.optim.Adagrad, 0.2, lr_decay=0.1, weight_decay=0.2),
+    "adadelta": optimizer(torch.optim.Adadelta, 20.0, rho=0.8, weight_decay=0.2),
+    "lion": optimizer(Lion, 0.05, betas=(0.8, 0.9), weight_decay=0.2),
 }
 
 
@@ -164,6 +196,7 @@ def scheduled(loop: tuple[Turn, ...], **settings: tuple[Any, ...]) -> tuple[Turn
     return tuple(replace(turn, settings=dict(zip(settings, values, strict=True))) for turn, *values in steps)
 
 
+CLIPPED = (mean(0, 1, 2, clip_norm=0.5), mean(3, 4, 5, 6, clip_norm=0.2), mean(1, 6, clip_norm=100.0), mean(5, 2))
 DECAYS = (0.1, 0.3, 0.0, 0.2)
 RATES = scheduled(RAGGED, lr=(0.01, 0.1, 0.2, 0.05, 0.0))
 BETAS = scheduled(FULL, betas=((0.9, 0.9), (0.5, 0.8), (0.7, 0.9), (0.8, 0.95)), weight_decay=DECAYS)
@@ -241,6 +274,7 @@ class Case:
     groups: GroupSpec = None
     sample_loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = cross_entropy
     dtype: torch.dtype = torch.float64
+    auxiliary: Callable[[nn.Module], Tensor] | None = None
 
     def make(self, seed: int = 0) -> nn.Module:
         with torch.random.fork_rng():
@@ -255,7 +289,9 @@ class Case:
 
     def training(self) -> Training:
         model = self.make()
-        return Training(model, self.optimizer(model), self.sample_loss, *self.data(SAMPLES, 1), self.loop)
+        return Training(
+            model, self.optimizer(model), self.sample_loss, *self.data(SAMPLES, 1), self.loop, self.auxiliary
+        )
 
     def query(self) -> Query:
         return self.target.query(*self.data(QUERIES, 2))
@@ -272,6 +308,13 @@ class Case:
         x, y = self.data(QUERIES, 2)
         return reference(self.training(), lambda model: self.target.plain(model, x, y), rule)
 
+    def auxiliary_gradients(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        if self.auxiliary is None:
+            return {}
+        learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        found = torch.autograd.grad(self.auxiliary(model), list(learning.values()))
+        return {"auxiliary": dict(zip(learning, found, strict=True))}
+
     def steps(self, first: int = 0) -> Iterator[Step]:
         """The training's steps, as the package sees them if it watches from step `first` on."""
         training = self.training()
@@ -279,11 +322,14 @@ class Case:
         buffers = copies(model.named_buffers())
         stepper: Stepper | None = None
         for number, (turn, losses) in enumerate(training.losses()):
-            training.backward(turn, losses)
+            auxiliary = self.auxiliary_gradients(model)
+            clip = training.backward(turn, losses)
             if number == first:
                 stepper = Stepper(training.optimizer, parameters)
             if stepper is not None:
-                stepper.before(buffers)
+                stepper.before(
+                    buffers, {part: {n: g * clip for n, g in own.items()} for part, own in auxiliary.items()}
+                )
             training.optimizer.step()
             after = copies(model.named_buffers())
             if stepper is not None:
@@ -308,9 +354,25 @@ CASES = [
         for name in ("adamw", "adam-decay", "sgd-dampening-decay")
         for loop, turns in {"weighted": WEIGHTED, "rates": RATES, "thawed": THAWED, "late": LATE}.items()
     ),
+    *(
+        Case(f"{name}-{what}", optimizer=OPTIMIZERS[name], **special)
+        for name in ("adamw", "adam-decay", "sgd-nesterov-decay", "rmsprop-momentum", "lion")
+        for what, special in {
+            "clipped": {"loop": CLIPPED},
+            "auxiliary": {"auxiliary": l1},
+            "clipped-auxiliary": {"loop": CLIPPED, "auxiliary": l1},
+        }.items()
+    ),
+    Case("muon", model=Matrices, optimizer=optimizer(torch.optim.Muon, 0.05, momentum=0.8)),
+    Case("muon-plain", model=Matrices, optimizer=optimizer(torch.optim.Muon, 0.05, nesterov=False, weight_decay=0.3)),
     Case("adamw-full", loop=FULL),
     Case("adamw-betas", loop=BETAS),
     Case("adam-betas", optimizer=OPTIMIZERS["adam-decay"], loop=BETAS),
+    Case("nadam-betas", optimizer=OPTIMIZERS["nadam"], loop=BETAS),
+    Case("rmsprop-momenta", optimizer=OPTIMIZERS["rmsprop-momentum"], loop=MOMENTA),
+    Case(
+        "radam-long", optimizer=optimizer(torch.optim.RAdam, 0.05, betas=(0.8, 0.99), weight_decay=0.1), loop=FULL * 2
+    ),
     Case("sgd-momenta", optimizer=OPTIMIZERS["sgd-momentum-decay"], loop=MOMENTA),
     Case("sgd-full", optimizer=OPTIMIZERS["sgd"], loop=FULL, sample_loss=squared_error),
     *(Case(f"{name}-adamw", model=model, loop=RAGGED[:3]) for name, model in MODELS.items()),

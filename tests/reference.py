@@ -7,7 +7,7 @@ Letters as in Theorem 3.1: step s (of N), earlier step i, training sample k (of 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class Turn:
     """Hyperparameters that change in all parameter groups before the step."""
     without: tuple[str, ...] = ()
     """Parameters that get no gradient in this step."""
+    clip_norm: float = inf
+    """The gradient's norm is clipped to this."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Training:
     x: Tensor
     y: Tensor
     loop: Sequence[Turn]
+    auxiliary: Callable[[nn.Module], Tensor] | None = None
+    """A term of the loss that belongs to no sample."""
 
     def losses(self) -> Iterator[tuple[Turn, Tensor]]:
         """Each turn with the losses of its samples; whoever iterates calls `backward` and the optimizer's `step`."""
@@ -50,11 +54,15 @@ class Training:
             index = torch.tensor(turn.index)
             yield turn, self.sample_loss(self.model, self.x[index], self.y[index])
 
-    def backward(self, turn: Turn, losses: Tensor) -> None:
-        """The gradient of Σ_k w_k L_k."""
+    def backward(self, turn: Turn, losses: Tensor) -> float:
+        """The gradient of Σ_k w_k L_k and of the auxiliary loss, clipped; returns by what it was multiplied."""
         (losses * losses.new_tensor(turn.weights)).sum().backward()
+        if self.auxiliary is not None:
+            self.auxiliary(self.model).backward()
         for name in turn.without:
             self.model.get_parameter(name).grad = None
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), turn.clip_norm))
+        return min(1.0, turn.clip_norm / (norm + 1e-6))
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,10 @@ class Moment:
     buffers_after: dict[str, Tensor]
     gradients: list[dict[str, Tensor]]
     """∇L_k(θ_s) by parameter, for each sample of the batch."""
+    auxiliary: dict[str, Tensor]
+    """The auxiliary loss's gradient by parameter; zeros without one."""
+    clip: float
+    """By what the gradient was multiplied."""
     settings: dict[str, dict[str, Any]]
     """Of the parameters that the optimizer updated."""
 
@@ -89,6 +101,10 @@ def record(training: Training) -> list[Moment]:
             gradients.append(
                 {n: torch.zeros_like(learning[n]) if g is None else g for n, g in zip(learning, found, strict=True)}
             )
+        extra = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        if training.auxiliary is not None:
+            found = torch.autograd.grad(training.auxiliary(model), list(learning.values()), allow_unused=True)
+            extra |= {name: g for name, g in zip(learning, found, strict=True) if g is not None}
         training.backward(turn, losses)
         settings = {
             name: {key: value for key, value in group.items() if key != "params"}
@@ -99,45 +115,168 @@ def record(training: Training) -> list[Moment]:
         before = copies(model.named_parameters())
         optimizer.step()
         after, buffers_after = copies(model.named_parameters()), copies(model.named_buffers())
-        moments.append(Moment(turn, before, after, buffers, buffers_after, gradients, settings))
+        square = sum(
+            float((sum(w * g[name] for w, g in zip(turn.weights, gradients, strict=True)) + extra[name]).square().sum())
+            for name in settings
+        )
+        clip = min(1.0, turn.clip_norm / (square**0.5 + 1e-6))
+        moments.append(Moment(turn, before, after, buffers, buffers_after, gradients, extra, clip, settings))
         buffers = buffers_after
     return moments
 
 
-def adam_coefficients(past: Sequence[Settings]) -> list[float]:
-    """c_{s,i} = α_s (1−β₁) β₁^{s−i} / (1−β₁^{s+1}) for i = 0…s, from the settings at those steps (Thm. 3.1)."""
-    now, count = past[-1], len(past)
-    coefficients = []
-    for i, then in enumerate(past):
-        decayed = prod(later["betas"][0] for later in past[i + 1 :])
-        coefficients.append(now["lr"] * (1 - then["betas"][0]) * decayed / (1 - now["betas"][0] ** count))
-    return coefficients
+Map = Callable[[Tensor], Tensor]
+"""What the gradient of step i, once it is given, does to the parameter in step s; linear."""
 
 
-def adam_preconditioner(past: Sequence[Settings], gradients: Sequence[Tensor]) -> Tensor:
-    """P_s = 1 / (√v̂_{s+1} + ε),  v_{i+1} = β₂ v_i + (1−β₂) g_i²,  v̂_{s+1} = v_{s+1} / (1−β₂^{s+1})."""
-    now, count = past[-1], len(past)
-    v = largest = torch.zeros_like(gradients[0])
-    for then, gradient in zip(past, gradients, strict=True):
+def adam(past: Sequence[Settings], seen: Sequence[Tensor]) -> list[Map]:
+    """c_{s,i} P_s,  c_{s,i} = α_s (1−β₁) β₁^{s−i} / (1−β₁^{s+1}) for i = 0…s, from the settings at those steps, and
+    P_s = 1 / (√v̂_{s+1} + ε),  v_{i+1} = β₂ v_i + (1−β₂) g_i²,  v̂_{s+1} = v_{s+1} / (1−β₂^{s+1})  (Thm. 3.1)."""
+    now = past[-1]
+    p = adam_preconditioner(past, seen)
+    rate = now["lr"] / (1 - now["betas"][0] ** len(past))
+    return [scaled(rate * c, p) for c in averaging(past)]
+
+
+def averaging(past: Sequence[Settings]) -> list[float]:
+    """(1−β₁) β₁^{s−i}: how much of gradient i a running average holds."""
+    return [(1 - then["betas"][0]) * prod(later["betas"][0] for later in past[i + 1 :]) for i, then in enumerate(past)]
+
+
+def second_moment(past: Sequence[Settings], seen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """v_{s+1} and the largest of all v so far."""
+    v = largest = torch.zeros_like(seen[0])
+    for then, gradient in zip(past, seen, strict=True):
         v = then["betas"][1] * v + (1 - then["betas"][1]) * gradient**2
         largest = torch.maximum(largest, v)
-    v_hat = (largest if now["amsgrad"] else v) / (1 - now["betas"][1] ** count)
+    return v, largest
+
+
+def adam_preconditioner(past: Sequence[Settings], seen: Sequence[Tensor]) -> Tensor:
+    now = past[-1]
+    v, largest = second_moment(past, seen)
+    v_hat = (largest if now.get("amsgrad") else v) / (1 - now["betas"][1] ** len(past))
     return 1 / (v_hat.sqrt() + now["eps"])
 
 
-def sgd_coefficients(past: Sequence[Settings]) -> list[float]:
+def scaled(coefficient: float, p: Tensor) -> Map:
+    return lambda gradient: coefficient * p * gradient
+
+
+def nadam(past: Sequence[Settings], seen: Sequence[Tensor]) -> list[Map]:
+    """M looks one step ahead: θ −= α P ((1−μ_s) g_s / (1−Π_{i≤s} μ_i) + μ_{s+1} m_s / (1−Π_{i≤s+1} μ_i)),
+    μ_i = β₁ (1 − 0.96^{(i+1) ψ} / 2)."""
+    now, count = past[-1], len(past)
+
+    def mu(then: Settings, place: int) -> float:
+        return then["betas"][0] * (1 - 0.5 * 0.96 ** (place * then["momentum_decay"]))
+
+    rounded = torch.tensor(1.0)  # torch keeps the product in float32
+    for place, then in enumerate(past, start=1):
+        rounded *= mu(then, place)
+    product, ahead = float(rounded), mu(now, count + 1)
+    coefficients = [now["lr"] * ahead / (1 - product * ahead) * c for c in averaging(past)]
+    coefficients[-1] += now["lr"] * (1 - mu(now, count)) / (1 - product)
+    return [scaled(c, adam_preconditioner(past, seen)) for c in coefficients]
+
+
+def radam(past: Sequence[Settings], seen: Sequence[Tensor]) -> list[Map]:
+    """θ −= α r m̂ √(1−β₂^{s+1}) / (√v + ε) once ρ_s > 5, else α m̂."""
+    now, count = past[-1], len(past)
+    beta2 = now["betas"][1]
+    most = 2 / (1 - beta2) - 1
+    rho = most - 2 * count * beta2**count / (1 - beta2**count)
+    p = torch.ones_like(seen[0])
+    if rho > 5:
+        r = ((rho - 4) * (rho - 2) * most / ((most - 4) * (most - 2) * rho)) ** 0.5
+        p = r * (1 - beta2**count) ** 0.5 / (second_moment(past, seen)[0].sqrt() + now["eps"])
+    return [scaled(now["lr"] / (1 - now["betas"][0] ** count) * c, p) for c in averaging(past)]
+
+
+def sgd(past: Sequence[Settings], seen: Sequence[Tensor]) -> list[Map]:
     """c_{s,i} = α_s β^{s−i} (Cor. 3.2), times 1 − dampening for all gradients but the first, whose buffer torch
     does not dampen. Nesterov looks one step ahead: α_s β β^{s−i}, and α_s more for i = s."""
-    now, coefficients = past[-1], []
+    now, one = past[-1], torch.ones_like(seen[0])
     if now["momentum"] == 0:
-        return [0.0] * (len(past) - 1) + [now["lr"]]
+        return [scaled(0.0, one)] * (len(past) - 1) + [scaled(now["lr"], one)]
+    coefficients = []
     for i, then in enumerate(past):
         fresh = 1 if i == 0 else 1 - then["dampening"]
         coefficients.append(now["lr"] * fresh * prod(later["momentum"] for later in past[i + 1 :]))
     if now["nesterov"]:
         coefficients = [now["momentum"] * coefficient for coefficient in coefficients]
         coefficients[-1] += now["lr"]
-    return coefficients
+    return [scaled(c, one) for c in coefficients]
+
+
+def rmsprop(past: Sequence[Settings], seen: Sequence[Tensor]) -> list[Map]:
+    """θ −= α Σ_{i≤s} μ^{s−i} P_i g_i,  P_i = 1 / (√(v_i − ḡ_i²) + ε), ḡ only if centered: each gradient keeps the
+    preconditioner of its own step."""
+    now, maps = past[-1], []
+    v = mean = torch.zeros_like(seen[0])
+    for i, (then, gradient) in enumerate(zip(past, seen, strict=True)):
+        v = then["alpha"] * v + (1 - then["alpha"]) * gradient**2
+        mean = then["alpha"] * mean + (1 - then["alpha"]) * gradient
+        p = 1 / ((v - mean**2 if then["centered"] else v).sqrt() + then["eps"])
+        maps.append(scaled(now["lr"] * prod(later["momentum"] for later in past[i + 1 :]), p))
+    return maps
+
+
+def only_last(past: Sequence[Settings], p: Tensor) -> list[Map]:
+    return [scaled(0.0, p)] * (len(past) - 1) + [scaled(past[-1]["lr"], p)]
+
+
+def adagrad(past: Sequence[Settings], seen: Sequence[Tensor]) -> list[Map]:
+    """P_s = 1 / ((1 + s γ) (√Σ_i g_i² + ε))."""
+    total = sum((gradient**2 for gradient in seen), torch.zeros_like(seen[0]))
+    slower = 1 + (len(past) - 1) * past[-1]["lr_decay"]
+    return only_last(past, 1 / (slower * (total.sqrt() + past[-1]["eps"])))
+
+
+def adadelta(past: Sequence[Settings], seen: Sequence[Tensor]) -> list[Map]:
+    """P_s = √(Δ_{s−1} + ε) / √(v_s + ε),  Δ_s = ρ Δ_{s−1} + (1−ρ) (P_s g_s)²."""
+    v = delta = p = torch.zeros_like(seen[0])
+    for then, gradient in zip(past, seen, strict=True):
+        v = then["rho"] * v + (1 - then["rho"]) * gradient**2
+        p = (delta + then["eps"]).sqrt() / (v + then["eps"]).sqrt()
+        delta = then["rho"] * delta + (1 - then["rho"]) * (p * gradient) ** 2
+    return only_last(past, p)
+
+
+def lion(past: Sequence[Settings], seen: Sequence[Tensor]) -> list[Map]:
+    """θ −= α sign(c_s),  c_s = β₁ m_{s−1} + (1−β₁) g_s,  m_s = β₂ m_{s−1} + (1−β₂) g_s: as if P_s = 1/|c_s| were
+    given."""
+    now = past[-1]
+    coefficients = [
+        now["betas"][0] * (1 - then["betas"][1]) * prod(later["betas"][1] for later in past[i + 1 : -1])
+        for i, then in enumerate(past[:-1])
+    ] + [1 - now["betas"][0]]
+    c = sum((k * gradient for k, gradient in zip(coefficients, seen, strict=True)), torch.zeros_like(seen[0]))
+    return [scaled(now["lr"] * k, 1 / c.abs()) for k in coefficients]
+
+
+def muon(past: Sequence[Settings], seen: Sequence[Tensor]) -> list[Map]:
+    """θ −= α' X_5,  X_0 = C/‖C‖,  X ← (a + b XXᵀ + c (XXᵀ)²) X with C = (1−μ) g_s + μ B_s (Nesterov): as if the matrix
+    P_s with X_5 = P_s C (X_5 = C P_s for a tall C) were given: U diag(x_5/σ) Uᵀ with C's shorter singular vectors."""
+    now = past[-1]
+    decayed = [(1 - t["momentum"]) * prod(u["momentum"] for u in past[i + 1 :]) for i, t in enumerate(past)]
+    if now["nesterov"]:
+        decayed = [now["momentum"] * k for k in decayed]
+        decayed[-1] += 1 - now["momentum"]
+    c = sum((k * gradient for k, gradient in zip(decayed, seen, strict=True)), torch.zeros_like(seen[0]))
+    left, sigma, right = torch.linalg.svd(c, full_matrices=False)
+    x = sigma / sigma.norm()
+    first, second, third = now["ns_coefficients"]
+    for _ in range(now["ns_steps"]):
+        x = first * x + second * x**3 + third * x**5
+    tall = c.shape[0] > c.shape[1]
+    p = right.T @ torch.diag(x / sigma) @ right if tall else left @ torch.diag(x / sigma) @ left.T
+    rate = now["lr"] * max(1, c.shape[0] / c.shape[1]) ** 0.5
+
+    def contribution(k: float) -> Map:
+        return lambda gradient: rate * k * (gradient @ p if tall else p @ gradient)
+
+    return [contribution(k) for k in decayed]
 
 
 @dataclass(frozen=True)
@@ -148,6 +287,8 @@ class Reference:
     """Where each parameter's entries lie along D."""
     train: Tensor
     """c_{s,i} 1[k∈B_i] w_{i,k} P_s ∇L_k(θ_i), (N, N, M, D) over s, i, k; its sum over i is φ_s^train(k)."""
+    auxiliary: Tensor
+    """The same for the auxiliary loss in the place of samples, (N, N, D) over s, i."""
     decay: Tensor
     """What the weight decay of step i does in step s, (N, N, D) over s, i; its sum over i is r_s."""
     moved: Tensor
@@ -173,12 +314,14 @@ class Reference:
     def parts(self, first: int = 0) -> dict[str, Tensor]:
         """The parts of θ_s − θ_{s+1}, (N, D) each, as seen by someone who watches from step `first` on."""
         kernel, decay = self.train[:, first:].sum((1, 2)), self.decay[:, first:].sum(1)
-        past = self.train[:, :first].sum((1, 2)) + self.decay[:, :first].sum(1)
+        auxiliary = self.auxiliary[:, first:].sum(1)
+        past = (self.train[:, :first].sum(2) + self.decay[:, :first] + self.auxiliary[:, :first]).sum(1)
         return {
             "kernel": kernel,
             "regularization": decay,
+            "auxiliary": auxiliary,
             "past": past,
-            "rounding": self.moved - kernel - decay - past,
+            "rounding": self.moved - kernel - decay - auxiliary - past,
             "momentum": torch.stack([by_step[first:s].sum((0, 1)) for s, by_step in enumerate(self.train)]),
         }
 
@@ -195,43 +338,52 @@ class Reference:
         return torch.stack(sums, 1)
 
 
-def train_features(optimizer: torch.optim.Optimizer, moments: Sequence[Moment], samples: int) -> tuple[Tensor, Tensor]:
-    """The `train` and `decay` of a `Reference`. A parameter's steps are those at which the optimizer updated it."""
+MAPS: dict[str, Callable[[Sequence[Settings], Sequence[Tensor]], list[Map]]] = {
+    "AdamW": adam, "Adam": adam, "NAdam": nadam, "RAdam": radam, "SGD": sgd, "RMSprop": rmsprop, "Adagrad": adagrad,
+    "Adadelta": adadelta, "Lion": lion, "Muon": muon,
+}  # fmt: skip
+
+
+def train_features(
+    optimizer: torch.optim.Optimizer, moments: Sequence[Moment], samples: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `train`, `auxiliary` and `decay` of a `Reference`. A parameter's steps are those at which the optimizer
+    updated it."""
     places, size = layout(moments[0].before)
     train = torch.zeros(len(moments), len(moments), samples, size, dtype=torch.float64)
-    decay = torch.zeros(len(moments), len(moments), size, dtype=torch.float64)
+    auxiliary = torch.zeros(len(moments), len(moments), size, dtype=torch.float64)
+    decay = torch.zeros_like(auxiliary)
     for name, place in places.items():
         touched = [i for i, moment in enumerate(moments) if name in moment.settings]
         for count, s in enumerate(touched, start=1):
             steps = touched[:count]
             past = [moments[i].settings[name] for i in steps]
-            if isinstance(optimizer, torch.optim.Adam):
-                c, p = adam_coefficients(past), adam_preconditioner(past, [seen(moments[i], name) for i in steps])
-            else:
-                c, p = sgd_coefficients(past), torch.ones_like(moments[s].before[name])
-            for i, then, c_si in zip(steps, past, c, strict=True):
-                turn, sign = moments[i].turn, -1 if then["maximize"] else 1
-                for k, weight, gradients in zip(turn.index, turn.weights, moments[i].gradients, strict=True):
-                    train[s, i, k, place] += (c_si * weight * p * sign * gradients[name]).flatten()
+            maps = MAPS[type(optimizer).__name__](past, [seen(moments[i], name) for i in steps])
+            for i, then, mapped in zip(steps, past, maps, strict=True):
+                moment, sign = moments[i], -1 if then.get("maximize") else 1
+                for k, weight, gradients in zip(moment.turn.index, moment.turn.weights, moment.gradients, strict=True):
+                    train[s, i, k, place] += mapped(sign * moment.clip * weight * gradients[name]).flatten()
+                auxiliary[s, i, place] += mapped(sign * moment.clip * moment.auxiliary[name]).flatten()
                 if not decoupled(then):
-                    decay[s, i, place] += (c_si * p * then["weight_decay"] * moments[i].before[name]).flatten()
+                    decay[s, i, place] += mapped(then["weight_decay"] * moment.before[name]).flatten()
             if decoupled(past[-1]):
                 decay[s, s, place] += (past[-1]["lr"] * past[-1]["weight_decay"] * moments[s].before[name]).flatten()
-    return train, decay
+    return train, auxiliary, decay
 
 
 def decoupled(settings: Settings) -> bool:
-    """Whether weight decay stays out of the gradient, as in AdamW."""
-    return bool(settings.get("decoupled_weight_decay", False))
+    """Whether weight decay stays out of the gradient, as in AdamW; Lion and Muon have no other."""
+    return bool(settings.get("decoupled_weight_decay", "betas" in settings or "ns_steps" in settings))
 
 
 def seen(moment: Moment, name: str) -> Tensor:
-    """The gradient as Adam's moments see it: ± Σ_k w_k ∇L_k(θ_s), and coupled weight decay added."""
+    """The gradient as the optimizer sees it: ± Σ_k w_k ∇L_k(θ_s), clipped, and coupled weight decay added."""
     settings, theta = moment.settings[name], moment.before[name]
     total = torch.zeros_like(theta)
     for weight, gradients in zip(moment.turn.weights, moment.gradients, strict=True):
         total += weight * gradients[name]
-    total = -total if settings["maximize"] else total
+    total = moment.clip * (total + moment.auxiliary[name])
+    total = -total if settings.get("maximize") else total
     return total if decoupled(settings) else total + settings["weight_decay"] * theta
 
 
@@ -260,7 +412,7 @@ def reference(training: Training, target: Callable[[nn.Module], Tensor], rule: R
     """Trains, and explains `target(model)` → (X, O), integrating every step by the rule."""
     moments = record(training)
     places, size = layout(moments[0].before)
-    train, decay = train_features(training.optimizer, moments, len(training.x))
+    train, auxiliary, decay = train_features(training.optimizer, moments, len(training.x))
     model = deepcopy(training.model).eval().requires_grad_()
 
     def value(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
@@ -285,4 +437,4 @@ def reference(training: Training, target: Callable[[nn.Module], Tensor], rule: R
         features.append(phi)
     moved = torch.stack([flat(moment.before) - flat(moment.after) for moment in moments])
     stacks = (torch.stack(values) for values in (features, before, between, after))
-    return Reference(places, train, decay, moved, *stacks)
+    return Reference(places, train, auxiliary, decay, moved, *stacks)
