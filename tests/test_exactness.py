@@ -113,7 +113,7 @@ def test_sums_are_those_of_the_influence_tensor(case: Case, nodes: int) -> None:
 @pytest.mark.parametrize("nodes", [1, 3])
 @cases()
 def test_what_the_split_leaves_over_is_told(case: Case, nodes: int) -> None:
-    oracle, influence = case.reference(nodes), full(case, nodes)
+    oracle, influence = case.reference(nodes), run(case, AXES, quadrature=Quadrature.fixed(nodes))
     change, whole = oracle.between - oracle.before, oracle.influence(oracle.moved).sum(1)
     remainder, scale, data = change + whole, float(whole.abs().max()), influence.data
     check(data["initial"], oracle.before[0])
