@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 AXIS = "train/step"
 """The metric that all panels are drawn over: the number of the training step."""
 
-PREFIX = {"kernel": "kernel", "regularization": "reg", "momentum": "momentum", "past": "past"}
+SHORT = {"regularization": "reg"}
+"""What parts are called in panels, where that is not their name."""
 
 SAMPLE_ROWS = 20
 
@@ -59,8 +60,10 @@ def importance_row(
     """Ψ̄ and Ψ̄^reg of every group and of all together, and D; row: of an accumulator that keeps step and group."""
     metrics: dict[str, float] = {}
     for part, values, total in zip(parts, row["importance"].tolist(), row["total_importance"].tolist(), strict=True):
-        metrics |= {f"{prefix}{PREFIX[part]}/{group}": value for group, value in zip(groups, values, strict=True)}
-        metrics[f"{prefix}{PREFIX[part]}/total"] = total
+        metrics |= {
+            f"{prefix}{SHORT.get(part, part)}/{group}": value for group, value in zip(groups, values, strict=True)
+        }
+        metrics[f"{prefix}{SHORT.get(part, part)}/total"] = total
     kernel, decay = (row["influence"][parts.index(part)] for part in ("kernel", "regularization"))
     difference = kernel - decay
     metrics |= {f"{prefix}D/{group}": value for group, value in zip(groups, difference.tolist(), strict=True)}
@@ -75,8 +78,8 @@ def change_row(
     metrics: dict[str, float] = {}
     for part, values in zip(parts, (row["influence"] * -scale).tolist(), strict=True):
         if part != "momentum":
-            metrics |= {f"{prefix}/{PREFIX[part]}/{g}": value for g, value in zip(groups, values, strict=True)}
-        metrics[f"{prefix}/{PREFIX[part]}/total"] = sum(values)
+            metrics |= {f"{prefix}/{SHORT.get(part, part)}/{g}": value for g, value in zip(groups, values, strict=True)}
+        metrics[f"{prefix}/{SHORT.get(part, part)}/total"] = sum(values)
     metrics[f"{prefix}/change"] = float(row["change"]) * scale
     return metrics
 

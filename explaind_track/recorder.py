@@ -1,6 +1,7 @@
 """Writes the record of a training run while it trains; see `trajectory` for what lies where."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track import storage
+from explaind_track.samples import random_state
 from explaind_track.step import Batch, Step, Stepper, Tensors
 from explaind_track.storage import Entry
 from explaind_track.trees import tree_map
 
-FORMAT = "explaind_track trajectory 1"
+FORMAT = "explaind_track trajectory 2"
 KEYFRAME_EVERY = 100
 SEGMENT_BYTES = 2**26
 
@@ -33,49 +35,74 @@ def _number(setting: Any) -> Any:
     return setting.item() if isinstance(setting, Tensor) else setting
 
 
+def head_of(model: nn.Module, stepper: Stepper) -> dict[str, Any]:
+    """What a trajectory says of the run as a whole."""
+    buffers = dict(model.named_buffers())
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(parameter): name for name, parameter in stepper.parameters.items()}
+    return {
+        "format": FORMAT,
+        "optimizer": qualified(type(stepper.optimizer)),
+        "parameters": signature(stepper.parameters),
+        "buffers": signature(buffers),
+        "aliases": {name: names[id(p)] for name, p in everything.items() if name not in stepper.parameters},
+        "saved": [name for name in model.state_dict() if name in everything or name in buffers],
+        "packages": {"torch": torch.__version__, "explaind_track": version("explaind_track")},
+    }
+
+
 class TrajectoryWriter:
     """Writes the steps of a live run, segment by segment. What is on disk is a whole trajectory at any moment."""
 
     def __init__(
-        self, directory: str | PathLike[str], model: nn.Module, stepper: Stepper, keyframe_every: int = KEYFRAME_EVERY
+        self,
+        directory: str | PathLike[str],
+        model: nn.Module,
+        stepper: Stepper,
+        keyframe_every: int = KEYFRAME_EVERY,
+        entries: Sequence[Entry] | None = None,
     ) -> None:
-        """Raises FileExistsError if the directory holds anything: a run is never written over."""
+        """entries: the files of a trajectory in the directory that is to be gone on with; None: it begins here.
+
+        Raises FileExistsError if one begins in a directory that holds anything: a run is never written over;
+        TrajectoryError if another process is writing there, or if nothing can be written.
+        """
         self.directory = Path(directory)
-        if self.directory.exists() and any(self.directory.iterdir()):
-            raise FileExistsError(f"{self.directory} is not empty; name a new directory, or remove that one first")
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if entries is None and self.directory.exists() and any(self.directory.iterdir()):
+            raise FileExistsError(
+                f"{self.directory} is not empty; name a new directory, remove that one first, or go on with the run in "
+                "it by Tracker(…, resume=True)"
+            )
         self._stepper, self._every = stepper, keyframe_every
         self._buffers = dict(model.named_buffers())
-        everything = dict(model.named_parameters(remove_duplicate=False))
-        names = {id(parameter): name for name, parameter in stepper.parameters.items()}
-        self._head = {
-            "format": FORMAT,
-            "optimizer": qualified(type(stepper.optimizer)),
-            "parameters": signature(stepper.parameters),
-            "buffers": signature(self._buffers),
-            "aliases": {name: names[id(p)] for name, p in everything.items() if name not in stepper.parameters},
-            "saved": [name for name in model.state_dict() if name in everything or name in self._buffers],
-            "packages": {"torch": torch.__version__, "explaind_track": version("explaind_track")},
-        }
-        self._entries: list[Entry] = []
+        self._device = next(model.parameters()).device
+        self._head = head_of(model, stepper)
+        self._entries: list[Entry] = list(entries or ())
+        self._keyframes = {entry.first for entry in self._entries if entry.path.startswith("keyframes/")}
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._steps: list[dict[str, Any]] = []
         self._first = 0
         self._settings: Any = None
         self._seen: set[str] = set()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage.TrajectoryError(f"{self.directory} cannot be made: {error}") from error
+        self._lock = storage.Lock(self.directory)
+        storage.write_manifest(self.directory, self._head, self._entries)
 
-    def before(self, number: int, buffers: Tensors) -> None:
+    def before(self, number: int, buffers: Tensors, random_state: Tensors) -> None:
         """Right before the optimizer takes step `number`: writes a keyframe where one is due, which is also the case
-        where something other than the optimizer has changed the parameters since its last step. buffers: the model's
-        at the start of the step."""
+        where something other than the optimizer has changed the parameters since its last step. buffers and
+        random_state: as they were at the start of the step."""
         touched = number > 0 and not self._stepper.untouched(buffers)
-        if number % self._every == 0 or touched:
+        if (number % self._every == 0 or touched) and number not in self._keyframes:
             self.flush()
-            self._write_keyframe(number, buffers, continues=not touched)
+            self._write_keyframe(number, buffers, random_state, continues=not touched)
 
-    def record(self, step: Step, buffers_moved: bool) -> None:
-        """Takes in the step that was just made."""
+    def record(self, step: Step, buffers_moved: bool, auxiliary: Mapping[str, Tensors]) -> None:
+        """Takes in the step that was just made. auxiliary: the gradients that went into the Stepper before it."""
         if not self._steps:
             self._first = step.number
         settings = self._current_settings()
@@ -85,6 +112,10 @@ class TrajectoryWriter:
             gradient = self._stepper.parameters[name].grad
             assert gradient is not None  # it has an update, so it had a gradient
             self._keep(f"gradient:{step.number}:{name}", gradient.detach().clone())
+        for part, gradients in auxiliary.items():
+            for name, gradient in gradients.items():
+                self._keep(f"auxiliary:{step.number}:{part}:{name}", gradient)
+        entry["auxiliary"] = list(auxiliary)
         if buffers_moved:
             for name, buffer in step.after.buffers.items():
                 self._keep(f"buffer:{step.number}:{name}", buffer.detach().clone())
@@ -104,11 +135,14 @@ class TrajectoryWriter:
     def close(self, number: int) -> None:
         """Ends the record behind step number − 1, with a keyframe that proves the last steps."""
         self.flush()
-        if not any(entry.first == number and entry.path.startswith("keyframes/") for entry in self._entries):
-            self._write_keyframe(number, self._buffers, continues=self._stepper.untouched(self._buffers))
+        if number not in self._keyframes:
+            continues = self._stepper.untouched(self._buffers)
+            self._write_keyframe(number, self._buffers, random_state(self._device), continues)
+        self._lock.release()
 
     def _add(self, entry: Entry) -> None:
-        self._entries.append(entry)
+        """Enters a file into the manifest; again, if an interruption came before the end of `flush`."""
+        self._entries = [*(other for other in self._entries if other.path != entry.path), entry]
         storage.write_manifest(self.directory, self._head, self._entries)
 
     def _keep(self, name: str, tensor: Tensor) -> None:
@@ -127,6 +161,7 @@ class TrajectoryWriter:
 
     def _batch(self, name: str, batch: Batch) -> dict[str, Any]:
         entry: dict[str, Any] = {"size": batch.size, "weight": batch.weight, "index": None, "data": None}
+        entry["clipped"] = batch.clipped
         if isinstance(batch.weight, Tensor):
             entry["weight"] = self._once("weight", batch.weight)
         if batch.index is not None:
@@ -141,6 +176,9 @@ class TrajectoryWriter:
                 return {"tensor": f"{name}:{count}"}
 
             entry["data"] = tree_map(put, batch.data)
+        entry["random"] = {device: f"{name}:random:{device}" for device in batch.random_state}
+        for device, value in batch.random_state.items():
+            self._keep(f"{name}:random:{device}", value)
         return entry
 
     def _once(self, kind: str, tensor: Tensor) -> str:
@@ -152,13 +190,14 @@ class TrajectoryWriter:
             self._keep(name, content.clone())
         return name
 
-    def _write_keyframe(self, number: int, buffers: Tensors, continues: bool) -> None:
+    def _write_keyframe(self, number: int, buffers: Tensors, random: Tensors, continues: bool) -> None:
         """continues: whether the keyframe follows from the steps before it, so that it can prove their replay."""
         stepper = self._stepper
         tensors = {f"parameter:{name}": value for name, value in stepper.parameters.items()}
         tensors |= {f"buffer:{name}": value for name, value in buffers.items()}
         for part, held in stepper.buffers.items():
             tensors |= {f"share:{part}:{name}": value for name, value in held.items()}
+        tensors |= {f"random:{device}": value for device, value in random.items()}
         plain: dict[str, dict[str, Any]] = {}
         for name, parameter in stepper.parameters.items():
             for key, value in stepper.optimizer.state.get(parameter, {}).items():
@@ -169,3 +208,4 @@ class TrajectoryWriter:
         header = {"state": plain, "settings": self._current_settings(), "continues": continues}
         path = f"keyframes/{number:08}.safetensors"
         self._add(storage.write_tensors(self.directory, path, number, number, tensors, header))
+        self._keyframes.add(number)

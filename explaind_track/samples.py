@@ -51,15 +51,20 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    for name, value in state.items():
+        if name == "cpu":
+            torch.set_rng_state(value)
+        else:
+            torch.cuda.set_rng_state(value, torch.device(name))
+
+
 @contextmanager
 def replayed_random_state(state: Mapping[str, Tensor]) -> Iterator[None]:
     """Draws the random numbers again that were drawn from `state` on, then goes on as if nothing had been drawn."""
     devices = [torch.device(name) for name in state if name != "cpu"]
     with torch.random.fork_rng(devices):
-        if "cpu" in state:
-            torch.set_rng_state(state["cpu"])
-        for device in devices:
-            torch.cuda.set_rng_state(state[str(device)], device)
+        set_random_state(state)
         yield
 
 

@@ -39,7 +39,9 @@ class Batch:
     data: Any = None
     """The batch itself; None where a trajectory has only its index."""
     random_state: Mapping[str, Tensor] = field(default_factory=dict)
-    """The random state before the batch's forward pass, by device."""
+    """The random state before the batch's forward pass, by device; empty where nothing random was drawn."""
+    clipped: bool = False
+    """Whether the step's gradient was clipped by value: what is left of it is no sum over samples."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,13 @@ class Stepper:
             all(same_bits(kept.parameters[name], parameter.detach()) for name, parameter in self.parameters.items())
             and all(same_bits(kept.buffers[name], buffer.detach()) for name, buffer in buffers.items())
         )
+
+    def go_on(self, buffers: Mapping[str, Tensors], model_buffers: Tensors) -> None:
+        """Goes on where another Stepper has left off: with its shares of the momentum buffers (as copies), at the
+        parameters and with the model's buffers of now."""
+        self.adopt({part: {name: value.clone() for name, value in held.items()} for part, held in buffers.items()})
+        self._before = State({name: p.detach().clone() for name, p in self.parameters.items()}, {})
+        self._settled = State(self._before.parameters, {n: value.clone() for n, value in model_buffers.items()})
 
     def before(self, buffers: Tensors, auxiliary: Mapping[str, Tensors] | None = None) -> None:
         """buffers: the model's as the step began, before its forward pass; they have to last as long as the step.

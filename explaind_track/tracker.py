@@ -2,18 +2,22 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from explaind_track import panels
 from explaind_track.artifacts import log_trajectory
 from explaind_track.autodiff import SampleLoss
+from explaind_track.exits import before_exit
 from explaind_track.explain import Explainer
 from explaind_track.groups import GroupSpec, resolve_groups
 from explaind_track.influence import Influence
@@ -21,8 +25,11 @@ from explaind_track.integrator import MEMORY, buffers_moved
 from explaind_track.path import Quadrature
 from explaind_track.queries import Query
 from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
-from explaind_track.samples import Samples, make_batch
-from explaind_track.step import Batch, State, Step, Stepper
+from explaind_track.resume import HISTORY, cut_history
+from explaind_track.resume import resume as resume_run
+from explaind_track.samples import Samples, make_batch, random_state
+from explaind_track.step import PARTS, SHARES, Batch, State, Step, Stepper
+from explaind_track.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import wandb
@@ -65,6 +72,8 @@ class Tracker:
         keyframe_every: int = KEYFRAME_EVERY,
         memory: int = MEMORY,
         on_nonfinite: Literal["raise", "mark"] = "raise",
+        auxiliary: Mapping[str, Callable[[nn.Module], Tensor]] | None = None,
+        resume: bool | int = False,
     ) -> None:
         """queries: by name. The first owns the plain panels (`kernel/decoder`), the others prefix theirs with their
         name; losses are shown by their signed change (`loss/kernel/decoder` for the first of them).
@@ -79,10 +88,15 @@ class Tracker:
         memory:        see `explain`.
         on_nonfinite:  what to do before a step whose gradient is not finite: raise NonFiniteError, or mark the step
                        in the panels, explain nothing of it, and go on.
+        auxiliary:     terms of the loss that belong to no sample, as `model` → scalar, each a part by its own name
+                       (`{"l1": lambda model: 1e-4 * norm(model)}`). The loop adds them to its loss as it does anyway.
+        resume:        go on with the run in `trajectory`. True: put model, optimizer state and random state where its
+                       record ends; a number: the loop has put them where that step begins. The loop goes on from
+                       `tracker.number`, with its own data order and learning-rate schedule there.
 
         Raises, before any work: TypeError for an optimizer without a rule; ValueError for parameters of the optimizer
         that the model does not have, for groups that are no partition, and for a query that cannot be differentiated;
-        FileExistsError for a trajectory directory that holds something.
+        FileExistsError for a trajectory directory that holds something; TrajectoryError where one cannot be written.
         """
         if not queries:
             raise ValueError("a Tracker needs at least one query, such as {'test': Query.outputs(x_test, y_test)}")
@@ -91,6 +105,8 @@ class Tracker:
         self.groups = resolve_groups(groups, parameters)
         self._stepper = Stepper(optimizer, parameters)
         rule = quadrature or Quadrature.fixed(1)
+        self._auxiliary = dict(auxiliary or {})
+        self._refuse_part_names()
         self._explainers = {
             name: Explainer(model, query, self.groups, LIVE_AXES, self._parts(query), rule, memory=memory)
             for name, query in queries.items()
@@ -98,19 +114,21 @@ class Tracker:
         self._losses = [name for name, query in queries.items() if query.is_loss]
         self._samples = Samples(model, sample_loss) if sample_loss is not None else None
         self._check_samples_wanted()
-        self._writer = (
-            None if trajectory is None else TrajectoryWriter(trajectory, model, self._stepper, keyframe_every)
-        )
-        history = None if self._writer is None else self._writer.directory / "history.jsonl"
+        self.number = 0
+        """The number of the next step."""
+        record = self._take_up(trajectory, resume)
+        self._writer = None
+        if trajectory is not None:
+            entries = None if record is None else record.entries
+            self._writer = TrajectoryWriter(trajectory, model, self._stepper, keyframe_every, entries)
+        history = None if self._writer is None else self._writer.directory / HISTORY
         sections = ["kernel", "reg", "past", "D", "residual", "loss", "cost", "train", *queries]
         self._panels, self.run = panels.Panels(run, history, sections), run
         self._mark = on_nonfinite == "mark"
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._before()),
+            optimizer.register_step_pre_hook(lambda _, args, options: self._before((*args, *options.values()))),
             optimizer.register_step_post_hook(lambda *_: self._after()),
         ]
-        self.number = 0
-        """The number of the next step."""
         self.seconds = {"training": 0.0, "influence": 0.0, "trajectory": 0.0}
         """Wall time so far: inside step contexts but outside of the Tracker, explaining, and recording."""
         self.staging_mb = 0.0
@@ -121,6 +139,32 @@ class Tracker:
         self._row: dict[str, Any] = {}
         self._buffers: dict[str, Tensor] = {}
         self._nonfinite: list[str] = []
+        self._clip = 1.0
+        self._auxiliary_now: dict[str, dict[str, Tensor]] = {}
+        self._entry_random: dict[str, Tensor] = {}
+        if record is not None:
+            self._catch_up(record)
+        self._exit = before_exit(self._writer.flush) if self._writer is not None else lambda: None
+
+    def _take_up(self, directory: str | PathLike[str] | None, at: bool | int) -> Trajectory | None:
+        """The record that is gone on with; None if the run begins."""
+        if at is False:
+            return None
+        if directory is None:
+            raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
+        record = resume_run(Path(directory), self.model, self._stepper, at)
+        self.number = len(record)
+        return record
+
+    def _catch_up(self, record: Trajectory) -> None:
+        """Explains the steps that were taken before, as they were explained then, and completes the rows of metrics."""
+        written = cut_history(record.directory, self.number)
+        for step in tqdm(record.steps(), "catch up", len(record), unit="step"):
+            if step.number % self.every == 0 and step.updates:
+                self._explain(step)
+                if step.number not in written:
+                    self._panels.log({panels.AXIS: step.number, **self._row})
+            self._row = {}
 
     # ------------------------------------------------------------- in the loop
 
@@ -131,7 +175,8 @@ class Tracker:
         if self._open:
             raise RuntimeError("tracker.step() is open already; close it before the next step")
         self._buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-        self._batches, self._norms, self._open, self._taken = [], {}, True, False
+        self._entry_random = random_state(next(self.model.parameters()).device)
+        self._batches, self._norms, self._open, self._taken, self._clip = [], {}, True, False, 1.0
         own = self.seconds["influence"] + self.seconds["trajectory"]
         started = time.perf_counter()
         try:
@@ -177,6 +222,20 @@ class Tracker:
         self._row["train/loss"] = self._row.get("train/loss", 0.0) + float(loss)
         return loss
 
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_` on the model, with its factor as part of the samples' weights. Call it where
+        that one would be called. Returns the norm before."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self._clip = min(1.0, max_norm / (float(norm) + 1e-6))
+        self._batches = [replace(batch, weight=batch.weight * self._clip) for batch in self._batches]
+        return norm
+
+    def clip_grad_value_(self, clip_value: float) -> None:
+        """`torch.nn.utils.clip_grad_value_` on the model. What it leaves is no sum over samples any more: influences of
+        groups stay exact, those of this step's samples are refused."""
+        nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
+        self._batches = [replace(batch, clipped=True) for batch in self._batches]
+
     def log(self, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the row of the current step; between steps, to that of the next, which starts from there."""
         self._row |= metrics
@@ -200,6 +259,7 @@ class Tracker:
         """Ends the record, removes the hooks and logs the trajectory as an artifact of the run."""
         for hook in self._hooks:
             hook.remove()
+        self._exit()
         if self._row:
             self._panels.log({panels.AXIS: self.number, **self._row})
         if self._writer is None:
@@ -218,32 +278,64 @@ class Tracker:
 
     # --------------------------------------------------------- around the step
 
-    def _before(self) -> None:
+    def _before(self, arguments: tuple[Any, ...]) -> None:
+        """arguments: those of the optimizer's `step`."""
         if not self._open:
             raise RuntimeError("the optimizer took a step outside of `with tracker.step():`; put it inside")
         if self._taken:
             raise RuntimeError("the optimizer took two steps in one tracker.step(); give each its own")
-        gradients = {name: p.grad.detach() for name, p in self._stepper.parameters.items() if p.grad is not None}
+        if any(callable(one) and one is not self.optimizer for one in arguments):
+            raise ValueError("optimizer.step(closure) has its gradient too late to be seen; call the closure before it")
+        scale = getattr(self.optimizer, "grad_scale", None)  # of a GradScaler whose optimizer unscales by itself
+        gradients = {
+            name: p.grad.detach() if scale is None else p.grad.detach() / scale
+            for name, p in self._stepper.parameters.items()
+            if p.grad is not None
+        }
         self._nonfinite = panels.nonfinite(gradients)
         if self._nonfinite and not self._mark:
             raise NonFiniteError(
                 f"the gradient of step {self.number} is not finite in {', '.join(self._nonfinite)}; the parameters "
                 'are still those before the step. Tracker(on_nonfinite="mark") goes on and marks such steps'
             )
+        self._forget_unused_randomness()
+        self._auxiliary_now = self._auxiliary_gradients(gradients)
         if self._check_due() and not self._nonfinite:
             state = State({n: p.detach() for n, p in self._stepper.parameters.items()}, self._buffers)
-            self._samples.check(state, tuple(self._batches), gradients, self.number)  # type: ignore[union-attr]
+            rest = {name: value.clone() for name, value in gradients.items()}
+            for own in self._auxiliary_now.values():
+                for name, value in own.items():
+                    rest[name] -= value
+            self._samples.check(state, tuple(self._batches), rest, self.number)  # type: ignore[union-attr]
         with self._timed("trajectory"):
             if self._writer is not None:
-                self._writer.before(self.number, self._buffers)
-        self._stepper.before(self._buffers)
+                self._writer.before(self.number, self._buffers, self._entry_random)
+        self._stepper.before(self._buffers, self._auxiliary_now)
+
+    def _forget_unused_randomness(self) -> None:
+        """A batch during whose passes nothing random was drawn needs no random state."""
+        states = [batch.random_state for batch in self._batches]
+        states.append(random_state(next(self.model.parameters()).device))
+        for place, (start, end) in enumerate(pairwise(states)):
+            if all(torch.equal(start[name], end[name]) for name in start):
+                self._batches[place] = replace(self._batches[place], random_state={})
+
+    def _auxiliary_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The gradient of every auxiliary loss, clipped as the whole was."""
+        moving = {name: self._stepper.parameters[name] for name in gradients}
+        found = {}
+        for part, loss in self._auxiliary.items():
+            with torch.enable_grad():
+                rows = torch.autograd.grad(loss(self.model), list(moving.values()), allow_unused=True)
+            found[part] = {n: g.detach() * self._clip for n, g in zip(moving, rows, strict=True) if g is not None}
+        return found
 
     def _after(self) -> None:
         now = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
         step = self._stepper.after(self.number, now, tuple(self._batches))
         with self._timed("trajectory"):
             if self._writer is not None:
-                self._writer.record(step, buffers_moved(step))
+                self._writer.record(step, buffers_moved(step), self._auxiliary_now)
         self._taken = True
         if self._nonfinite:
             self._row["residual/nonfinite"] = len(self._nonfinite)
@@ -287,18 +379,22 @@ class Tracker:
         due = self.number < CHECKED_STEPS or self.number % CHECK_EVERY == 0
         return due and self._samples is not None and bool(self._batches)
 
+    def _refuse_part_names(self) -> None:
+        taken = set(self._auxiliary) & {*PARTS, *SHARES}
+        if taken:
+            raise ValueError(f"auxiliary losses cannot be called {sorted(taken)}: parts of a step have these names")
+
     def _check_samples_wanted(self) -> None:
         if not self.samples_every:
             return
         if self._samples is None or not self._losses:
             raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
 
-    @staticmethod
-    def _parts(query: Query) -> tuple[str, ...]:
+    def _parts(self, query: Query) -> tuple[str, ...]:
         """The rounding is left to the remainder, which it cannot be told from (both are of the size of float rounding),
         and a live step costs a tenth less. A loss is cheap to split (one gradient serves every part), so there the
         momentum share is told as well."""
-        own = ("kernel", "regularization", "past")
+        own = ("kernel", "regularization", *self._auxiliary, "past")
         return ("kernel", "momentum", *own[1:]) if query.is_loss else own
 
     @contextmanager

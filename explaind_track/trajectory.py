@@ -8,7 +8,6 @@ running the optimizer's own `step`; the next keyframe proves that they do, bit f
     steps/00000100.safetensors          gradients, batches and settings of the steps from 100 on
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -18,16 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track import storage
-from explaind_track.recorder import FORMAT, qualified, signature
-from explaind_track.rules import update_rule
-from explaind_track.step import Batch, Step, Stepper, Tensors, same_bits
+from explaind_track.recorder import FORMAT, signature
+from explaind_track.replay import Replay
+from explaind_track.step import Batch, Step
 from explaind_track.storage import Entry, TensorFile, TrajectoryError
-
-REPLAY_TOLERANCE = 1e-4
-
-
-class ReplayWarning(UserWarning):
-    """Replaying gave other bits than the run that was recorded: another machine or version of torch."""
 
 
 class Trajectory:
@@ -52,6 +45,8 @@ class Trajectory:
         for entry in entries:
             storage.verify(root, entry)
         trajectory = cls(root, head, entries)
+        if 0 not in trajectory._keyframes:
+            raise TrajectoryError(f"{root} holds no step: the run ended before its first one was written")
         expected = 0
         for segment in trajectory._segments:
             if segment.first != expected:
@@ -79,8 +74,20 @@ class Trajectory:
         last = len(self) if last is None else last
         if not 0 <= first <= last <= len(self):
             raise ValueError(f"the trajectory has the steps 0 to {len(self)}, not {first} to {last}")
+        for step, _ in self._replayed(first, last):
+            if step is not None and step.number >= first:
+                yield step
+
+    def replay(self, number: int) -> Replay:
+        """The run as it was before step `number` (after all steps, for `len(self)`), able to take that step."""
+        *_, (_, replay) = self._replayed(number, number)
+        return replay
+
+    def _replayed(self, first: int, last: int) -> Iterator[tuple[Step | None, Replay]]:
+        """From the last keyframe before `first` on, every step with the replay that took it; at the end the replay as
+        it is before step `last`, without a step."""
         start = max(number for number in self._keyframes if number <= first)
-        replay = _Replay(self.head["optimizer"], self._keyframe(start))
+        replay = Replay(self.head["optimizer"], self._keyframe(start))
         for segment in self._segments:
             if segment.last <= start or segment.first >= last:
                 continue
@@ -93,18 +100,17 @@ class Trajectory:
                     continue
                 if number > start and number in self._keyframes:
                     replay = self._go_on(replay, number)
-                step = replay.take(number, settings, file, self._batches(entry, file))
-                if number >= first:
-                    yield step
+                yield replay.take(number, settings, entry, file, self._batches(entry, file)), replay
                 replay.settle()
         if last > start and last in self._keyframes:
-            self._go_on(replay, last)
+            replay = self._go_on(replay, last)
+        yield None, replay
 
-    def _go_on(self, replay: "_Replay", number: int) -> "_Replay":
+    def _go_on(self, replay: "Replay", number: int) -> "Replay":
         """The replay from keyframe `number` on, which proves the steps before it if it follows from them."""
         keyframe = self._keyframe(number)
         if not keyframe.header["continues"]:
-            return _Replay(self.head["optimizer"], keyframe)
+            return Replay(self.head["optimizer"], keyframe)
         replay.prove(number, keyframe)
         return replay
 
@@ -133,6 +139,10 @@ class Trajectory:
     def _open(self, entry: Entry) -> TensorFile:
         return TensorFile(self.directory, entry, torch.device("cpu"))
 
+    def keyframe(self, number: int) -> TensorFile | None:
+        """The full checkpoint before step `number`, if there is one."""
+        return self._keyframe(number) if number in self._keyframes else None
+
     def _keyframe(self, number: int) -> TensorFile:
         return self._open(self._keyframes[number])
 
@@ -148,7 +158,14 @@ class Trajectory:
             return self._find(value, file) if isinstance(value, str) else value
 
         return tuple(
-            Batch(one["size"], shared(one["weight"]), shared(one["index"]), data(one["data"]))
+            Batch(
+                one["size"],
+                shared(one["weight"]),
+                shared(one["index"]),
+                data(one["data"]),
+                {device: file[name] for device, name in one["random"].items()},
+                one["clipped"],
+            )
             for one in entry["batches"]
         )
 
@@ -158,114 +175,3 @@ class Trajectory:
             files = (file, *map(self._open, self._segments))
             self._shared = {**self._shared, name: next(one for one in files if name in one.names)[name]}
         return self._shared[name]
-
-
-class _Replay:
-    """The optimizer of the run, taking its steps again."""
-
-    def __init__(self, optimizer: str, keyframe: TensorFile) -> None:
-        classes = _known_optimizers()
-        if optimizer not in classes:
-            raise TrajectoryError(
-                f"the run was trained by {optimizer}, which has no update rule here; import and register it first "
-                f"(there are rules for {', '.join(sorted(classes))})"
-            )
-        self._parameters = {name: nn.Parameter(value) for name, value in keyframe.prefixed("parameter:")}
-        self._buffers: Tensors = dict(keyframe.prefixed("buffer:"))
-        settings = self._groups(keyframe.header["settings"])
-        self._optimizer: torch.optim.Optimizer = classes[optimizer](settings)  # type: ignore[call-arg]
-        for name, state in _optimizer_state(keyframe).items():
-            self._optimizer.state[self._parameters[name]] = state
-        self._stepper = Stepper(self._optimizer, self._parameters)
-        self._stepper.adopt(_shares(keyframe))
-
-    def _groups(self, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            {
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in group.items()},
-                "params": [self._parameters[name] for name in group["params"]],
-            }
-            for group in settings
-        ]
-
-    def take(self, number: int, settings: list[dict[str, Any]], file: TensorFile, batches: tuple[Batch, ...]) -> Step:
-        """Takes step `number` from its gradients and settings."""
-        for group, current in zip(self._optimizer.param_groups, self._groups(settings), strict=True):
-            group.update(current)
-        for name, parameter in self._parameters.items():
-            key = f"gradient:{number}:{name}"
-            parameter.grad = file[key] if key in file.names else None
-        buffers = {**self._buffers, **dict(file.prefixed(f"buffer:{number}:"))}
-        self._stepper.before(self._buffers)
-        self._optimizer.step()
-        step = self._stepper.after(number, buffers, batches)
-        self._buffers = buffers
-        return step
-
-    def settle(self) -> None:
-        """Ends the validity of the step that was taken last."""
-        self._stepper.settle()
-
-    def prove(self, number: int, keyframe: TensorFile) -> None:
-        """Compares everything with the keyframe before step `number`, bit for bit, and goes on from the keyframe.
-
-        Other bits but the same numbers (to `REPLAY_TOLERANCE`, as another machine may give them) are told of by a
-        ReplayWarning; other numbers raise TrajectoryError.
-        """
-        recorded: dict[str, Tensor] = {}
-        for prefix in ("parameter:", "buffer:", "share:", "state:"):
-            recorded |= {prefix + name: value for name, value in keyframe.prefixed(prefix)}
-        found = {f"parameter:{name}": value.detach() for name, value in self._parameters.items()}
-        found |= {f"buffer:{name}": value for name, value in self._buffers.items()}
-        for part, held in self._stepper.buffers.items():
-            found |= {f"share:{part}:{name}": value for name, value in held.items()}
-        for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    found[f"state:{key}:{name}"] = value
-        if recorded.keys() != found.keys():
-            raise TrajectoryError(f"the replay up to step {number} has not the tensors of the keyframe there")
-        other = {name for name, value in recorded.items() if not same_bits(value, found[name])}
-        if not other:
-            return
-        error = max(float((found[n] - recorded[n]).norm() / recorded[n].norm().clamp(min=1e-30)) for n in other)
-        if not error <= REPLAY_TOLERANCE:
-            raise TrajectoryError(
-                f"the replay up to step {number} is off by {error:.1e} (of the norm) from the keyframe there, in "
-                f"{', '.join(sorted(other)[:5])}; the run must have done something between its steps that was not seen"
-            )
-        warnings.warn(
-            f"the replay up to step {number} has other bits than the run had (off by {error:.1e}), as another machine "
-            "or version of torch may give; it goes on from the keyframe",
-            ReplayWarning,
-            stacklevel=2,
-        )
-        with torch.no_grad():
-            for name in other:
-                found[name].copy_(recorded[name])
-
-
-def _optimizer_state(keyframe: TensorFile) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by parameter."""
-    state: dict[str, dict[str, Any]] = {name: dict(plain) for name, plain in keyframe.header["state"].items()}
-    for name, value in keyframe.prefixed("state:"):
-        key, parameter = name.split(":", 1)
-        state.setdefault(parameter, {})[key] = value
-    return state
-
-
-def _shares(keyframe: TensorFile) -> dict[str, dict[str, Tensor]]:
-    """The shares of the momentum buffers by part and parameter."""
-    shares: dict[str, dict[str, Tensor]] = {}
-    for name, value in keyframe.prefixed("share:"):
-        part, parameter = name.split(":", 1)
-        shares.setdefault(part, {})[parameter] = value
-    return shares
-
-
-def _known_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    """Every optimizer that a rule is registered for, and their subclasses, by qualified name."""
-    classes = [cls for cls in update_rule.registry if issubclass(cls, torch.optim.Optimizer)]
-    for cls in classes:  # grows as it goes
-        classes += [sub for sub in cls.__subclasses__() if sub not in classes]
-    return {qualified(cls): cls for cls in classes}

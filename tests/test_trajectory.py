@@ -16,7 +16,7 @@ from torch import nn
 
 from explaind_track import Influence, Query, Tracker, Trajectory, TrajectoryError, explain
 from explaind_track.recorder import SEGMENT_BYTES
-from explaind_track.trajectory import ReplayWarning
+from explaind_track.replay import ReplayWarning
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from explaind_track import Explainer, Quadrature, Query, Step, Stepper, Tracker, resolve_groups
+from explaind_track import Explainer, Quadrature, Query, Step, Stepper, resolve_groups
 from explaind_track.autodiff import Functional, sample_gradients
 from explaind_track.step import State
 from recipes.data import Split, modulo_addition
@@ -69,7 +69,7 @@ def test_live_influence_against_the_training_step(name: str, benchmark: Benchmar
     training = Training()
     keep = [("step", "group"), ("query", "output")]
     query = QUERIES[name](training.data)
-    parts = Tracker._parts(query)
+    parts = ("kernel", "regularization")
     explainer = Explainer(training.model, query, training.groups(), keep, parts, Quadrature.fixed(1))
     explainer.add(training.step())
 

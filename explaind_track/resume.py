@@ -1,0 +1,159 @@
+"""Going on with a run that has ended before its time, as if it had not."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from explaind_track import storage
+from explaind_track.recorder import head_of
+from explaind_track.replay import Replay
+from explaind_track.samples import set_random_state
+from explaind_track.step import Stepper, same_bits
+from explaind_track.storage import Entry, TensorFile
+from explaind_track.trajectory import Trajectory
+
+HISTORY = "history.jsonl"
+
+
+class ResumeWarning(UserWarning):
+    """Some steps were trained before the run ended but are not in its record."""
+
+
+def resume(directory: Path, model: nn.Module, stepper: Stepper, at: Literal[True] | int) -> Trajectory:
+    """Takes up the run in `directory`; the trajectory that is returned ends where training is to go on.
+
+    at: True puts the model, the optimizer's state and the random state where the record ends. A number says that the
+    caller has put them where step `at` begins; they are compared with the record, bit for bit, and what the record
+    holds of later steps is dropped. Learning rates and other settings stay as the loop has made them.
+
+    Raises ValueError if model or optimizer are not those of the record; TrajectoryError if it cannot be read.
+    """
+    trajectory = Trajectory.open(directory)
+    head = head_of(model, stepper)
+    for key in ("optimizer", "parameters", "buffers", "aliases"):
+        if head[key] != trajectory.head[key]:
+            raise ValueError(f"the run in {directory} has other {key}: {trajectory.head[key]}, here {head[key]}")
+    if at is True:
+        replay = trajectory.replay(len(trajectory))
+        _load(replay, model, stepper)
+        keyframe = trajectory.keyframe(len(trajectory))
+        if keyframe is not None:
+            set_random_state(dict(keyframe.prefixed("random:")))
+        _tell_of_lost_steps(directory, len(trajectory))
+    else:
+        replay = trajectory.replay(at)
+        _compare(replay, model, stepper, at)
+        trajectory = _cut(trajectory, at)
+    stepper.go_on(replay.stepper.buffers, dict(model.named_buffers()))
+    return trajectory
+
+
+def _tensors(replay: Replay) -> dict[str, Tensor]:
+    own = {f"parameter {name}": value.detach() for name, value in replay.parameters.items()}
+    return own | {f"buffer {name}": value for name, value in replay.buffers.items()}
+
+
+@torch.no_grad()
+def _load(replay: Replay, model: nn.Module, stepper: Stepper) -> None:
+    for name, parameter in stepper.parameters.items():
+        parameter.copy_(replay.parameters[name])
+    for name, buffer in model.named_buffers():
+        buffer.copy_(replay.buffers[name])
+    for name, parameter in stepper.parameters.items():
+        state = replay.optimizer.state.get(replay.parameters[name])
+        if state:
+            stepper.optimizer.state[parameter] = {
+                key: value.clone().to(_place(value, parameter)) if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+
+
+def _place(value: Tensor, parameter: Tensor) -> torch.device:
+    """Where an optimizer keeps a tensor: what is of the parameter's shape beside it, step counts where they were."""
+    return parameter.device if value.shape == parameter.shape and value.ndim else value.device
+
+
+def _compare(replay: Replay, model: nn.Module, stepper: Stepper, at: int) -> None:
+    found = {f"parameter {name}": value.detach() for name, value in stepper.parameters.items()}
+    found |= {f"buffer {name}": value for name, value in model.named_buffers()}
+    wanted = _tensors(replay)
+    for name, parameter in stepper.parameters.items():
+        for key, value in replay.optimizer.state.get(replay.parameters[name], {}).items():
+            if isinstance(value, Tensor):
+                wanted[f"{key} of {name}"] = value
+                found[f"{key} of {name}"] = stepper.optimizer.state.get(parameter, {}).get(key, torch.empty(0))
+    other = [
+        name
+        for name, value in wanted.items()
+        if found[name].shape != value.shape or not same_bits(found[name].to(value), value)
+    ]
+    if other:
+        raise ValueError(
+            f"the model and the optimizer are not what the record says they were before step {at}: they differ in "
+            f"{', '.join(other[:5])}{' and others' if len(other) > 5 else ''}. Load the checkpoint of that step "
+            "first, or let resume=True go on from the end of the record"
+        )
+
+
+def _cut(trajectory: Trajectory, at: int) -> Trajectory:
+    """The trajectory without the steps from `at` on, on disk too."""
+    kept: list[Entry] = []
+    for entry in trajectory.entries:
+        whole = entry.last <= at
+        if whole:
+            kept.append(entry)
+        elif entry.path.startswith("steps/") and entry.first < at:
+            kept.append(_shorten(trajectory.directory, entry, at))
+    dropped = {entry.path for entry in trajectory.entries} - {entry.path for entry in kept}
+    storage.write_manifest(trajectory.directory, trajectory.head, kept)
+    for path in dropped:
+        (trajectory.directory / path).unlink()
+    return Trajectory(trajectory.directory, trajectory.head, kept)
+
+
+def _shorten(directory: Path, entry: Entry, at: int) -> Entry:
+    """The segment without the steps from `at` on, written beside the old one first, under another name."""
+    file = TensorFile(directory, entry, torch.device("cpu"))
+    steps = file.header["steps"][: at - entry.first]
+    late = tuple(
+        f"{kind}:{number}:" for kind in ("gradient", "auxiliary", "buffer", "batch") for number in range(at, entry.last)
+    )
+    tensors = {name: file[name] for name in file.names if not name.startswith(late)}
+    written = storage.write_tensors(directory, entry.path + ".cut", entry.first, at, tensors, {"steps": steps})
+    (directory / written.path).replace(directory / entry.path)
+    return replace(written, path=entry.path)
+
+
+def _tell_of_lost_steps(directory: Path, number: int) -> None:
+    reached = max((row["train/step"] for row in history(directory)), default=-1)
+    if reached >= number:
+        warnings.warn(
+            f"steps {number} to {reached} were trained before the run ended, but had not been written to {directory}; "
+            f"training goes on from step {number}",
+            ResumeWarning,
+            stacklevel=4,
+        )
+
+
+def history(directory: Path) -> list[dict[str, float]]:
+    """The rows of metrics that the run has written; a last line that is torn is left out."""
+    path = directory / HISTORY
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and "train/step" in row]
+
+
+def cut_history(directory: Path, number: int) -> set[int]:
+    """Drops the rows of step `number` and later; returns the numbers of the steps that have one."""
+    rows = [row for row in history(directory) if row["train/step"] < number]
+    storage.write_atomic(directory / HISTORY, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return {int(row["train/step"]) for row in rows}
