@@ -85,6 +85,7 @@ class TrajectoryWriter:
         self._first = 0
         self._settings: Any = None
         self._seen: set[str] = set()
+        self._random: Tensors = {}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -92,14 +93,18 @@ class TrajectoryWriter:
         self._lock = storage.Lock(self.directory)
         storage.write_manifest(self.directory, self._head, self._entries)
 
-    def before(self, number: int, buffers: Tensors, random_state: Tensors) -> None:
+    def begin(self) -> None:
+        """As the next step begins, before anything random is drawn for it: this is where the run could be taken up."""
+        self._random = random_state(self._device)
+
+    def before(self, number: int, buffers: Tensors) -> None:
         """Right before the optimizer takes step `number`: writes a keyframe where one is due, which is also the case
-        where something other than the optimizer has changed the parameters since its last step. buffers and
-        random_state: as they were at the start of the step."""
+        where something other than the optimizer has changed the parameters since its last step. buffers: as they were
+        at the start of the step."""
         touched = number > 0 and not self._stepper.untouched(buffers)
         if (number % self._every == 0 or touched) and number not in self._keyframes:
             self.flush()
-            self._write_keyframe(number, buffers, random_state, continues=not touched)
+            self._write_keyframe(number, buffers, continues=not touched)
 
     def record(self, step: Step, buffers_moved: bool, auxiliary: Mapping[str, Tensors]) -> None:
         """Takes in the step that was just made. auxiliary: the gradients that went into the Stepper before it."""
@@ -121,6 +126,7 @@ class TrajectoryWriter:
                 self._keep(f"buffer:{step.number}:{name}", buffer.detach().clone())
         entry["batches"] = [self._batch(f"batch:{step.number}:{place}", one) for place, one in enumerate(step.batches)]
         self._steps.append(entry)
+        self.begin()
         if self._pending_bytes >= SEGMENT_BYTES:
             self.flush()
 
@@ -129,7 +135,8 @@ class TrajectoryWriter:
         if not self._steps:
             return
         path, last = f"steps/{self._first:08}.safetensors", self._first + len(self._steps)
-        self._add(storage.write_tensors(self.directory, path, self._first, last, self._pending, {"steps": self._steps}))
+        tensors = {**self._pending, **{f"random:{device}": value for device, value in self._random.items()}}
+        self._add(storage.write_tensors(self.directory, path, self._first, last, tensors, {"steps": self._steps}))
         self._pending, self._pending_bytes, self._steps = {}, 0, []
 
     def close(self, number: int) -> None:
@@ -137,7 +144,7 @@ class TrajectoryWriter:
         self.flush()
         if number not in self._keyframes:
             continues = self._stepper.untouched(self._buffers)
-            self._write_keyframe(number, self._buffers, random_state(self._device), continues)
+            self._write_keyframe(number, self._buffers, continues)
         self._lock.release()
 
     def _add(self, entry: Entry) -> None:
@@ -190,14 +197,14 @@ class TrajectoryWriter:
             self._keep(name, content.clone())
         return name
 
-    def _write_keyframe(self, number: int, buffers: Tensors, random: Tensors, continues: bool) -> None:
+    def _write_keyframe(self, number: int, buffers: Tensors, continues: bool) -> None:
         """continues: whether the keyframe follows from the steps before it, so that it can prove their replay."""
         stepper = self._stepper
         tensors = {f"parameter:{name}": value for name, value in stepper.parameters.items()}
         tensors |= {f"buffer:{name}": value for name, value in buffers.items()}
         for part, held in stepper.buffers.items():
             tensors |= {f"share:{part}:{name}": value for name, value in held.items()}
-        tensors |= {f"random:{device}": value for device, value in random.items()}
+        tensors |= {f"random:{device}": value for device, value in self._random.items()}
         plain: dict[str, dict[str, Any]] = {}
         for name, parameter in stepper.parameters.items():
             for key, value in stepper.optimizer.state.get(parameter, {}).items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track import storage
-from explaind_track.recorder import head_of
+from explaind_track.recorder import FORMAT, head_of
 from explaind_track.replay import Replay
 from explaind_track.samples import set_random_state
 from explaind_track.step import Stepper, same_bits
@@ -24,33 +24,57 @@ class ResumeWarning(UserWarning):
     """Some steps were trained before the run ended but are not in its record."""
 
 
-def resume(directory: Path, model: nn.Module, stepper: Stepper, at: Literal[True] | int) -> Trajectory:
-    """Takes up the run in `directory`; the trajectory that is returned ends where training is to go on.
+def resume(directory: Path, model: nn.Module, stepper: Stepper, at: Literal[True] | int) -> Trajectory | None:
+    """Takes up the run in `directory`; the trajectory that is returned ends where training is to go on. None where
+    there is nothing to take up, since no run has got as far as its first step there.
 
     at: True puts the model, the optimizer's state and the random state where the record ends. A number says that the
     caller has put them where step `at` begins; they are compared with the record, bit for bit, and what the record
     holds of later steps is dropped. Learning rates and other settings stay as the loop has made them.
 
-    Raises ValueError if model or optimizer are not those of the record; TrajectoryError if it cannot be read.
+    Raises ValueError if model or optimizer are not those of the record; TrajectoryError if it cannot be read, or if
+    another process is writing to it.
     """
-    trajectory = Trajectory.open(directory)
-    head = head_of(model, stepper)
-    for key in ("optimizer", "parameters", "buffers", "aliases"):
-        if head[key] != trajectory.head[key]:
-            raise ValueError(f"the run in {directory} has other {key}: {trajectory.head[key]}, here {head[key]}")
-    if at is True:
-        replay = trajectory.replay(len(trajectory))
-        _load(replay, model, stepper)
-        keyframe = trajectory.keyframe(len(trajectory))
-        if keyframe is not None:
-            set_random_state(dict(keyframe.prefixed("random:")))
-        _tell_of_lost_steps(directory, len(trajectory))
-    else:
-        replay = trajectory.replay(at)
-        _compare(replay, model, stepper, at)
-        trajectory = _cut(trajectory, at)
+    if not directory.is_dir():
+        return None
+    lock = storage.Lock(directory)
+    try:
+        if _only_begun(directory):
+            return None
+        trajectory = Trajectory.open(directory)
+        head = head_of(model, stepper)
+        for key in ("optimizer", "parameters", "buffers", "aliases"):
+            if head[key] != trajectory.head[key]:
+                raise ValueError(f"the run in {directory} has other {key}: {trajectory.head[key]}, here {head[key]}")
+        if at is True:
+            replay = trajectory.replay(len(trajectory))
+            _load(replay, model, stepper)
+            set_random_state(trajectory.random_state())
+            _tell_of_lost_steps(directory, len(trajectory))
+        else:
+            replay = trajectory.replay(at)
+            _compare(replay, model, stepper, at)
+            trajectory = _cut(trajectory, at)
+    finally:
+        lock.release()
     stepper.go_on(replay.stepper.buffers, dict(model.named_buffers()))
     return trajectory
+
+
+def _only_begun(directory: Path) -> bool:
+    """Whether no step has been written; what an interrupted beginning has left is removed then."""
+    for path in directory.rglob("*.part"):
+        path.unlink()
+    manifest = directory / storage.MANIFEST
+    if manifest.is_file():
+        if storage.read_manifest(directory, FORMAT)[1]:
+            return False
+        manifest.unlink()
+        (directory / HISTORY).unlink(missing_ok=True)
+    for folder in ("keyframes", "steps"):
+        if (directory / folder).is_dir() and not any((directory / folder).iterdir()):
+            (directory / folder).rmdir()
+    return not any(directory.iterdir())
 
 
 def _tensors(replay: Replay) -> dict[str, Tensor]:

@@ -90,9 +90,9 @@ class Tracker:
                        in the panels, explain nothing of it, and go on.
         auxiliary:     terms of the loss that belong to no sample, as `model` → scalar, each a part by its own name
                        (`{"l1": lambda model: 1e-4 * norm(model)}`). The loop adds them to its loss as it does anyway.
-        resume:        go on with the run in `trajectory`. True: put model, optimizer state and random state where its
-                       record ends; a number: the loop has put them where that step begins. The loop goes on from
-                       `tracker.number`, with its own data order and learning-rate schedule there.
+        resume:        go on with the run in `trajectory`, if there is one. True: put model, optimizer state and random
+                       state where its record ends; a number: the loop has put them where that step begins. The loop
+                       goes on from `tracker.number`, with its own data order and learning-rate schedule there.
 
         Raises, before any work: TypeError for an optimizer without a rule; ValueError for parameters of the optimizer
         that the model does not have, for groups that are no partition, and for a query that cannot be differentiated;
@@ -141,7 +141,6 @@ class Tracker:
         self._nonfinite: list[str] = []
         self._clip = 1.0
         self._auxiliary_now: dict[str, dict[str, Tensor]] = {}
-        self._entry_random: dict[str, Tensor] = {}
         if record is not None:
             self._catch_up(record)
         self._exit = before_exit(self._writer.flush) if self._writer is not None else lambda: None
@@ -153,7 +152,8 @@ class Tracker:
         if directory is None:
             raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
         record = resume_run(Path(directory), self.model, self._stepper, at)
-        self.number = len(record)
+        if record is not None:
+            self.number = len(record)
         return record
 
     def _catch_up(self, record: Trajectory) -> None:
@@ -175,7 +175,8 @@ class Tracker:
         if self._open:
             raise RuntimeError("tracker.step() is open already; close it before the next step")
         self._buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-        self._entry_random = random_state(next(self.model.parameters()).device)
+        if self._writer is not None:
+            self._writer.begin()
         self._batches, self._norms, self._open, self._taken, self._clip = [], {}, True, False, 1.0
         own = self.seconds["influence"] + self.seconds["trajectory"]
         started = time.perf_counter()
@@ -309,7 +310,7 @@ class Tracker:
             self._samples.check(state, tuple(self._batches), rest, self.number)  # type: ignore[union-attr]
         with self._timed("trajectory"):
             if self._writer is not None:
-                self._writer.before(self.number, self._buffers, self._entry_random)
+                self._writer.before(self.number, self._buffers)
         self._stepper.before(self._buffers, self._auxiliary_now)
 
     def _forget_unused_randomness(self) -> None:

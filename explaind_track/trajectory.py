@@ -139,9 +139,10 @@ class Trajectory:
     def _open(self, entry: Entry) -> TensorFile:
         return TensorFile(self.directory, entry, torch.device("cpu"))
 
-    def keyframe(self, number: int) -> TensorFile | None:
-        """The full checkpoint before step `number`, if there is one."""
-        return self._keyframe(number) if number in self._keyframes else None
+    def random_state(self) -> dict[str, Tensor]:
+        """The state of the random generators, by device, where the record ends."""
+        last = self._open(self._segments[-1]) if self._segments else self._keyframe(0)
+        return dict(last.prefixed("random:"))
 
     def _keyframe(self, number: int) -> TensorFile:
         return self._open(self._keyframes[number])
