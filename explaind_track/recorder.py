@@ -98,13 +98,13 @@ class TrajectoryWriter:
         self._random = random_state(self._device)
 
     def before(self, number: int, buffers: Tensors) -> None:
-        """Right before the optimizer takes step `number`: writes a keyframe where one is due, which is also the case
-        where something other than the optimizer has changed the parameters since its last step. buffers: as they were
-        at the start of the step."""
-        touched = number > 0 and not self._stepper.untouched(buffers)
-        if (number % self._every == 0 or touched) and number not in self._keyframes:
+        """Right before the optimizer takes step `number`, with the Stepper ready for it: writes a keyframe where one is
+        due, which is also the case where something other than the optimizer has changed the parameters since its last
+        step. buffers: as they were at the start of the step."""
+        continues = self._stepper.continues
+        if (number % self._every == 0 or not continues) and number not in self._keyframes:
             self.flush()
-            self._write_keyframe(number, buffers, continues=not touched)
+            self._write_keyframe(number, buffers, continues)
 
     def record(self, step: Step, buffers_moved: bool, auxiliary: Mapping[str, Tensors]) -> None:
         """Takes in the step that was just made. auxiliary: the gradients that went into the Stepper before it."""

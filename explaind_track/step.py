@@ -306,6 +306,20 @@ class Stepper:
         self.adopt({part: {name: value.clone() for name, value in held.items()} for part, held in buffers.items()})
         self._before = State({name: p.detach().clone() for name, p in self.parameters.items()}, {})
         self._settled = State(self._before.parameters, {n: value.clone() for n, value in model_buffers.items()})
+        self._last = object()
+
+    @property
+    def continues(self) -> bool:
+        """After `before()`: whether the step starts, bit for bit, where the one before it ended."""
+        return self._last is not None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Those that the optimizer is about to use, by parameter. Raises ValueError if one is sparse."""
+        found = {name: p.grad.detach() for name, p, _ in self._members() if p.grad is not None}
+        sparse = [name for name, gradient in found.items() if gradient.is_sparse]
+        if sparse:
+            raise ValueError(f"the gradient of '{sparse[0]}' is sparse; use sparse=False in its module")
+        return found
 
     def before(self, buffers: Tensors, auxiliary: Mapping[str, Tensors] | None = None) -> None:
         """buffers: the model's as the step began, before its forward pass; they have to last as long as the step.
@@ -338,8 +352,6 @@ class Stepper:
 
     def _update(self, name: str, parameter: Tensor, settings: dict[str, Any]) -> Update:
         gradient = cast(Tensor, parameter.grad).detach()
-        if gradient.is_sparse:
-            raise ValueError(f"the gradient of '{name}' is sparse; use sparse=False in its module")
         sign = -1.0 if settings.get("maximize") else 1.0
         rule = update_rule(self.optimizer, settings, self.optimizer.state[parameter], name in self._fresh)
         before = self._before.parameters[name]

@@ -287,12 +287,10 @@ class Tracker:
             raise RuntimeError("the optimizer took two steps in one tracker.step(); give each its own")
         if any(callable(one) and one is not self.optimizer for one in arguments):
             raise ValueError("optimizer.step(closure) has its gradient too late to be seen; call the closure before it")
-        scale = getattr(self.optimizer, "grad_scale", None)  # of a GradScaler whose optimizer unscales by itself
-        gradients = {
-            name: p.grad.detach() if scale is None else p.grad.detach() / scale
-            for name, p in self._stepper.parameters.items()
-            if p.grad is not None
-        }
+        gradients = self._stepper.gradients()
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if scale is not None:  # of a GradScaler whose optimizer unscales by itself
+            gradients = {name: gradient / scale for name, gradient in gradients.items()}
         self._nonfinite = panels.nonfinite(gradients)
         if self._nonfinite and not self._mark:
             raise NonFiniteError(
@@ -308,10 +306,10 @@ class Tracker:
                 for name, value in own.items():
                     rest[name] -= value
             self._samples.check(state, tuple(self._batches), rest, self.number)  # type: ignore[union-attr]
+        self._stepper.before(self._buffers, self._auxiliary_now)
         with self._timed("trajectory"):
             if self._writer is not None:
                 self._writer.before(self.number, self._buffers)
-        self._stepper.before(self._buffers, self._auxiliary_now)
 
     def _forget_unused_randomness(self) -> None:
         """A batch during whose passes nothing random was drawn needs no random state."""
@@ -378,7 +376,8 @@ class Tracker:
 
     def _check_due(self) -> bool:
         due = self.number < CHECKED_STEPS or self.number % CHECK_EVERY == 0
-        return due and self._samples is not None and bool(self._batches)
+        told = bool(self._batches) and not any(batch.clipped for batch in self._batches)
+        return due and told and self._samples is not None
 
     def _refuse_part_names(self) -> None:
         taken = set(self._auxiliary) & {*PARTS, *SHARES}

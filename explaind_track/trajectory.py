@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from explaind_track import storage
@@ -86,6 +87,14 @@ class Trajectory:
     def _replayed(self, first: int, last: int) -> Iterator[tuple[Step | None, Replay]]:
         """From the last keyframe before `first` on, every step with the replay that took it; at the end the replay as
         it is before step `last`, without a step."""
+        try:
+            yield from self._take_again(first, last)
+        except TrajectoryError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise TrajectoryError(f"{self.directory} does not hold what a trajectory holds: {error!r}") from error
+
+    def _take_again(self, first: int, last: int) -> Iterator[tuple[Step | None, Replay]]:
         start = max(number for number in self._keyframes if number <= first)
         replay = Replay(self.head["optimizer"], self._keyframe(start))
         for segment in self._segments:

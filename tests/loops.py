@@ -1,0 +1,369 @@
+"""The training loops and model features that people have, each with a Tracker in it. `test_loops.py` runs them all."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from explaind_track import Query, Tracker
+
+STEPS = 6
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+
+
+def nesterov(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.05)
+
+
+@dataclass
+class Run:
+    """What a loop works with."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sample_loss: Loss
+    x: Tensor
+    y: Tensor
+    tracker: Tracker
+
+    def backward(self, index: Tensor, weight: Tensor | float | str = "mean", batch: Any = None) -> None:
+        """Tells of one batch, and adds the gradient of its loss."""
+        data = (self.x[index], self.y[index]) if batch is None else batch
+        self.tracker.batch(data, index=index, weight=weight)
+        losses = self.sample_loss(self.model, data)
+        sums = {"mean": losses.mean, "sum": losses.sum}
+        (sums[weight]() if isinstance(weight, str) else (losses * weight).sum()).backward()
+
+    def step(
+        self, *index: Tensor, weight: Tensor | float | str = "mean", before: Callable[[], Any] | None = None
+    ) -> None:
+        """One step over these micro-batches; `before`: what the loop does before the optimizer's step."""
+        with self.tracker.step():
+            self.optimizer.zero_grad()
+            for one in index:
+                self.backward(one, weight)
+            if before is not None:
+                before()
+            self.optimizer.step()
+
+
+Body = Callable[[Run], None]
+
+
+def batches(size: int = 8) -> Iterator[Tensor]:
+    """Shuffled, without replacement within a batch."""
+    return (torch.randperm(24)[:size] for _ in range(STEPS))
+
+
+def plain(run: Run) -> None:
+    for index in batches():
+        run.step(index)
+
+
+@dataclass
+class Loop:
+    id: str
+    body: Body = plain
+    model: Callable[[], nn.Module] = mlp
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw
+    sample_loss: Loss = cross_entropy
+    query: Callable[[Tensor, Tensor], Query] = Query.outputs
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+    inputs: Callable[[], Tensor] = lambda: torch.randn(24, 4)
+    warm: int = 0
+    """Steps that the optimizer has taken before it is watched."""
+    per_sample: str = "exact"
+    """Or why samples are refused."""
+
+    def run(self, **options: Any) -> Run:
+        torch.manual_seed(0)
+        model = self.model().to(self.dtype)
+        x, y = self.inputs(), torch.randint(0, 3, (24,))
+        x = x.to(self.dtype) if x.is_floating_point() else x
+        optimizer = self.optimizer(model)
+        for _ in range(self.warm):
+            optimizer.zero_grad()
+            self.sample_loss(model, (x, y)).mean().backward()
+            optimizer.step()
+        tracker = Tracker(
+            model,
+            optimizer,
+            queries={"query": self.query(x[:5], y[:5])},
+            sample_loss=self.sample_loss,
+            **self.options,
+            **options,
+        )
+        run = Run(model, optimizer, self.sample_loss, x, y, tracker)
+        self.body(run)
+        tracker.finish()
+        return run
+
+
+def ragged(run: Run) -> None:
+    for number, index in enumerate(batches()):
+        run.step(index[: 3 + number % 3])
+
+
+def weighted(run: Run) -> None:
+    for index in batches():
+        run.step(index, weight=torch.rand(8, dtype=run.x.dtype) - 0.2)
+
+
+def repeated(run: Run) -> None:
+    for index in batches(4):
+        run.step(torch.cat([index, index[:2]]))
+
+
+def with_replacement(run: Run) -> None:
+    for _ in range(STEPS):
+        run.step(torch.randint(0, 24, (8,)))
+
+
+def summed(run: Run) -> None:
+    for index in batches():
+        run.step(index, weight="sum", before=lambda: None)
+
+
+CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
+
+
+def class_weighted(run: Run) -> None:
+    for index in batches():
+        weight = CLASS_WEIGHTS.to(run.x)[run.y[index]]
+        run.step(index, weight=weight / weight.sum())
+
+
+def smoothed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none", label_smoothing=0.1)
+
+
+class Tokens(nn.Module):
+    """(B, T) tokens to (B, T, 5) logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 6), nn.Linear(6, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(tokens)))
+
+
+def masked_tokens(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The next tokens' losses summed over each sequence, but for those at the padding 0."""
+    tokens = batch[0]
+    losses = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none", ignore_index=0)
+    return losses.sum(1)
+
+
+def token_mean(run: Run) -> None:
+    for index in batches():
+        run.step(index, weight=1.0 / int((run.x[index][:, 1:] != 0).sum()))
+
+
+def accumulated(run: Run) -> None:
+    for index in batches():
+        run.step(index[:5], index[5:], weight=1.0 / 8)
+
+
+def clipped_by_norm(run: Run) -> None:
+    for index in batches():
+        run.step(index, before=lambda: run.tracker.clip_grad_norm_(0.1))
+
+
+def clipped_by_value(run: Run) -> None:
+    for index in batches():
+        run.step(index, before=lambda: run.tracker.clip_grad_value_(0.01))
+
+
+def l1(model: nn.Module) -> Tensor:
+    return sum((0.01 * p.abs().sum() for p in model.parameters()), torch.zeros(()))
+
+
+def penalized(run: Run) -> None:
+    for index in batches():
+        run.step(index, before=lambda: l1(run.model).backward())
+
+
+def scheduled(make: Callable[[torch.optim.Optimizer], Any]) -> Body:
+    def body(run: Run) -> None:
+        schedule = make(run.optimizer)
+        for index in batches():
+            run.step(index)
+            schedule.step()
+
+    return body
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=STEPS + 1)
+
+
+def groups_of_rates(model: nn.Module) -> torch.optim.Optimizer:
+    first, *rest = model.parameters()
+    return torch.optim.AdamW([{"params": [first], "lr": 0.1, "weight_decay": 0.0}, {"params": rest}], lr=0.01)
+
+
+def thawed(run: Run) -> None:
+    for number, index in enumerate(batches()):
+        run.model[0].requires_grad_(number >= 3)
+        run.step(index)
+
+
+def joined(run: Run) -> None:
+    """The first layer's parameters join the optimizer after three steps."""
+    for number, index in enumerate(batches()):
+        if number == 3:
+            run.optimizer.add_param_group({"params": list(run.model[0].parameters()), "lr": 0.01})
+        run.step(index)
+
+
+def second_layer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model[2].parameters(), lr=0.02)
+
+
+def autocast_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def scaled(run: Run) -> None:
+    """With a GradScaler, whose second step overflows and is skipped."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for number, index in enumerate(batches()):
+        with run.tracker.step():
+            run.optimizer.zero_grad()
+            data = (run.x[index], run.y[index])
+            run.tracker.batch(data, index=index)
+            loss = run.sample_loss(run.model, data).mean()
+            scaler.scale(loss * float("inf") if number == 1 else loss).backward()
+            scaler.unscale_(run.optimizer)
+            run.tracker.clip_grad_norm_(1.0)
+            scaler.step(run.optimizer)
+            scaler.update()
+
+
+def left_out(run: Run) -> None:
+    for number, index in enumerate(batches()):
+        with run.tracker.step():
+            run.optimizer.zero_grad()
+            run.backward(index)
+            if number != 2:
+                run.optimizer.step()
+
+
+def dropout() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))
+
+
+def batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def frozen_norm() -> nn.Module:
+    """One module is in eval mode while the others train."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Tanh(), nn.Linear(6, 3))
+    model[1].eval()
+    return model
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(torch.tanh(self.body(x)))))
+
+
+class Answers(nn.Module):
+    """Takes two inputs by position and answers with a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, one: Tensor, two: Tensor) -> dict[str, Tensor]:
+        return {"logits": torch.tanh(self.left(one)) * self.right(two)}
+
+
+def answered(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["one"], batch["two"])["logits"]
+    return F.cross_entropy(logits, batch["label"], reduction="none")
+
+
+def with_mappings(run: Run) -> None:
+    for index in batches():
+        with run.tracker.step():
+            run.optimizer.zero_grad()
+            run.backward(index, batch={"one": run.x[index], "two": run.x[index].flip(1), "label": run.y[index]})
+            run.optimizer.step()
+
+
+def of_logits(x: Tensor, y: Tensor) -> Query:
+    return Query.function((x, x.flip(1)), lambda output: output["logits"])
+
+
+LOOPS = [
+    Loop("batches of one size"),
+    Loop("ragged batches", ragged),
+    Loop("weighted samples", weighted),
+    Loop("samples repeated in a batch", repeated),
+    Loop("sampling with replacement", with_replacement),
+    Loop("sum of the losses", summed),
+    Loop("label smoothing", sample_loss=smoothed),
+    Loop("class weights", class_weighted),
+    Loop(
+        "masked token losses", token_mean, Tokens, sample_loss=masked_tokens,
+        query=lambda x, _: Query.outputs(x), inputs=lambda: torch.randint(0, 5, (24, 4)),
+    ),
+    Loop("auxiliary loss (L1)", penalized, options={"auxiliary": {"l1": l1}}),
+    Loop("gradient accumulation", accumulated),
+    Loop("clipping by norm", clipped_by_norm, optimizer=nesterov),
+    Loop("clipping by value", clipped_by_value, per_sample="clipped by value"),
+    Loop("learning-rate schedule", scheduled(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS))),
+    Loop("OneCycle, Adam's betas", scheduled(one_cycle)),
+    Loop("OneCycle, SGD's momentum", scheduled(one_cycle), optimizer=nesterov),
+    Loop("rates and decays by group", optimizer=groups_of_rates),
+    Loop("warm start", warm=3),
+    Loop("warm start, Nesterov", warm=3, optimizer=nesterov),
+    Loop("frozen, thawed later", thawed),
+    Loop("parameter group added later", joined, optimizer=second_layer),
+    Loop("maximize", optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, maximize=True)),
+    Loop("bfloat16 autocast", sample_loss=autocast_loss, dtype=torch.float32),
+    Loop("GradScaler with a skipped step", scaled),
+    Loop("step left out", left_out),
+    Loop("dropout", model=dropout),
+    Loop("batch norm", model=batch_norm, optimizer=nesterov),
+    Loop("module in eval mode", model=frozen_norm),
+    Loop("tied weights", model=Tied),
+    Loop("module used twice", model=Twice),
+    Loop("mappings as batches and outputs, two inputs", with_mappings, Answers, sample_loss=answered, query=of_logits),
+    Loop("float32", dtype=torch.float32),
+]  # fmt: skip

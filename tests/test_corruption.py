@@ -1,0 +1,140 @@
+"""Whatever happens to a stored file is found, before its content is used, and without taking memory on its word."""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import make_job
+
+from explaind_track import Trajectory, TrajectoryError
+from explaind_track.storage import _digest
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("recorded") / "t"
+    job = make_job()
+    tracker = job.tracker(trajectory=directory, keyframe_every=4)
+    job.run(tracker, 11)
+    tracker.finish()
+    return directory
+
+
+def flip(content: bytearray, chance: random.Random) -> None:
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+
+
+def overwrite(content: bytearray, chance: random.Random) -> None:
+    start = chance.randrange(len(content))
+    run = chance.randbytes(chance.randint(1, 64))
+    content[start : start + len(run)] = run
+
+
+def truncate(content: bytearray, chance: random.Random) -> None:
+    del content[chance.randrange(len(content)) :]
+
+
+def extend(content: bytearray, chance: random.Random) -> None:
+    content += chance.randbytes(chance.randint(1, 64))
+
+
+def swap(content: bytearray, chance: random.Random) -> None:
+    """Two stretches change places."""
+    half = len(content) // 2
+    start, other, length = chance.randrange(half), half + chance.randrange(half), chance.randint(1, 32)
+    one, two = content[start : start + length], content[other : other + length]
+    content[start : start + len(two)], content[other : other + len(one)] = two[: len(two)], one[: len(one)]
+
+
+DAMAGE: list[Callable[[bytearray, random.Random], None]] = [flip, overwrite, truncate, extend, swap]
+
+
+def damage(directory: Path, count: int, seed: int) -> None:
+    chance = random.Random(seed)
+    files = [path for path in sorted(directory.rglob("*")) if path.suffix in (".json", ".safetensors")]
+    contents = {path: path.read_bytes() for path in files}
+    for trial in range(count):
+        path = chance.choice(files)
+        content = bytearray(contents[path])
+        chance.choice(DAMAGE)(content, chance)
+        if bytes(content) == contents[path]:
+            continue
+        path.write_bytes(content)
+        try:
+            with pytest.raises(TrajectoryError):
+                Trajectory.open(directory)
+        except BaseException:
+            print(f"trial {trial}: {path}")
+            raise
+        path.write_bytes(contents[path])
+    Trajectory.open(directory)
+
+
+def test_random_damage_is_found(recorded: Path, tmp_path: Path) -> None:
+    shutil.copytree(recorded, tmp_path / "t")
+    damage(tmp_path / "t", 400, 0)
+
+
+@pytest.mark.slow
+def test_ten_thousand_damages_are_found(recorded: Path, tmp_path: Path) -> None:
+    shutil.copytree(recorded, tmp_path / "t")
+    damage(tmp_path / "t", 10_000, 1)
+
+
+def forge(directory: Path, path: Path) -> None:
+    """Enters a file's new hash and size into the manifest, as somebody could who means harm."""
+    manifest = directory / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["digest"]
+    for entry in content["files"]:
+        if entry["path"] == str(path.relative_to(directory)):
+            entry |= {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps({**content, "digest": _digest(content)}))
+
+
+def test_forged_files_do_no_harm(recorded: Path, tmp_path: Path) -> None:
+    """The header of a file says anything: it is refused as an error of the trajectory, or means something."""
+    chance = random.Random(2)
+    for trial in range(150):
+        directory = tmp_path / f"{trial}"
+        shutil.copytree(recorded, directory)
+        path = chance.choice(sorted(directory.rglob("*.safetensors")))
+        content = bytearray(path.read_bytes())
+        length = int.from_bytes(content[:8], "little")
+        head = content[: 8 + length]
+        chance.choice([flip, overwrite])(head, chance)
+        path.write_bytes(head + content[8 + length :])
+        forge(directory, path)
+        try:
+            for step in Trajectory.open(directory).steps():
+                assert step.number < 11
+        except TrajectoryError:
+            pass
+        shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("path", ["../outside.safetensors", "/etc/passwd", "steps/../../x.safetensors", "steps/a"])
+def test_names_that_lead_elsewhere_are_refused(path: str, recorded: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "t"
+    shutil.copytree(recorded, directory)
+    manifest = directory / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["digest"]
+    content["files"][0]["path"] = path
+    manifest.write_text(json.dumps({**content, "digest": _digest(content)}))
+    with pytest.raises(TrajectoryError, match="is no name of a trajectory's file"):
+        Trajectory.open(directory)
+
+
+def test_links_that_lead_elsewhere_are_refused(recorded: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "t"
+    shutil.copytree(recorded, directory)
+    path = directory / "keyframes" / "00000000.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(TrajectoryError, match="leads out of"):
+        Trajectory.open(directory)

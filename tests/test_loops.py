@@ -1,0 +1,99 @@
+"""Training loops as people have them: influences are exact in each, live and offline, or refused with the reason."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loops import LOOPS, Loop
+from torch import nn
+
+from explaind_track import Quadrature, Query, Tracker, Trajectory, explain
+
+REFINED = Quadrature(tolerance=1e-9, nodes=4, max_nodes=64)
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.id)
+def test_a_loop_is_explained_exactly(loop: Loop, tmp_path: Path) -> None:
+    """Every warning is an error here, that of samples that do not add up to the step's gradient too."""
+    live = loop.run(trajectory=tmp_path / "t", quadrature=REFINED, keyframe_every=4)
+    exact = loop.dtype is torch.float64
+    by_step, by_output = (live.tracker.influence("query", keep) for keep in (("step", "group"), ("query", "output")))
+    floor = 4 * by_step.data["residual_floor"]
+    assert ((by_step.residual <= 1e-6) | (by_step.residual <= floor)).all()
+    model = live.model.eval()
+    final = live.tracker._explainers["query"].integrator.query(model).detach()
+    scale = float(final.abs().max())
+    assert torch.allclose(
+        torch.from_numpy(by_output.prediction().values), final, atol=(1e-8 if exact else 1e-4) * scale
+    )
+
+    trajectory = Trajectory.open(tmp_path / "t")
+    query = live.tracker._explainers["query"].integrator.query
+    parts = live.tracker._parts(query)
+    offline = explain(trajectory, loop.model().to(loop.dtype), query, parts=parts, quadrature=REFINED, progress=False)
+    assert torch.equal(*(torch.from_numpy(one.data["influence"].values) for one in (offline, by_step)))
+    last = trajectory.state_dict(len(trajectory))
+    assert all(torch.equal(value, last[name]) for name, value in live.model.state_dict().items())
+
+
+def tracked(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Tracker:
+    return Tracker(model, optimizer, queries={"q": Query.outputs(torch.randn(2, 4))}, **options)
+
+
+def test_closures_are_refused() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = tracked(model, optimizer)
+
+    def closure() -> float:
+        model(torch.randn(2, 4)).sum().backward()
+        return 0.0
+
+    with pytest.raises(ValueError, match="call the closure before it"), tracker.step():
+        optimizer.step(closure)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3, sparse=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = Tracker(model, optimizer, queries={"q": Query.outputs(torch.tensor([0, 1]))})
+    with pytest.raises(ValueError, match=r"'0\.weight' is sparse; use sparse=False"), tracker.step():
+        model(torch.tensor([0, 1])).sum().backward()
+        optimizer.step()
+
+
+def test_state_that_is_loaded_on_the_way_is_refused() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    tracker = tracked(model, optimizer)
+    for number in range(2):
+        if number:
+            optimizer.load_state_dict(optimizer.state_dict())
+            with pytest.raises(RuntimeError, match="load first, then make the Tracker"), tracker.step():
+                optimizer.step()
+        else:
+            with tracker.step():
+                model(torch.randn(2, 4)).sum().backward()
+                optimizer.step()
+
+
+def test_state_that_is_loaded_before_the_first_step_is_the_past() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    trained = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 4)).sum().backward()
+    trained.step()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    tracker = tracked(model, optimizer)
+    optimizer.load_state_dict(trained.state_dict())
+    with tracker.step():
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+    assert float(tracker.influence("q").importance().sel(part="past").sum()) > 0
+
+
+def test_names_of_parts_are_no_names_of_auxiliary_losses() -> None:
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="kernel"):
+        tracked(model, torch.optim.SGD(model.parameters()), auxiliary={"kernel": lambda model: model.weight.sum()})
