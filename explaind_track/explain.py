@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from explaind_track.autodiff import Functional, evaluation
+from explaind_track.autodiff import Functional, SampleLoss, evaluation
 from explaind_track.groups import Groups, GroupSpec, resolve_groups
 from explaind_track.influence import Accumulator, Influence
 from explaind_track.integrator import MEMORY, Integrator
@@ -18,6 +18,7 @@ from explaind_track.queries import Query
 from explaind_track.step import State, Step
 
 if TYPE_CHECKING:
+    from explaind_track.sample_axis import Data
     from explaind_track.trajectory import Trajectory
 
 
@@ -121,13 +122,19 @@ def explain(
     close: bool = False,
     memory: int = MEMORY,
     progress: bool = True,
+    sample_loss: SampleLoss | None = None,
+    data: "Data | None" = None,
+    samples: Iterable[int] | None = None,
+    partition: Any = None,
 ) -> Influence:
     """The influences of a training run on the query's targets, over the axes asked for.
 
     steps:      a `Trajectory`, or any steps in their order.
     model:      the module that was trained; its own values do not matter, and are not touched.
     groups:     see `resolve_groups`; None: by the first part of the module path.
-    keep:       some of "step", "group", "query", "output"; all other axes are summed over.
+    keep:       some of "step", "group", "query", "output"; all other axes are summed over. With "sample", the
+                kernel part is split over the training samples by reverse replay, and "seen" is an axis beside "step":
+                "step" is the step at which the influence acts, "seen" the one whose batch the sample was in.
     parts:      of the steps, one row each; what is not asked for is left to the remainder. None: all, the rounding
                 summed over the groups. "momentum" is a share of "kernel".
     window:     steps first ≤ s < last of a trajectory; None: all.
@@ -135,12 +142,33 @@ def explain(
     close:      share the remainder out over parts and groups, so that sums are exact; `residual` stays as it was.
     memory:     bytes one pass may take: a guide by which queries and directions are cut into chunks.
 
+    For the axis "sample":
+
+    sample_loss: `(model, batch)` → unreduced losses (N,); the model in the mode that it was trained in.
+    data:        from an index tensor (N,) to the batch that `sample_loss` takes; not needed where the trajectory
+                 holds the batches themselves.
+    samples:     the training indices asked for; None: all.
+    partition:   `partition[index]` is the label of the part that a sample is in; parts take the samples' place along
+                 the axis, and are summed before the product (Cor. F.2).
+
+    The sample axis's `influence` comes with `kernel`, what the optimizer's own state says of all samples together, and
+    `mismatch` (walked), by how much each step's samples miss the gradient which the optimizer saw; a SampleMismatch
+    warns of those that are not rounding.
+
     Raises ValueError, before any work, for groups that are no partition, axes that there are not, and a query whose
     target is not differentiable.
     """
-    from explaind_track.trajectory import Trajectory  # it is heavier, and needs what is above
+    from explaind_track.sample_explain import explain_samples  # they are heavier
+    from explaind_track.trajectory import Trajectory
 
     names = dict(model.named_parameters())
+    if "sample" in keep or "seen" in keep:
+        if close:
+            raise ValueError("close= shares the remainder out over parts and groups, not over samples")
+        return explain_samples(
+            steps, model, query, resolve_groups(groups, names), keep, window, quadrature, memory, progress,
+            sample_loss, data, samples, partition,
+        )  # fmt: skip
     explainer = Explainer(model, query, resolve_groups(groups, names), [keep], parts, quadrature, close, memory)
     total: int | None = None
     if isinstance(steps, Trajectory):
