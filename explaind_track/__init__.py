@@ -5,8 +5,10 @@ from explaind_track.groups import resolve_groups
 from explaind_track.influence import Influence
 from explaind_track.panels import how_to_look, open_run
 from explaind_track.path import Quadrature
+from explaind_track.pruning import evaluate_pruning, prune_masks, pruned
 from explaind_track.queries import Query
 from explaind_track.rules import Rule, update_rule
+from explaind_track.scores import parameter_scores
 from explaind_track.step import Batch, State, Step, Stepper, UnexplainedUpdate, Update
 from explaind_track.storage import TrajectoryError
 from explaind_track.tracker import NonFiniteError, Tracker
@@ -28,9 +30,13 @@ __all__ = [
     "TrajectoryError",
     "UnexplainedUpdate",
     "Update",
+    "evaluate_pruning",
     "explain",
     "how_to_look",
     "open_run",
+    "parameter_scores",
+    "prune_masks",
+    "pruned",
     "resolve_groups",
     "update_rule",
 ]

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from explaind_track.autodiff import Functional, evaluation, vjp_rows
 from explaind_track.path import gauss_legendre, interpolate
@@ -36,6 +37,13 @@ def some_outputs(query: Query, start: int, stop: int) -> Query:
         return value.reshape(value.shape[0], -1)[:, start:stop]
 
     return replace(query, target=cut, is_classified=False)
+
+
+def output_count(model: nn.Module, query: Query) -> int:
+    """O, the targets of one input."""
+    one = query.rows(0, 1, next(model.parameters()).device)
+    with evaluation(model), torch.no_grad():
+        return int(one(model).shape[1])
 
 
 class Features:

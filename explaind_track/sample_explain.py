@@ -13,9 +13,9 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from explaind_track.autodiff import SampleLoss, evaluation
+from explaind_track.autodiff import SampleLoss
 from explaind_track.explain import check_query
-from explaind_track.features import kept_targets, some_outputs
+from explaind_track.features import kept_targets, output_count, some_outputs
 from explaind_track.groups import Groups
 from explaind_track.influence import Influence
 from explaind_track.integrator import Integrator
@@ -96,10 +96,7 @@ class SampleExplanation:
 
     @cached_property
     def outputs(self) -> int:
-        parameters = dict(self.model.named_parameters())
-        one = self.query.rows(0, 1, next(iter(parameters.values())).device)
-        with evaluation(self.model), torch.no_grad():
-            return int(one(self.model).shape[1])
+        return output_count(self.model, self.query)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -289,10 +286,10 @@ def explain_samples(
     partition: Any,
 ) -> Influence:
     """`explain` with "sample" or "seen" among the axes to keep."""
-    check_query(model, query)
     source = steps if isinstance(steps, Trajectory) else StepList(steps)
     if isinstance(steps, Trajectory):
         steps.check_model(model)
+    check_query(model, query)
     last = window[1] if window else len(source)
     chosen = choose_samples(source, last, sample_loss, data, samples, partition)
     plan = SampleExplanation(source, model, query, groups, keep, window, chosen, quadrature, memory)
