@@ -9,6 +9,7 @@ from explaind_track.pruning import evaluate_pruning, prune_masks, pruned
 from explaind_track.queries import Query
 from explaind_track.rules import Rule, update_rule
 from explaind_track.scores import parameter_scores
+from explaind_track.similarity import sample_cosine, similarity
 from explaind_track.step import Batch, State, Step, Stepper, UnexplainedUpdate, Update
 from explaind_track.storage import TrajectoryError
 from explaind_track.tracker import NonFiniteError, Tracker
@@ -38,5 +39,7 @@ __all__ = [
     "prune_masks",
     "pruned",
     "resolve_groups",
+    "sample_cosine",
+    "similarity",
     "update_rule",
 ]

@@ -5,7 +5,7 @@ did, and is exact under dropout and batch norm. Many: per-sample gradients once,
 matrix product with all directions; for models in which a sample's loss depends on that sample alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from einops import einsum
@@ -18,6 +18,7 @@ from explaind_track.autodiff import (
     differentiable_attention,
     sample_gradients,
     tell_of_fallback,
+    vjp_rows,
 )
 from explaind_track.groups import Groups
 from explaind_track.plans import size_in_bytes
@@ -74,6 +75,21 @@ class SampleProducts:
         if self._alone is None:
             self._alone = self._stand_alone(step.before, batch)
         return self._alone
+
+    def gradients(self, step: Step, batch: Batch) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """∇L_k(θ_s) by parameter, (n, *shape), chunk by chunk of the batch's samples."""
+        state = step.before
+        alone = self.stands_alone(step, batch)
+        size = max(1, min(CHUNK_BYTES, self._memory) // size_in_bytes(state.parameters))
+        for start in range(0, batch.size, size):
+            rows = slice(start, min(batch.size, start + size))
+            if alone:
+                chunk = tree_slice(batch.data, rows.start, rows.stop)
+                yield rows, sample_gradients(self._functional, self._sample_loss, state, chunk)[0]
+            else:
+                losses = self._losses(state, batch)
+                with differentiable_attention():
+                    yield rows, vjp_rows(lambda moved: losses(moved)[rows], dict(state.parameters))  # noqa: B023
 
     def _losses(self, state: State, batch: Batch) -> Callable[[Tensors], Tensor]:
         """The batch's losses as training computed them, however often they are asked for."""

@@ -49,6 +49,9 @@ class StepList:
     def steps_back(self, first: int, last: int, memory: int) -> Iterator[Step]:
         return (step for step in reversed(self._steps) if first <= step.number < last)
 
+    def steps_forward(self, first: int, last: int) -> Iterator[Step]:
+        return (step for step in self._steps if first <= step.number < last)
+
     def indices(self, last: int) -> Iterator[tuple[int, Tensor | None, bool]]:
         for step in self._steps:
             for batch in step.batches:
@@ -125,9 +128,9 @@ class SampleExplanation:
             acting = min(acting, max(1, copies // (outputs * rows)))
         return [
             Walk(steps, own, some)
-            for steps in _cuts(self.first, self.last, acting)
-            for own in _cuts(0, len(self.query), rows)
-            for some in _cuts(0, self.outputs, outputs)
+            for steps in cuts(self.first, self.last, acting)
+            for own in cuts(0, len(self.query), rows)
+            for some in cuts(0, self.outputs, outputs)
         ]
 
     def run(self, progress: bool) -> Influence:
@@ -216,7 +219,7 @@ def _tell_of_mismatch(walk: SampleWalk) -> None:
     )
 
 
-def _cuts(start: int, stop: int, size: int) -> list[slice]:
+def cuts(start: int, stop: int, size: int) -> list[slice]:
     return [slice(low, min(stop, low + size)) for low in range(start, stop, size)]
 
 
