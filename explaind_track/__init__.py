@@ -1,6 +1,6 @@
 """Exact influences of parameters, training samples and steps on a model's predictions, while it trains and after."""
 
-from explaind_track.explain import Explainer, explain
+from explaind_track.explain import Explainer, explain, plan_explanation
 from explaind_track.groups import resolve_groups
 from explaind_track.influence import Influence
 from explaind_track.panels import how_to_look, open_run
@@ -36,6 +36,7 @@ __all__ = [
     "how_to_look",
     "open_run",
     "parameter_scores",
+    "plan_explanation",
     "prune_masks",
     "pruned",
     "resolve_groups",

@@ -85,9 +85,9 @@ class Functional:
         """The derivative of `function` at `primals` in T directions, (T, *output shape).
 
         tangents: each with a leading axis T. together: whether one call of `function` may serve several directions;
-        it may not where it draws random numbers or writes to buffers. Where the model has an operation without a forward
-        rule or a `vmap` rule, slower ways are tried in turn, and the first that works is kept; a ForwardModeFallback
-        tells of it.
+        it may not where it draws random numbers or writes to buffers. Where the model has an operation without a
+        forward rule or a `vmap` rule, slower ways are tried in turn, and the first that works is kept; a
+        ForwardModeFallback tells of it.
         """
         first_error: Exception | None = None
         for place, (how, mode) in enumerate(self._jvp_modes):

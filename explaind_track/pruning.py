@@ -32,8 +32,8 @@ def prune_masks(
     unit:    "filter" keeps or drops whole rows of the first axis (a convolution's filters, a linear layer's neurons) by
              their summed score, a module's `weight` and `bias` together.
 
-    `keep · n` of n units are kept, rounded (in each tensor, by layer); ties go to the earlier one. Raises ValueError for
-    a fraction outside of 0 to 1, scores that are not finite, and patterns that exclude nothing or everything.
+    `keep · n` of n units are kept, rounded (of each tensor, by layer); ties go to the earlier one. Raises ValueError
+    for a fraction outside of 0 to 1, scores that are not finite, and patterns that exclude nothing or everything.
     """
     if not 0 <= keep <= 1:
         raise ValueError(f"keep is a fraction between 0 and 1, not {keep}")

@@ -1,62 +1,40 @@
 """Plans and runs the walks that give influences of single training samples: `explain` where "sample" is kept."""
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from explaind_track.autodiff import SampleLoss
-from explaind_track.explain import check_query
+from explaind_track import parallel
 from explaind_track.features import kept_targets, output_count, some_outputs
 from explaind_track.groups import Groups
 from explaind_track.influence import Influence
 from explaind_track.integrator import Integrator
 from explaind_track.path import Quadrature
+from explaind_track.planning import Plan, timed
 from explaind_track.plans import size_in_bytes
 from explaind_track.queries import Query
-from explaind_track.sample_axis import SAMPLE_AXES, Array, Data, Samples, SampleWalk
-from explaind_track.samples import SampleMismatch
+from explaind_track.sample_axis import SAMPLE_AXES, Array, Samples, SampleWalk
+from explaind_track.samples import CHUNK_BYTES, SampleMismatch
+from explaind_track.sources import Source, cuts, fingerprint, query_digest, reach
 from explaind_track.step import Step
-from explaind_track.trajectory import Trajectory
+from explaind_track.store import Store
+
+CELLS = tuple(axis for axis in SAMPLE_AXES if axis not in ("seen", "sample"))
+"""What the influence of all samples together is kept over."""
 
 COPIES = 3
 """Of the parameters for each target in flight: the adjoint, the test feature, and the direction."""
-
-
-class StepList:
-    """Steps in memory, as a trajectory gives them. They have to last (`Trajectory.steps(lasting=True)`)."""
-
-    def __init__(self, steps: Iterable[Step]) -> None:
-        self._steps = list(steps)
-        for one, other in zip(self._steps, self._steps[1:], strict=False):
-            if any(other.before.parameters[name] is value for name, value in one.before.parameters.items()):
-                raise ValueError(
-                    "samples are explained from the last step back, so all steps have to last: take them from "
-                    "trajectory.steps(lasting=True), or pass the trajectory itself"
-                )
-
-    def __len__(self) -> int:
-        return self._steps[-1].number + 1 if self._steps else 0
-
-    def steps_back(self, first: int, last: int, memory: int) -> Iterator[Step]:
-        return (step for step in reversed(self._steps) if first <= step.number < last)
-
-    def steps_forward(self, first: int, last: int) -> Iterator[Step]:
-        return (step for step in self._steps if first <= step.number < last)
-
-    def indices(self, last: int) -> Iterator[tuple[int, Tensor | None, bool]]:
-        for step in self._steps:
-            for batch in step.batches:
-                if step.number < last:
-                    yield step.number, batch.index, batch.data is not None
 
 
 @dataclass(frozen=True)
@@ -67,13 +45,17 @@ class Walk:
     rows: slice
     outputs: slice
 
+    @property
+    def name(self) -> str:
+        return "x".join(f"{part.start}-{part.stop}" for part in (self.steps, self.rows, self.outputs))
 
-class SampleExplanation:
+
+class SampleExplanation(Plan):
     """Influences of training samples, planned and not yet computed."""
 
     def __init__(
         self,
-        steps: "Trajectory | StepList",
+        source: Source,
         model: nn.Module,
         query: Query,
         groups: Groups,
@@ -87,13 +69,11 @@ class SampleExplanation:
         if unknown:
             raise ValueError(f"keep takes some of {SAMPLE_AXES} with samples, got {tuple(keep)}")
         self.keep = tuple(axis for axis in SAMPLE_AXES if axis in keep)
-        self.first, self.last = window or (0, len(steps))
-        if not 0 <= self.first < self.last <= len(steps):
-            raise ValueError(f"the run has the steps 0 to {len(steps)}, not the window {self.first} to {self.last}")
+        self.first, self.last = window or (0, len(source))
         self.groups = groups if "group" in keep else {"all": [name for names in groups.values() for name in names]}
         self.model, self.samples, self.memory = model, samples, memory
         self.query = kept_targets(query, keep)
-        self._source = steps
+        self._source = source
         self._integrator = Integrator(model, query, self.groups, (), quadrature, memory)
         self._nodes: dict[int, int] = {}
 
@@ -101,31 +81,99 @@ class SampleExplanation:
     def outputs(self) -> int:
         return output_count(self.model, self.query)
 
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Of the result; 1 for axes that are not kept. `seen` counts from step 0."""
+        return {
+            "step": self.last - self.first if "step" in self.keep else 1,
+            "seen": self.last if "seen" in self.keep else 1,
+            "group": len(self.groups),
+            "query": len(self.query),
+            "output": self.outputs,
+            "sample": len(self.samples.labels),
+        }
+
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the result, over `SAMPLE_AXES`; 1 for what is not kept. `seen` counts from step 0."""
-        return (
-            self.last - self.first if "step" in self.keep else 1,
-            self.last if "seen" in self.keep else 1,
-            len(self.groups),
-            len(self.query),
-            self.outputs,
-            len(self.samples.labels),
-        )
+    def shape(self) -> dict[str, int]:
+        sizes = {axis: size for axis, size in self._sizes.items() if axis in self.keep}
+        return sizes if "seen" not in sizes else {**sizes, "seen": self.last - self.floor}
 
     @property
     def dtype(self) -> np.dtype[Any]:
         widest = max((p.dtype for p in self.model.parameters()), key=lambda dtype: dtype.itemsize)
         return np.dtype(np.float64 if widest is torch.float64 else np.float32)
 
+    @property
+    def result_bytes(self) -> int:
+        return math.prod(self.shape.values()) * self.dtype.itemsize
+
+    @property
+    def working_bytes(self) -> int:
+        rows = max(self._rows(walk) for walk in self.walks())
+        parameters = size_in_bytes(dict(self.model.named_parameters()))
+        return rows * COPIES * parameters + min(self.memory, 4 * parameters * self.steps) + CHUNK_BYTES
+
+    @property
+    def passes(self) -> int:
+        return len(self.walks())
+
+    @property
+    def steps(self) -> int:
+        return sum(map(self._length, self.walks()))
+
+    def seconds(self) -> float:
+        """Tries the last step of the window, and one that only momentum leads to, with the first walk's targets."""
+        walk = self.walks()[0]
+        inside = min(walk.steps.stop, self.last) - 1
+        steps = list(self._source.steps_back(inside, inside + 1, self.memory))
+        replay = (
+            timed(lambda: sum(1 for _ in self._source.steps_back(max(0, inside - 9), inside + 1, self.memory))) / 10
+        )
+        within = self._seconds_of(walk, steps)
+        older = [replace(step, number=-1) for step in steps]
+        below = self._seconds_of(walk, [*steps, *older]) - within
+        total = 0.0
+        for one in self.walks():
+            share = self._rows(one) / self._rows(walk)
+            own = one.steps.stop - one.steps.start
+            length = self._length(one)
+            total += share * (own * within + (length - own) * max(0.0, below)) + length * replay
+        return total / parallel.processes()
+
+    def _seconds_of(self, walk: Walk, steps: Sequence[Step]) -> float:
+        apart = walk.steps.stop - walk.steps.start if "step" in self.keep else 1
+        rows = (walk.rows.stop - walk.rows.start, walk.outputs.stop - walk.outputs.start)
+        target = np.zeros((apart, 1, len(self.groups), *rows, len(self.samples.labels)), self.dtype)
+        kernel = np.zeros((apart, len(self.groups), *rows), self.dtype)
+        self.nodes_of(steps[0])
+
+        def attempt() -> None:
+            self.walk(walk).walk(steps, target, kernel, tqdm(disable=True))
+
+        return timed(attempt)
+
+    def _rows(self, walk: Walk) -> int:
+        """The targets in flight."""
+        rows = (walk.rows.stop - walk.rows.start) * (walk.outputs.stop - walk.outputs.start)
+        return int(rows * (walk.steps.stop - walk.steps.start if "step" in self.keep else 1))
+
+    @property
+    def copies(self) -> int:
+        """Targets in flight that the memory allows."""
+        return max(1, self.memory // (COPIES * size_in_bytes(dict(self.model.named_parameters()))))
+
     def walks(self) -> list[Walk]:
-        """Walks that cover the result, each with as many targets in flight as the memory allows, but at least one."""
-        copies = max(1, self.memory // (COPIES * size_in_bytes(dict(self.model.named_parameters()))))
-        outputs = min(self.outputs, copies)
-        rows = min(len(self.query), max(1, copies // outputs))
+        """Walks that cover the result, each with as many targets in flight as the memory allows, but at least one, and
+        at least one walk for each process."""
+        spread = parallel.processes()
+        outputs = min(self.outputs, self.copies)
+        rows = min(-(-len(self.query) // spread), max(1, self.copies // outputs))
         acting = self.last - self.first
         if "step" in self.keep:
-            acting = min(acting, max(1, copies // (outputs * rows)))
+            acting = min(acting, max(1, self.copies // (outputs * rows)))
+        walks = -(-len(self.query) // rows) * -(-self.outputs // outputs)
+        if walks < spread:
+            acting = min(acting, -(-(self.last - self.first) // spread))
         return [
             Walk(steps, own, some)
             for steps in cuts(self.first, self.last, acting)
@@ -133,77 +181,124 @@ class SampleExplanation:
             for some in cuts(0, self.outputs, outputs)
         ]
 
-    def run(self, progress: bool) -> Influence:
-        target = np.zeros(self.shape, self.dtype)
-        kernel = np.zeros((self.shape[0], *self.shape[2:5]), self.dtype)
-        mismatch: dict[int, float] = {}
-        walks, told = self.walks(), False
-        with tqdm(
-            total=len(walks) * (self.last - self.first), desc="samples", unit="step", disable=not progress
-        ) as bar:
+    def run(self, progress: bool = True, out: str | PathLike[str] | None = None) -> Influence:
+        """Computes it: in memory, or in a directory, where it goes on with the walks that are not done."""
+        if out is not None and parallel.processes() > 1:
+            raise ValueError("out= is for one process; in several, keep fewer axes, or give each its own samples")
+        store = None if out is None else Store(out, self._request())
+        target = self._array(store, "influence", SAMPLE_AXES)
+        kernel = self._array(store, "kernel", CELLS)
+        notes: dict[str, Any] = {} if store is None else store.notes
+        walks = parallel.share([walk for walk in self.walks() if walk.name not in notes])
+        total = sum(self._length(walk) for walk in walks)
+        told = False
+        with tqdm(total=total, desc="samples", unit="step", disable=not progress) as bar:
             for walk in walks:
-                one = self._walk(walk, target, kernel, bar)
-                for number, value in one.mismatch.items():
-                    mismatch[number] = max(mismatch.get(number, 0.0), value)
+                one = self._walk(walk, target, kernel, bar, fresh=store is None)
+                notes[walk.name] = {str(number): value for number, value in one.mismatch.items()}
+                if store is not None:
+                    store.done(walk.name, notes[walk.name])
                 if one.wrong and not told:
                     told = True
                     _tell_of_mismatch(one)
-        return self._result(target, kernel, mismatch)
+        parallel.add_up(target, kernel)
+        mismatch: dict[int, float] = {}
+        for found in parallel.gather(notes):
+            for values in found.values():
+                for number, value in values.items():
+                    mismatch[int(number)] = max(mismatch.get(int(number), 0.0), value)
+        return self._result(target, kernel, mismatch, store)
 
-    def _walk(self, walk: Walk, target: Array, kernel: Array, bar: Any) -> SampleWalk:
-        apart = "step" in self.keep
+    def _array(self, store: Store | None, name: str, axes: Sequence[str]) -> Array:
+        """Zeros over the axes; those that are not kept have length 1."""
+        sizes = {axis: self._sizes[axis] for axis in axes}
+        if store is None:
+            return np.zeros(tuple(sizes.values()), self.dtype)
+        kept = store.array(name, {axis: size for axis, size in sizes.items() if axis in self.keep}, self.dtype)
+        return kept.reshape(tuple(sizes.values()))
+
+    def _length(self, walk: Walk) -> int:
+        """The steps that a walk goes through, as far as the reach before the window tells."""
+        below: int = self.first - self.floor
+        return int(walk.steps.stop - max(0, walk.steps.start - below))
+
+    @cached_property
+    def floor(self) -> int:
+        """The first step whose gradient can be told from 0 in the window."""
+        return reach(self._source, self.first, self.last, self.memory)
+
+    def walk(self, walk: Walk) -> SampleWalk:
         query = self.query
         if not query.reduction:
-            device = next(self.model.parameters()).device
-            query = query.rows(walk.rows.start, walk.rows.stop, device)
+            query = query.rows(walk.rows.start, walk.rows.stop, next(self.model.parameters()).device)
         if walk.outputs != slice(0, self.outputs):
             query = some_outputs(query, walk.outputs.start, walk.outputs.stop)
-        one = SampleWalk(
-            self.model, query, self.groups, self.samples, walk.steps.start, walk.steps.stop, apart, self._nodes_of,
-            self.memory,
+        return SampleWalk(
+            self.model, query, self.groups, self.samples, walk.steps.start, walk.steps.stop, "step" in self.keep,
+            self.nodes_of, self.memory,
         )  # fmt: skip
+
+    def steps_back(self, last: int) -> Iterator[Step]:
+        return self._source.steps_back(0, last, self.memory)
+
+    def _walk(self, walk: Walk, target: Array, kernel: Array, bar: Any, fresh: bool) -> SampleWalk:
+        one, apart = self.walk(walk), "step" in self.keep
         acting = slice(walk.steps.start - self.first, walk.steps.stop - self.first) if apart else slice(0, 1)
-        steps = self._source.steps_back(0, walk.steps.stop, self.memory)
-        cell = (acting, slice(None), slice(None), walk.rows, walk.outputs)
-        one.walk(steps, target[cell], kernel[acting, :, walk.rows, walk.outputs], bar)
+        cell = target[acting, :, :, walk.rows, walk.outputs]
+        own = kernel[acting, :, walk.rows, walk.outputs]
+        if not fresh:  # an interrupted walk has left its beginning there
+            cell[...], own[...] = 0, 0
+        one.walk(self.steps_back(walk.steps.stop), cell, own, bar)
         return one
 
-    def _nodes_of(self, step: Step) -> int:
+    def nodes_of(self, step: Step) -> int:
         if step.number not in self._nodes:
             self._nodes[step.number] = self._integrator.nodes(step)
         return self._nodes[step.number]
 
-    def _result(self, target: Array, kernel: Array, mismatch: Mapping[int, float]) -> Influence:
+    def _result(self, target: Array, kernel: Array, mismatch: Mapping[int, float], store: Store | None) -> Influence:
         low = min(mismatch, default=self.first)
-        sizes = dict(zip(SAMPLE_AXES, target.shape, strict=True))
-        gone = tuple(place for place, axis in enumerate(SAMPLE_AXES) if axis not in self.keep)
+        dims, cells = ([axis for axis in axes if axis in self.keep] for axes in (SAMPLE_AXES, CELLS))
         if "seen" in self.keep:
             target = target[:, low:]
-        dims = [axis for axis in SAMPLE_AXES if axis in self.keep]
-        cells = [axis for axis in dims if axis not in ("seen", "sample")]
-        rest = tuple(
-            p for p, a in enumerate(a for a in SAMPLE_AXES if a not in ("seen", "sample")) if a not in self.keep
-        )
         numbers = sorted(mismatch)
         variables = {
-            "influence": (dims, target.squeeze(gone)),
-            "kernel": (cells, kernel.squeeze(rest)),
+            "influence": (dims, target.squeeze(_missing(SAMPLE_AXES, self.keep))),
+            "kernel": (cells, kernel.squeeze(_missing(CELLS, self.keep))),
             "mismatch": (["walked"], np.array([mismatch[number] for number in numbers])),
         }
-        labels: dict[str, Any] = {"walked": np.array(numbers)}
-        if "step" in dims:
-            labels["step"] = np.arange(self.first, self.last)
-        if "seen" in dims:
-            labels["seen"] = np.arange(low, low + target.shape[1])
-        if "group" in dims:
-            labels["group"] = np.array(list(self.groups), dtype=object)
-        if "sample" in dims:
-            own = self.samples.labels
-            numeric = all(isinstance(label, int | np.integer) for label in own)
-            labels["sample"] = np.array(own, dtype=np.int64 if numeric else object)
-        assert all(sizes[axis] == 1 for axis in SAMPLE_AXES if axis not in self.keep and axis != "seen")
+        own = self.samples.labels
+        numeric = all(isinstance(label, int | np.integer) for label in own)
+        labels = {
+            "walked": np.array(numbers, dtype=np.int64),
+            "step": np.arange(self.first, self.last),
+            "seen": np.arange(low, low + target.shape[1]),
+            "group": np.array(list(self.groups), dtype=object),
+            "sample": np.array(own, dtype=np.int64 if numeric else object),
+        }
         attrs = {"first_step": self.first, "last_step": self.last - 1, "explaind_track": version("explaind_track")}
-        return Influence(xr.Dataset(variables, labels, attrs))
+        own_labels = {name: values for name, values in labels.items() if name in (*dims, "walked")}
+        data = xr.Dataset(variables, own_labels, attrs)
+        return Influence(data) if store is None else store.complete(data, {"seen": low})
+
+    def _request(self) -> dict[str, Any]:
+        """What a directory remembers of what it holds."""
+        rule = self._integrator.quadrature
+        return {
+            "keep": self.keep,
+            "window": [self.first, self.last],
+            "groups": {group: list(names) for group, names in self.groups.items()},
+            "samples": fingerprint(self.samples.labels, sorted(self.samples.place.items())),
+            "query": query_digest(self.query),
+            "targets": [len(self.query), self.outputs],
+            "trajectory": self._source.fingerprint,
+            "quadrature": [rule.tolerance, rule.nodes, rule.max_nodes],
+            "walks": [walk.name for walk in self.walks()],
+        }
+
+
+def _missing(axes: Sequence[str], keep: Sequence[str]) -> tuple[int, ...]:
+    return tuple(place for place, axis in enumerate(axes) if axis not in keep)
 
 
 def _tell_of_mismatch(walk: SampleWalk) -> None:
@@ -212,88 +307,8 @@ def _tell_of_mismatch(walk: SampleWalk) -> None:
         f"at {len(walk.wrong)} of {len(walk.mismatch)} steps, the samples' influences do not add up to that of the "
         f"gradient which the optimizer saw (at step {worst} they miss it by {walk.mismatch[worst]:.2g} of its size), "
         "and are wrong there. Tell tracker.batch of every batch with the weights of its samples (a clipped gradient's "
-        "factor among them), put the model into the mode that it was trained in, and see that data(index) gives what it "
-        "gave then",
+        "factor among them), put the model into the mode that it was trained in, and see that data(index) gives what "
+        "it gave then",
         SampleMismatch,
         stacklevel=4,
     )
-
-
-def cuts(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(low, min(stop, low + size)) for low in range(start, stop, size)]
-
-
-def choose_samples(
-    source: "Trajectory | StepList",
-    last: int,
-    loss: SampleLoss | None,
-    data: Data | None,
-    samples: Iterable[int] | None,
-    partition: Any,
-) -> Samples:
-    """The sample axis: every training index of the steps before `last`, or those asked for, or a partition's labels.
-
-    Raises ValueError for what the record lacks, with the remedy.
-    """
-    if loss is None:
-        raise ValueError("influences of samples need sample_loss=: (model, batch) → unreduced losses (N,)")
-    found: set[int] = set()
-    for number, index, stored in source.indices(last):
-        if index is None:
-            raise ValueError(
-                f"a batch of step {number} has no index, so its samples have no names; in training, pass index= to "
-                "tracker.batch"
-            )
-        if not stored and data is None:
-            raise ValueError(
-                f"the record holds the indices of step {number}'s samples but not the samples; pass data=, a function "
-                "from an index tensor (N,) to the batch of sample_loss, such as lambda index: (x[index], y[index])"
-            )
-        found |= set(index.tolist())
-    if not found:
-        raise ValueError(
-            "the run has no record of its batches; in training, call tracker.batch(batch, index=…) for each"
-        )
-    if samples is not None:
-        wanted = [int(index) for index in samples]
-        if set(wanted) - found:
-            raise ValueError(f"no step saw the samples {sorted(set(wanted) - found)[:10]}")
-        if len(set(wanted)) < len(wanted):
-            raise ValueError("samples= names some training indices twice")
-    else:
-        wanted = sorted(found)
-    if partition is None:
-        return Samples(loss, data, wanted, {index: place for place, index in enumerate(wanted)}, False)
-    label = {index: _label(partition[index]) for index in wanted}
-    labels = sorted(set(label.values()), key=lambda value: (str(type(value)), value))
-    return Samples(loss, data, labels, {index: labels.index(own) for index, own in label.items()}, True)
-
-
-def _label(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor | np.generic) else value
-
-
-def explain_samples(
-    steps: "Trajectory | Iterable[Step]",
-    model: nn.Module,
-    query: Query,
-    groups: Groups,
-    keep: Sequence[str],
-    window: tuple[int, int] | None,
-    quadrature: Quadrature | None,
-    memory: int,
-    progress: bool,
-    sample_loss: SampleLoss | None,
-    data: Data | None,
-    samples: Iterable[int] | None,
-    partition: Any,
-) -> Influence:
-    """`explain` with "sample" or "seen" among the axes to keep."""
-    source = steps if isinstance(steps, Trajectory) else StepList(steps)
-    if isinstance(steps, Trajectory):
-        steps.check_model(model)
-    check_query(model, query)
-    last = window[1] if window else len(source)
-    chosen = choose_samples(source, last, sample_loss, data, samples, partition)
-    plan = SampleExplanation(source, model, query, groups, keep, window, chosen, quadrature, memory)
-    return plan.run(progress)

@@ -7,8 +7,8 @@
 `sample_cosine` is the cosine of two rows of the influences summed over steps and parameters, over the training samples.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from explaind_track.path import Quadrature
 from explaind_track.plans import size_in_bytes
 from explaind_track.products import SampleProducts
 from explaind_track.queries import Query
-from explaind_track.sample_axis import Data, Samples
-from explaind_track.sample_explain import StepList, choose_samples, cuts
+from explaind_track.sample_axis import Array, Data, Samples
 from explaind_track.samples import weights_of
+from explaind_track.sources import Source, choose_samples, cuts, reach, source_of
 from explaind_track.step import Step, Update
 
 if TYPE_CHECKING:
@@ -57,13 +57,9 @@ def similarity(
     Needs every sample's own momentum, N times the parameters, of which `memory` bytes are held at a time; each such
     chunk of samples goes through the steps once. Raises ValueError as `explain` does, and for a query that is reduced.
     """
-    from explaind_track.trajectory import Trajectory
-
     if query.reduction:
         raise ValueError(f"similarity compares inputs, but the query is reduced to its {query.reduction}")
-    source = steps if isinstance(steps, Trajectory) else StepList(steps)
-    if isinstance(steps, Trajectory):
-        steps.check_model(model)
+    source = source_of(steps, model, window)
     check_query(model, query)
     first, last = window or (0, len(source))
     chosen = choose_samples(source, last, sample_loss, data, samples, None)
@@ -81,7 +77,7 @@ def similarity(
     with tqdm(desc="similarity", unit="step", total=total, disable=not progress) as bar:
         for piece in pieces:
             weights = _squares(source, piece, model, chosen, at_once, memory, bar)
-            for step in _steps(source, piece.start, piece.stop):
+            for step in source.steps(piece.start, piece.stop):
                 if not step.updates:
                     continue
                 nodes = integrator.nodes(step)
@@ -96,12 +92,8 @@ def similarity(
     return _cosine(products.numpy(), list(resolved))
 
 
-def _steps(source: "Trajectory | StepList", first: int, last: int) -> Iterator[Step]:
-    return source.steps_forward(first, last) if isinstance(source, StepList) else source.steps(first, last)
-
-
 def _squares(
-    source: "Trajectory | StepList",
+    source: Source,
     piece: slice,
     model: nn.Module,
     samples: Samples,
@@ -112,9 +104,10 @@ def _squares(
     """Σ_k φ_s^train(k)_θ² by parameter, for each step of the piece."""
     products = SampleProducts(model, samples.loss, {}, memory)
     total: dict[int, dict[str, Tensor]] = {}
+    start = reach(source, piece.start, piece.stop, memory)
     for chunk in cuts(0, len(samples.labels), at_once):
         momentum: dict[str, Tensor] = {}
-        for step in _steps(source, 0, piece.stop):
+        for step in source.steps(start, piece.stop):
             own = _own_gradients(step, samples, chunk, products)
             squares = {n: _train_features(n, u, own, momentum).square_().sum(0) for n, u in step.updates.items()}
             bar.update()
@@ -168,23 +161,21 @@ def sample_cosine(influence: xr.DataArray) -> xr.DataArray:
     others = [axis for axis in influence.dims if axis not in ("query", "sample")]
     rows = influence.transpose(*others, "query", "sample").values.astype(np.float64)
     result = normalized(np.einsum("...ik,...jk->...ij", rows, rows, optimize=True))
-    coordinates = {axis: influence[axis] for axis in others if axis in influence.coords}
-    coordinates |= {axis: _labels(influence, rows.shape[-2]) for axis in ("query", "other")}
+    coordinates: dict[Hashable, Any] = {axis: influence[axis].values for axis in others if axis in influence.coords}
+    names = influence["query"].values if "query" in influence.coords else np.arange(rows.shape[-2])
+    coordinates |= {"query": names, "other": names}
     return xr.DataArray(result, coordinates, (*others, "query", "other"), "sample_cosine")
 
 
-def _labels(influence: xr.DataArray, size: int) -> np.ndarray:
-    return influence["query"].values if "query" in influence.coords else np.arange(size)
-
-
-def normalized(products: np.ndarray) -> np.ndarray:
+def normalized(products: Array) -> Array:
     """Cosines from inner products (…, X, X)."""
     sizes = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return products / (sizes[..., :, None] * sizes[..., None, :])
+        cosines: Array = products / (sizes[..., :, None] * sizes[..., None, :])
+    return cosines
 
 
-def _cosine(products: np.ndarray, groups: list[str]) -> xr.DataArray:
+def _cosine(products: Array, groups: list[str]) -> xr.DataArray:
     size = np.arange(products.shape[-1])
     labels = {"group": np.array(groups, dtype=object), "query": size, "other": size}
     return xr.DataArray(normalized(products), labels, ("group", "query", "other"), "similarity")

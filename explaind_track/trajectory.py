@@ -8,6 +8,7 @@ running the optimizer's own `step`; the next keyframe proves that they do, bit f
     steps/00000100.safetensors          gradients, batches and settings of the steps from 100 on
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -58,6 +59,11 @@ class Trajectory:
         """The number of recorded steps."""
         return self._segments[-1].last if self._segments else 0
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells one record from another."""
+        return hashlib.sha256("".join(entry.sha256 for entry in self.entries).encode()).hexdigest()[:32]
+
     def check_model(self, model: nn.Module) -> None:
         """Raises ValueError unless the model has the parameters that were trained, in name, shape and type."""
         expected, found = self.head["parameters"], signature(dict(model.named_parameters()))
@@ -77,7 +83,7 @@ class Trajectory:
             raise ValueError(f"the trajectory has the steps 0 to {len(self)}, not {first} to {last}")
         for step, replay in self._replayed(first, last):
             if step is not None and step.number >= first:
-                yield replay.lasting(step) if lasting else step
+                yield replay.stepper.lasting(step) if lasting else step
 
     def steps_back(self, first: int, last: int, memory: int) -> Iterator[Step]:
         """Steps last > s ≥ first, the last one first, in tensors of their own. Replays piece by piece: from a keyframe
