@@ -69,7 +69,7 @@ def test_results_on_disk_go_on_where_they_stopped(
 ) -> None:
     job, directory = recorded
     trajectory, query = Trajectory.open(directory), job.queries["query"]
-    options = {**options_of(job, keep), "memory": 2000, "progress": False}
+    options = {**options_of(job, keep), "memory": 12000, "progress": False}
     wanted = explain(trajectory, job.model, query, **options).data
     calls, least = 0, 10**9
     steps, steps_back = Trajectory.steps, Trajectory.steps_back
