@@ -41,6 +41,7 @@ class ParameterScores:
     def add(self, step: Step) -> None:
         if not step.updates:
             return
+        self._integrator.parts(step)  # raises for one that there is not
         for name, value in self._features.of(step, self._integrator.nodes(step)).items():
             value *= step.parts[self.part][name]
             if name in self.rows:

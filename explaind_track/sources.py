@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from explaind_track.autodiff import SampleLoss
 from explaind_track.queries import Query
 from explaind_track.sample_axis import Data, Samples
-from explaind_track.step import Step
+from explaind_track.step import Batch, Step
 from explaind_track.trajectory import Trajectory
 from explaind_track.trees import tree_tensors
 
@@ -39,11 +39,8 @@ class StepList:
     def steps(self, first: int, last: int) -> Iterator[Step]:
         return (step for step in self._steps if first <= step.number < last)
 
-    def indices(self, last: int) -> Iterator[tuple[int, Tensor | None, bool]]:
-        for step in self._steps:
-            for batch in step.batches:
-                if step.number < last:
-                    yield step.number, batch.index, batch.data is not None
+    def indices(self, last: int) -> Iterator[tuple[int, Batch]]:
+        return ((step.number, batch) for step in self._steps if step.number < last for batch in step.batches)
 
 
 class StepStream:
@@ -109,18 +106,23 @@ def choose_samples(
     if loss is None:
         raise ValueError("influences of samples need sample_loss=: (model, batch) → unreduced losses (N,)")
     found: set[int] = set()
-    for number, index, stored in source.indices(last):
-        if index is None:
+    for number, batch in source.indices(last):
+        if batch.clipped:
+            raise ValueError(
+                f"the gradient of step {number} was clipped by value, and what is left of it is no sum over samples; "
+                "clip it by its norm, or explain groups and steps only"
+            )
+        if batch.index is None:
             raise ValueError(
                 f"a batch of step {number} has no index, so its samples have no names; in training, pass index= to "
                 "tracker.batch"
             )
-        if not stored and data is None:
+        if batch.data is None and data is None:
             raise ValueError(
                 f"the record holds the indices of step {number}'s samples but not the samples; pass data=, a function "
                 "from an index tensor (N,) to the batch of sample_loss, such as lambda index: (x[index], y[index])"
             )
-        found |= set(index.tolist())
+        found |= set(batch.index.tolist())
     if not found:
         raise ValueError(
             "the run has no record of its batches; in training, call tracker.batch(batch, index=…) for each"

@@ -334,7 +334,7 @@ class Case:
             training.optimizer.step()
             after = copies(model.named_buffers())
             if stepper is not None:
-                yield stepper.after(number, after, (batch_of(turn, self.dtype),))
+                yield stepper.after(number, after, (batch_of(turn, clip, self.dtype),))
             buffers = after
 
     def lasting_steps(self, first: int = 0) -> list[Step]:
@@ -357,8 +357,8 @@ class Case:
         }
 
 
-def batch_of(turn: Turn, dtype: torch.dtype) -> Batch:
-    return Batch(len(turn.index), torch.tensor(turn.weights, dtype=dtype), torch.tensor(turn.index))
+def batch_of(turn: Turn, clip: float, dtype: torch.dtype) -> Batch:
+    return Batch(len(turn.index), torch.tensor(turn.weights, dtype=dtype) * clip, torch.tensor(turn.index))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -69,7 +69,7 @@ def test_results_on_disk_go_on_where_they_stopped(
 ) -> None:
     job, directory = recorded
     trajectory, query = Trajectory.open(directory), job.queries["query"]
-    options = {**options_of(job, keep), "memory": 12000, "progress": False}
+    options = {**options_of(job, keep), "memory": 12000 if {"step", "sample"} <= set(keep) else 2000, "progress": False}
     wanted = explain(trajectory, job.model, query, **options).data
     calls, least = 0, 10**9
     steps, steps_back = Trajectory.steps, Trajectory.steps_back
@@ -128,7 +128,7 @@ from explaind_track import Trajectory, explain
 
 dist.init_process_group("gloo")
 job = make_job()
-for place, keep in enumerate(KEEPS):
+for place, keep in enumerate(KEEPS[1:5]):
     for name, query in job.queries.items():
         found = explain(Trajectory.open(sys.argv[2]), job.model, query, progress=False, **options_of(job, keep))
         found.save(f"{sys.argv[3]}/{place}-{name}-{dist.get_rank()}.safetensors")
@@ -145,7 +145,7 @@ def test_two_processes_find_what_one_does(recorded: tuple[Job, Path], tmp_path: 
     root = Path(__file__).parents[1]
     done = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, env=_environment(root))
     assert done.returncode == 0, done.stderr[-3000:]
-    for place, keep in enumerate(KEEPS):
+    for place, keep in enumerate(KEEPS[1:5]):
         for name, query in job.queries.items():
             wanted = explain(Trajectory.open(directory), job.model, query, progress=False, **options_of(job, keep)).data
             for rank in range(2):

@@ -115,15 +115,15 @@ def _measure(what: Callable[[int, Path], Tensor], count: int, directory: Path) -
 def test_cost_as_the_data_set_grows(tmp_path: Path) -> None:
     _, idle, _ = measured(_nothing, SIZES[0], tmp_path)
     rows: list[tuple[Any, ...]] = []
-    print(f"\n{'samples':>8} {'reverse s/step':>15} {'MB':>7} {'definition s/step':>18} {'MB':>7} {'time':>7} {'memory':>7}")
+    print("\n samples  reverse s/step      MB  definition s/step      MB    time  memory")
     for count in SIZES:
         train(count, tmp_path / str(count))
         reverse, reverse_mb, found = measured(by_reverse_replay, count, tmp_path / str(count))
         forward, forward_mb, wanted = measured(by_the_definition, count, tmp_path / str(count))
         assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
         rows.append((reverse, reverse_mb - idle, forward, forward_mb - idle))
-        own = rows[-1]
-        print(f"{count:8} {own[0]:15.4f} {own[1]:7.0f} {own[2]:18.4f} {own[3]:7.0f} {own[2] / own[0]:7.1f} {own[3] / own[1]:7.1f}")
+        a, a_mb, b, b_mb = rows[-1]
+        print(f"{count:8} {a:15.4f} {a_mb:7.0f} {b:18.4f} {b_mb:7.0f} {b / a:7.1f} {b_mb / a_mb:7.1f}")
 
 
 def _nothing(count: int, directory: Path) -> Tensor:
