@@ -34,12 +34,15 @@ cost as much as five directions, and the products come on top."""
 class SampleProducts:
     """For the batches of one training run."""
 
-    def __init__(self, model: nn.Module, sample_loss: SampleLoss, groups: Groups, memory: int) -> None:
+    def __init__(
+        self, model: nn.Module, sample_loss: SampleLoss, groups: Groups, memory: int, alone: bool | None = None
+    ) -> None:
+        """alone: whether a sample's loss depends on that sample alone; None: look at the first batch."""
         self._functional = Functional(model)
         self._samples = Samples(model, sample_loss)
         self._sample_loss = sample_loss
         self._groups, self._memory = groups, memory
-        self._alone: bool | None = None
+        self._alone = alone
         self._vectorized = True
         self._activation_bytes = 0
 

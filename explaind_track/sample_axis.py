@@ -39,9 +39,12 @@ class Samples:
     """Where each training index lies along it; those that nobody asked for lie nowhere."""
     partition: bool
     """Whether the labels are those of a partition's parts, each the sum of its samples."""
+    alone: bool | None = None
+    """Whether a sample's loss depends on that sample alone; None: to be found out."""
 
-    def batches(self, step: Step) -> Iterator[tuple[Batch, Tensor]]:
-        """The step's batches with their data, and the place of each sample along the axis (−1: nowhere)."""
+    def batches(self, step: Step) -> Iterator[tuple[Batch, Tensor, Tensor | float]]:
+        """The step's batches with their data; the place of each sample along the axis (−1: nowhere); and what each
+        counts in the step's gradient, beside its weight."""
         device = next(iter(step.before.parameters.values())).device
         for batch in step.batches:
             assert batch.index is not None  # looked at before work started
@@ -50,7 +53,7 @@ class Samples:
             data = tree_map(lambda tensor: tensor.to(device), data)
             if tree_rows(data) != batch.size:
                 raise ValueError(f"data(index) gave {tree_rows(data)} samples for {batch.size} indices")
-            yield replace(batch, data=data), places
+            yield replace(batch, data=data), places, 1.0
 
 
 class SampleWalk:
@@ -74,7 +77,7 @@ class SampleWalk:
         self._acting = last - first if apart else 1
         self._adjoint = Adjoint(self._acting)
         self._features = Features(Functional(model), query, memory)
-        self._products = SampleProducts(model, samples.loss, groups, memory)
+        self._products = SampleProducts(model, samples.loss, groups, memory, samples.alone)
         self.mismatch: dict[int, float] = {}
         """By step: by how much the samples' influences miss the gradient's, relative to it."""
         self.wrong: list[int] = []
@@ -121,20 +124,26 @@ class SampleWalk:
                 direction.neg_()
         total = torch.zeros_like(expected)
         complete = True
-        for batch, places in self._samples.batches(step):
+        for batch, places, share in self._samples.batches(step):
             chosen = places >= 0
             complete &= bool(chosen.all())
             if not bool(chosen.any()):
                 continue
             if not bool(chosen.all()) and self._products.stands_alone(step, batch):
                 batch, places = _rows(batch, chosen), places[chosen]
-            total += self._add_batch(step, batch, places, directions, target)
+            total += self._add_batch(step, batch, places, share, directions, target)
         return self._miss(step.number, total, expected, floor) if complete else float("nan")
 
     def _add_batch(
-        self, step: Step, batch: Batch, places: Tensor, directions: dict[str, Tensor], target: Tensor
+        self,
+        step: Step,
+        batch: Batch,
+        places: Tensor,
+        share: Tensor | float,
+        directions: dict[str, Tensor],
+        target: Tensor,
     ) -> Tensor:
-        """Returns the sum over the batch's samples and the groups, (A·R,)."""
+        """Returns what the batch's samples and all groups make of the gradient's influence together, (A·R,)."""
         parts = (places, target.shape[-1]) if self._samples.partition else None
         values = self._products.of(step, batch, directions, parts)
         found = values.unflatten(1, (self._acting, *target.shape[2:4])).movedim(1, 0).to(target)  # (A, G, x, o, N)
@@ -143,7 +152,7 @@ class SampleWalk:
         else:
             chosen = places >= 0
             target.index_add_(4, places[chosen], found if bool(chosen.all()) else found[..., chosen])
-        return values.sum((0, 2))
+        return (values * share).sum((0, 2))
 
     def _miss(self, number: int, total: Tensor, expected: Tensor, floor: float) -> float:
         off, size = float((total - expected).norm()), float(expected.norm())

@@ -125,7 +125,7 @@ def _own_gradients(step: Step, samples: Samples, chunk: slice, products: SampleP
         name: update.before.new_zeros(chunk.stop - chunk.start, *update.before.shape)
         for name, update in step.updates.items()
     }
-    for batch, places in samples.batches(step):
+    for batch, places, _ in samples.batches(step):
         mine = (places >= chunk.start) & (places < chunk.stop)
         if not bool(mine.any()):
             continue
