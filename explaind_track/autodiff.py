@@ -81,14 +81,18 @@ class Functional:
         """`function(model)` as a function of some of the parameters, the others as in `state`."""
         return lambda moved: self(State({**state.parameters, **moved}, state.buffers), function)
 
-    def jvp(self, function: PointFunction, primals: Tensors, tangents: Tensors) -> Tensor:
+    def jvp(self, function: PointFunction, primals: Tensors, tangents: Tensors, together: bool = True) -> Tensor:
         """The derivative of `function` at `primals` in T directions, (T, *output shape).
 
-        tangents: each with a leading axis T. Where the model has an operation without a forward rule or a `vmap`
-        rule, slower ways are tried in turn, and the first that works is kept; a ForwardModeFallback tells of it.
+        tangents: each with a leading axis T. together: whether one call of `function` may serve several directions;
+        it may not where it draws random numbers or writes to buffers. Where the model has an operation without a
+        forward rule or a `vmap` rule, slower ways are tried in turn, and the first that works is kept; a
+        ForwardModeFallback tells of it.
         """
         first_error: Exception | None = None
         for place, (how, mode) in enumerate(self._jvp_modes):
+            if not together and mode is _jvp_vectorized:
+                continue
             try:
                 result = mode(function, primals, tangents)
             except torch.OutOfMemoryError:
@@ -98,7 +102,7 @@ class Functional:
                 continue
             if first_error is not None:
                 self._jvp_modes = self._jvp_modes[place:]
-                _tell_of_fallback(how, first_error)
+                tell_of_fallback(how, first_error)
             return result
         assert first_error is not None  # there is always a mode to try
         raise first_error
@@ -124,7 +128,7 @@ class Functional:
         rows = [vjp_rows(self.at(state, one), primals) for one in ones]
         if self._vectorized_queries:
             self._vectorized_queries = False
-            _tell_of_fallback("one query at a time in reverse mode", first_error)
+            tell_of_fallback("one query at a time in reverse mode", first_error)
         return {name: torch.cat([row[name] for row in rows]) for name in primals}
 
     def value(self, state: State, function: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -234,7 +238,7 @@ def _pull(output: Tensor, leaves: Tensors, weight: Tensor, create_graph: bool = 
     return dict(zip(leaves, pulled, strict=True))
 
 
-def _tell_of_fallback(how: str, reason: Exception) -> None:
+def tell_of_fallback(how: str, reason: Exception) -> None:
     first_line = str(reason).split("\n")[0]
     warnings.warn(f"influences are computed {how}, since: {first_line}", ForwardModeFallback, stacklevel=4)
 

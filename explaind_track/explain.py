@@ -1,23 +1,26 @@
 """One entry for every decomposition: steps go in, from a live run or from its record, and an `Influence` comes out."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from explaind_track.autodiff import Functional, evaluation
+from explaind_track.autodiff import Functional, SampleLoss, evaluation
 from explaind_track.groups import Groups, GroupSpec, resolve_groups
 from explaind_track.influence import Accumulator, Influence
 from explaind_track.integrator import MEMORY, Integrator
 from explaind_track.path import Quadrature, Terms
+from explaind_track.planning import Plan
 from explaind_track.queries import Query
 from explaind_track.step import State, Step
 
 if TYPE_CHECKING:
+    from explaind_track.sample_axis import Data
     from explaind_track.trajectory import Trajectory
 
 
@@ -121,13 +124,20 @@ def explain(
     close: bool = False,
     memory: int = MEMORY,
     progress: bool = True,
+    out: str | PathLike[str] | None = None,
+    sample_loss: SampleLoss | None = None,
+    data: "Data | None" = None,
+    samples: Iterable[int] | None = None,
+    partition: Any = None,
 ) -> Influence:
     """The influences of a training run on the query's targets, over the axes asked for.
 
     steps:      a `Trajectory`, or any steps in their order.
     model:      the module that was trained; its own values do not matter, and are not touched.
     groups:     see `resolve_groups`; None: by the first part of the module path.
-    keep:       some of "step", "group", "query", "output"; all other axes are summed over.
+    keep:       some of "step", "group", "query", "output"; all other axes are summed over. With "sample", the
+                kernel part is split over the training samples by reverse replay, and "seen" is an axis beside "step":
+                "step" is the step at which the influence acts, "seen" the one whose batch the sample was in.
     parts:      of the steps, one row each; what is not asked for is left to the remainder. None: all, the rounding
                 summed over the groups. "momentum" is a share of "kernel".
     window:     steps first ≤ s < last of a trajectory; None: all.
@@ -135,21 +145,74 @@ def explain(
     close:      share the remainder out over parts and groups, so that sums are exact; `residual` stays as it was.
     memory:     bytes one pass may take: a guide by which queries and directions are cut into chunks.
 
-    Raises ValueError, before any work, for groups that are no partition, axes that there are not, and a query whose
-    target is not differentiable.
-    """
-    from explaind_track.trajectory import Trajectory  # it is heavier, and needs what is above
+    out:        a directory for a result that is larger than the memory: it is written there piece by piece, and an
+                interrupted call goes on when it is made again. `Influence.load` opens it later.
 
-    names = dict(model.named_parameters())
-    explainer = Explainer(model, query, resolve_groups(groups, names), [keep], parts, quadrature, close, memory)
-    total: int | None = None
-    if isinstance(steps, Trajectory):
-        steps.check_model(model)
-        first, last = window or (0, len(steps))
-        total, steps = last - first, steps.steps(first, last)
-    elif window is not None:
-        raise ValueError("a window is for trajectories; pass the steps that you want")
-    with tqdm(steps, "explain", total, unit="step", disable=not progress) as bar:
-        for step in bar:
-            explainer.add(step)
-    return explainer.results()[0]
+    For the axis "sample":
+
+    sample_loss: `(model, batch)` → unreduced losses (N,); the model in the mode that it was trained in.
+    data:        from an index tensor (N,) to the batch that `sample_loss` takes; not needed where the trajectory
+                 holds the batches themselves.
+    samples:     the training indices asked for; None: all.
+    partition:   `partition[index]` is the label of the part that a sample is in; parts take the samples' place along
+                 the axis, and are summed before the product (Cor. F.2).
+
+    The sample axis's `influence` comes with `kernel`, what the optimizer's own state says of all samples together, and
+    `mismatch` (walked), by how much each step's samples miss the gradient which the optimizer saw; a SampleMismatch
+    warns of those that are not rounding.
+
+    Under `torchrun`, each process does its share, and all get the whole result.
+
+    Raises ValueError, before any work, for groups that are no partition, axes that there are not, a query whose target
+    is not differentiable, a window outside of the record, and a result that does not fit into memory.
+    """
+    plan = plan_explanation(
+        steps, model, query, groups=groups, keep=keep, parts=parts, window=window, quadrature=quadrature, close=close,
+        memory=memory, sample_loss=sample_loss, data=data, samples=samples, partition=partition,
+    )  # fmt: skip
+    if out is None:
+        plan.refuse_what_does_not_fit()
+    return plan.run(progress, out)
+
+
+def plan_explanation(
+    steps: "Trajectory | Iterable[Step]",
+    model: nn.Module,
+    query: Query,
+    *,
+    groups: GroupSpec = None,
+    keep: Sequence[str] = ("step", "group"),
+    parts: Sequence[str] | None = None,
+    window: tuple[int, int] | None = None,
+    quadrature: Quadrature | None = None,
+    close: bool = False,
+    memory: int = MEMORY,
+    sample_loss: SampleLoss | None = None,
+    data: "Data | None" = None,
+    samples: Iterable[int] | None = None,
+    partition: Any = None,
+) -> Plan:
+    """What `explain` would do with these arguments: `describe()` tells what it takes, `run()` does it."""
+    from explaind_track.group_explain import GroupExplanation  # they need what is above
+    from explaind_track.sample_explain import SampleExplanation
+    from explaind_track.sources import StepStream, choose_samples, source_of
+    from explaind_track.trajectory import Trajectory
+
+    resolved = resolve_groups(groups, dict(model.named_parameters()))
+    if not {"sample", "seen"} & set(keep):
+        make = partial(Explainer, model, query, resolved, [keep], parts, quadrature, close, memory)
+        if isinstance(steps, Trajectory):
+            source_of(steps, model, window)
+            return GroupExplanation(steps, make, window, memory)
+        if window is not None:
+            raise ValueError("a window is for trajectories; pass the steps that you want")
+        return GroupExplanation(StepStream(steps), make, None, memory)
+    source = source_of(steps, model, window)
+    if close:
+        raise ValueError("close= shares the remainder out over parts and groups, not over samples")
+    if parts is not None and tuple(parts) != ("kernel",):
+        raise ValueError(f"samples act through the kernel part alone; parts={tuple(parts)} cannot be kept with them")
+    check_query(model, query)
+    last = window[1] if window else len(source)
+    chosen = choose_samples(source, last, sample_loss, data, samples, partition)
+    return SampleExplanation(source, model, query, resolved, keep, window, chosen, quadrature, memory)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,11 @@ class Influence:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Influence":
-        """Reads what `save` wrote; ValueError for any other file."""
+        """Reads what `save` wrote, or opens the directory of an `explain(out=…)`; ValueError for anything else."""
+        if Path(path).is_dir():
+            from explaind_track.store import load
+
+            return load(Path(path))
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("explaind_track", "{}"))
             if header.get("format") != FORMAT:
@@ -205,7 +210,7 @@ class Accumulator:
 
     def _join(self, chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The rows of all chunks as one: laid end to end along the query axis if that is kept, else added."""
-        dims = self._dims()
+        dims = self.dims()
 
         def join(name: str) -> Tensor:
             values = [chunk[name] for chunk in chunks]
@@ -218,7 +223,24 @@ class Accumulator:
         row["residual_floor"] = torch.where(change > 0, floor / change, floor)
         return row
 
-    def _dims(self) -> dict[str, tuple[str, ...]]:
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """All that was taken in, to be joined with others'."""
+        return self.parts, self._chunks, self._initial, self._rows, self._steps, self._nodes
+
+    def join(self, states: Sequence[tuple[Any, ...]]) -> None:
+        """Becomes what it would be, had it taken in the steps of all these states, which follow on each other."""
+        states = [state for state in states if state[4]]
+        if not states:
+            return
+        self.parts, self._chunks, self._initial = states[0][:3]
+        for _, chunks, *_ in states[1:]:
+            for start, terms in chunks.items():
+                self._chunks[start] += terms
+        self._rows, self._steps, self._nodes = ([item for state in states for item in state[p]] for p in (3, 4, 5))
+
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """The axes of every variable but `part`'s and `step`'s order: see `result`."""
         kept = set(self.keep)
         cells = tuple(axis for axis in ("step", "query", "output") if axis in kept)
         return {
@@ -236,12 +258,12 @@ class Accumulator:
             raise ValueError("there is no step to sum over")
         if "step" in self.keep:
             values = {name: torch.stack([row[name] for row in self._rows], 0) for name in self._rows[0]}
-            for name, axes in self._dims().items():  # the part axis comes first, the step axis after it
+            for name, axes in self.dims().items():  # the part axis comes first, the step axis after it
                 if axes and axes[0] == "part":
                     values[name] = values[name].movedim(0, 1)
         else:
             values = self._join([self._reduce(self._chunks[start]) for start in sorted(self._chunks)])
-        dims = self._dims()
+        dims = self.dims()
         variables: dict[str, Any] = {name: (dims[name], value.numpy()) for name, value in values.items()}
         if "step" in self.keep:
             variables["nodes"] = (("step",), np.array(self._nodes))

@@ -35,7 +35,7 @@ class Integrator:
         self.functional = Functional(model)
         self.query, self.groups, self.memory = query, groups, memory
         self.quadrature = quadrature or Quadrature()
-        self._parts = parts
+        self.wanted_parts = parts
         self._activation_bytes: int | None = None
         self._outputs: int | None = None
         self._terms_chunk: int | None = None
@@ -43,16 +43,16 @@ class Integrator:
 
     def for_query(self, query: Query) -> "Integrator":
         """The same integrator for another query."""
-        return Integrator(self.functional.model, query, self.groups, self._parts, self.quadrature, self.memory)
+        return Integrator(self.functional.model, query, self.groups, self.wanted_parts, self.quadrature, self.memory)
 
     def parts(self, step: Step) -> tuple[str, ...]:
         """The names along the part axis. Raises ValueError for parts that the step does not have."""
-        if self._parts is None:
+        if self.wanted_parts is None:
             return tuple(name for name in step.parts if name != "rounding" and name not in SHARES)
-        unknown = set(self._parts) - {*step.parts, *PARTS}
+        unknown = set(self.wanted_parts) - {*step.parts, *PARTS}
         if unknown:
             raise ValueError(f"step {step.number} has the parts {tuple(step.parts)}, not {sorted(unknown)}")
-        return tuple(name for name in self._parts if name in step.parts)
+        return tuple(name for name in self.wanted_parts if name in step.parts)
 
     def nodes(self, step: Step) -> int:
         """How many nodes the step needs, found with one direction, that of the whole step."""
@@ -99,7 +99,7 @@ class Integrator:
         if self._outputs is None:
             one = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
             self._outputs = self.functional.value(step.before, one).shape[1]
-        wanted = Wanted(tuple(parts), self.groups, rounding=self._parts is None)
+        wanted = Wanted(tuple(parts), self.groups, rounding=self.wanted_parts is None)
         return choose_plan(self.functional, self.query, step, wanted, self._outputs, self.memory)
 
     def gradient(self, step: Step, nodes: int) -> dict[str, Tensor]:

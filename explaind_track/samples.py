@@ -82,7 +82,7 @@ class Samples:
         self._functional = Functional(model)
         self._sample_loss = sample_loss
 
-    def _losses(self, functional: Functional, state: State, batch: Batch) -> Tensor:
+    def losses(self, functional: Functional, state: State, batch: Batch) -> Tensor:
         losses: Tensor = functional(state, lambda model: self._sample_loss(model, batch.data))
         if losses.shape != (batch.size,):
             raise ValueError(
@@ -120,7 +120,7 @@ class Samples:
         total = {name: torch.zeros_like(value) for name, value in gradients.items()}
         for batch in batches:
             with replayed_random_state(batch.random_state), torch.enable_grad():
-                losses = self._losses(self._functional, free, batch)
+                losses = self.losses(self._functional, free, batch)
                 summed = (losses * weights_of(batch, losses)).sum()
                 parts = torch.autograd.grad(summed, list(moving.values()), allow_unused=True)
             for name, part in zip(moving, parts, strict=True):
@@ -160,7 +160,7 @@ class Samples:
         """The losses (N,) and their derivatives in one direction (N,)."""
 
         def losses(moved: Tensors) -> Tensor:
-            return self._losses(self._functional, State({**state.parameters, **moved}, state.buffers), batch)
+            return self.losses(self._functional, State({**state.parameters, **moved}, state.buffers), batch)
 
         slope = self._functional.jvp(losses, primals, direction)[0]
         with torch.no_grad():

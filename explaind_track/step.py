@@ -1,7 +1,7 @@
 """The step: what one optimizer step did, the type that everything else passes through."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -70,6 +70,8 @@ class Update:
     sources: Mapping[str, Source]
     """By part: `regularization` (coupled decay), `past` (what the optimizer had gathered before it was watched), and
     the auxiliary losses."""
+    sign: float = 1.0
+    """−1 where the optimizer maximizes: the samples' gradients enter with it."""
 
     def seen(self) -> Tensor:
         """`G_s + λ θ_s`, as the optimizer saw the gradient."""
@@ -200,6 +202,17 @@ class Step:
         return {name: Part(self.updates, function) for name, function in compute.items()}
 
 
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _copied_state(state: State) -> State:
+    return State(
+        {name: value.detach().clone() for name, value in state.parameters.items()},
+        {name: value.detach().clone() for name, value in state.buffers.items()},
+    )
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape and type are the same, bit for bit (NaN included)."""
     return torch.equal(_bits(one), _bits(other))
@@ -240,6 +253,7 @@ class Stepper:
         self._fresh: set[str] = set()
         self._last: object = None
         self._settled: State | None = None
+        self._lasting: Step | None = None
         self._watching = self._loaded = False
         optimizer.register_load_state_dict_post_hook(lambda _: self._note_loading())
 
@@ -350,13 +364,37 @@ class Stepper:
         self._last = step.mark
         return step
 
+    def lasting(self, step: Step) -> Step:
+        """The step just told of, in tensors of its own, which outlast the next one. It shares θ with the lasting step
+        that it follows."""
+        last = self._lasting
+        follows = last is not None and step.follows is last.mark
+        before = last.after if last is not None and follows else _copied_state(step.before)
+        after = _copied_state(step.after)
+        updates = {}
+        for name, parameter, settings in self._members():
+            if name not in step.updates:
+                continue
+            update = step.updates[name]
+            state = {key: _copied(value) for key, value in self.optimizer.state[parameter].items()}
+            updates[name] = replace(
+                update,
+                before=before.parameters[name],
+                after=after.parameters[name],
+                gradient=update.gradient.clone(),
+                rule=update_rule(self.optimizer, dict(settings), state, name in self._fresh),
+                sources={p: Source(_copied(s.buffer), _copied(s.gradient)) for p, s in update.sources.items()},
+            )
+        self._lasting = replace(step, before=before, after=after, updates=updates)
+        return self._lasting
+
     def _update(self, name: str, parameter: Tensor, settings: dict[str, Any]) -> Update:
         gradient = cast(Tensor, parameter.grad).detach()
         sign = -1.0 if settings.get("maximize") else 1.0
         rule = update_rule(self.optimizer, settings, self.optimizer.state[parameter], name in self._fresh)
         before = self._before.parameters[name]
         sources: dict[str, Source] = {}
-        update = Update(before, parameter.detach(), gradient if sign > 0 else -gradient, rule, sources)
+        update = Update(before, parameter.detach(), gradient if sign > 0 else -gradient, rule, sources, sign)
         for part in dict.fromkeys(("regularization", *self._auxiliary, *self.buffers)):
             own = self._auxiliary.get(part, {}).get(name)
             signed = None if own is None else own * sign

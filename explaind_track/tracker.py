@@ -28,6 +28,7 @@ from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
 from explaind_track.resume import HISTORY, cut_history
 from explaind_track.resume import resume as resume_run
 from explaind_track.samples import Samples, make_batch, random_state
+from explaind_track.scores import ParameterScores
 from explaind_track.step import PARTS, SHARES, Batch, State, Step, Stepper
 from explaind_track.trajectory import Trajectory
 
@@ -74,6 +75,7 @@ class Tracker:
         on_nonfinite: Literal["raise", "mark"] = "raise",
         auxiliary: Mapping[str, Callable[[nn.Module], Tensor]] | None = None,
         resume: bool | int = False,
+        scores: str | None = None,
     ) -> None:
         """queries: by name. The first owns the plain panels (`kernel/decoder`), the others prefix theirs with their
         name; losses are shown by their signed change (`loss/kernel/decoder` for the first of them).
@@ -93,6 +95,7 @@ class Tracker:
         resume:        go on with the run in `trajectory`, if there is one. True: put model, optimizer state and random
                        state where its record ends; a number: the loop has put them where that step begins. The loop
                        goes on from `tracker.number`, with its own data order and learning-rate schedule there.
+        scores:        a query's name: sum up the influence of every single parameter on it (`parameter_scores`).
 
         Raises, before any work: TypeError for an optimizer without a rule; ValueError for parameters of the optimizer
         that the model does not have, for groups that are no partition, and for a query that cannot be differentiated;
@@ -111,6 +114,11 @@ class Tracker:
             name: Explainer(model, query, self.groups, LIVE_AXES, self._parts(query), rule, memory=memory)
             for name, query in queries.items()
         }
+        if scores is not None and scores not in queries:
+            raise ValueError(f"scores names the query {scores!r}; there are {', '.join(queries)}")
+        self._scores = (
+            None if scores is None else ParameterScores(model, queries[scores], quadrature=rule, memory=memory)
+        )
         self._losses = [name for name, query in queries.items() if query.is_loss]
         self._samples = Samples(model, sample_loss) if sample_loss is not None else None
         self._check_samples_wanted()
@@ -252,6 +260,13 @@ class Tracker:
             raise ValueError(f"live influences keep {LIVE_AXES[0]} or {LIVE_AXES[1]}, not {keep}; explain() the rest")
         return self._explainers[query].results()[LIVE_AXES.index(keep)]
 
+    def parameter_scores(self) -> dict[str, Tensor]:
+        """Ψ_S(θ) of every parameter, of its shape, over the steps explained so far; see `scores.parameter_scores`."""
+        if self._scores is None:
+            raise ValueError("parameter scores were not asked for: pass scores= and a query's name to the Tracker")
+        own = self._scores.rows
+        return {n: own[n][0].clone() if n in own else torch.zeros_like(p) for n, p in self._stepper.parameters.items()}
+
     def residual(self, query: str) -> float:
         """The residual of the last step that was explained."""
         return self._explainers[query].residual
@@ -357,6 +372,8 @@ class Tracker:
             self._row |= {f"{name}/{metric}": value for metric, value in explainer.metrics.items()}
             self._row[f"residual/{name}"] = float(row["residual"])
             self._row["residual/nodes"] = explainer.nodes
+        if self._scores is not None:
+            self._scores.add(step)
         if self.samples_due and self._samples is not None and step.batches:
             self._tabulate(step)
 

@@ -8,6 +8,7 @@ running the optimizer's own `step`; the next keyframe proves that they do, bit f
     steps/00000100.safetensors          gradients, batches and settings of the steps from 100 on
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -59,6 +60,11 @@ class Trajectory:
         """The number of recorded steps."""
         return self._segments[-1].last if self._segments else 0
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells one record from another."""
+        return hashlib.sha256("".join(entry.sha256 for entry in self.entries).encode()).hexdigest()[:32]
+
     def check_model(self, model: nn.Module) -> None:
         """Raises ValueError unless the model has the parameters that were trained, in name, shape and type."""
         expected, found = self.head["parameters"], signature(dict(model.named_parameters()))
@@ -67,17 +73,31 @@ class Trajectory:
             detail = "; ".join(f"{n}: recorded {expected.get(n)}, model {found.get(n)}" for n in names[:5])
             raise ValueError(f"the model is not the one of {self.directory}. {detail}")
 
-    def steps(self, first: int = 0, last: int | None = None) -> Iterator[Step]:
-        """Steps first ≤ s < last, replayed from the last keyframe before them, in order; each is valid until the next.
+    def steps(self, first: int = 0, last: int | None = None, lasting: bool = False) -> Iterator[Step]:
+        """Steps first ≤ s < last, replayed from the last keyframe before them, in order; each is valid until the next,
+        or if `lasting`, in tensors of its own.
 
         Raises ValueError for a window outside of the record, TrajectoryError where the replay misses a keyframe.
         """
         last = len(self) if last is None else last
         if not 0 <= first <= last <= len(self):
             raise ValueError(f"the trajectory has the steps 0 to {len(self)}, not {first} to {last}")
-        for step, _ in self._replayed(first, last):
+        for step, replay in self._replayed(first, last):
             if step is not None and step.number >= first:
-                yield step
+                yield replay.stepper.lasting(step) if lasting else step
+
+    def steps_back(self, first: int, last: int, memory: int) -> Iterator[Step]:
+        """Steps last > s ≥ first, the last one first, in tensors of their own. Replays piece by piece: from a keyframe
+        to the next at most, and no more at once than fit `memory` bytes (but at least one)."""
+        stop = last
+        while stop > first:
+            start = max(number for number in self._keyframes if number < stop)
+            each = self._keyframes[start].size * 3 // 2  # with the gradient
+            begin = max(start, first, stop - max(1, memory // each))
+            held = list(self.steps(begin, stop, lasting=True))
+            while held:
+                yield held.pop()
+            stop = begin
 
     def replay(self, number: int) -> Replay:
         """The run as it was before step `number` (after all steps, for `len(self)`), able to take that step."""
@@ -144,6 +164,14 @@ class Trajectory:
                 file = self._open(segment)
                 return self._batches(file.header["steps"][step - segment.first], file)
         raise ValueError(f"the trajectory has the steps 0 to {len(self)}, not {step}")
+
+    def indices(self, last: int) -> Iterator[tuple[int, Batch]]:
+        """Every batch before step `last`, with its step."""
+        for segment in self._segments:
+            file = self._open(segment)
+            for number, entry in enumerate(file.header["steps"][: max(0, last - segment.first)], segment.first):
+                for batch in self._batches(entry, file):
+                    yield number, batch
 
     def _open(self, entry: Entry) -> TensorFile:
         return TensorFile(self.directory, entry, torch.device("cpu"))

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from optimizers import Lion
 from reference import Reference, Rule, Training, Turn, copies, gauss_legendre, reference
 from torch import Tensor, nn
 
-from explaind_track import Query, Step, Stepper, resolve_groups
+from explaind_track import Batch, Query, Step, Stepper, resolve_groups
 from explaind_track.groups import Groups, GroupSpec
 
 SAMPLES, QUERIES, TOKENS = 7, 3, 4
@@ -333,8 +334,31 @@ class Case:
             training.optimizer.step()
             after = copies(model.named_buffers())
             if stepper is not None:
-                yield stepper.after(number, after)
+                yield stepper.after(number, after, (batch_of(turn, clip, self.dtype),))
             buffers = after
+
+    def lasting_steps(self, first: int = 0) -> list[Step]:
+        """The same steps, in tensors of their own."""
+        made = Stepper.after
+
+        def after(self: Stepper, *arguments: Any) -> Step:
+            return self.lasting(made(self, *arguments))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Stepper, "after", after)
+            return list(self.steps(first))
+
+    def sample_options(self) -> dict[str, Any]:
+        """What `explain` needs to know of the training samples."""
+        x, y = self.data(SAMPLES, 1)
+        return {
+            "sample_loss": lambda model, batch: self.sample_loss(model, *batch),
+            "data": lambda index: (x[index], y[index]),
+        }
+
+
+def batch_of(turn: Turn, clip: float, dtype: torch.dtype) -> Batch:
+    return Batch(len(turn.index), torch.tensor(turn.weights, dtype=dtype) * clip, torch.tensor(turn.index))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -1,0 +1,170 @@
+"""Influences of single training samples, by reverse replay: Ψ_S(Θ_g, x_k, x)_j for any of its axes (§4, Thm. 3.1)."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from explaind_track.adjoint import Adjoint, inner
+from explaind_track.autodiff import Functional, SampleLoss
+from explaind_track.features import Features
+from explaind_track.groups import Groups
+from explaind_track.products import SampleProducts
+from explaind_track.queries import Query
+from explaind_track.step import Batch, Step
+from explaind_track.trees import tree_map, tree_rows
+
+SAMPLE_AXES = ("step", "seen", "group", "query", "output", "sample")
+"""The axes of sample influences in their order. `step`: at which the influence acts; `seen`: whose batch the sample was
+in, through whose gradient it acts then and later."""
+
+Array = np.ndarray[Any, Any]
+
+Data = Callable[[Tensor], Any]
+"""`data(index)` → the batch of the training samples of these indices, as `sample_loss` takes it."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which training samples are asked for, and how to get at them."""
+
+    loss: SampleLoss
+    data: Data | None
+    labels: Sequence[Any]
+    """Along the sample axis."""
+    place: Mapping[int, int]
+    """Where each training index lies along it; those that nobody asked for lie nowhere."""
+    partition: bool
+    """Whether the labels are those of a partition's parts, each the sum of its samples."""
+    alone: bool | None = None
+    """Whether a sample's loss depends on that sample alone; None: to be found out."""
+
+    def batches(self, step: Step) -> Iterator[tuple[Batch, Tensor, Tensor | float]]:
+        """The step's batches with their data; the place of each sample along the axis (−1: nowhere); and what each
+        counts in the step's gradient, beside its weight."""
+        device = next(iter(step.before.parameters.values())).device
+        for batch in step.batches:
+            assert batch.index is not None  # looked at before work started
+            places = torch.tensor([self.place.get(index, -1) for index in batch.index.tolist()])
+            data = self.data(batch.index) if batch.data is None and self.data is not None else batch.data
+            data = tree_map(lambda tensor: tensor.to(device), data)
+            if tree_rows(data) != batch.size:
+                raise ValueError(f"data(index) gave {tree_rows(data)} samples for {batch.size} indices")
+            yield replace(batch, data=data), places, 1.0
+
+
+class SampleWalk:
+    """Walks back over a trajectory's steps, with some targets and acting steps first ≤ s < last."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        query: Query,
+        groups: Groups,
+        samples: Samples,
+        first: int,
+        last: int,
+        apart: bool,
+        nodes: Callable[[Step], int],
+        memory: int,
+    ) -> None:
+        """query: reduced to the targets that are kept. apart: whether the acting steps are kept apart."""
+        self._groups, self._samples, self._nodes = groups, samples, nodes
+        self._first, self._last = first, last
+        self._acting = last - first if apart else 1
+        self._adjoint = Adjoint(self._acting)
+        self._features = Features(Functional(model), query, memory)
+        self._products = SampleProducts(model, samples.loss, groups, memory, samples.alone)
+        self.mismatch: dict[int, float] = {}
+        """By step: by how much the samples' influences miss the gradient's, relative to it."""
+        self.wrong: list[int] = []
+        """The steps at which they miss it by more than rounding."""
+
+    def walk(self, steps: Iterable[Step], target: Array, kernel: Array, bar: Any) -> None:
+        """Adds to `target` (step, seen, group, query, output, sample), where what is not kept has length 1 and `seen`
+        counts from step 0, until nothing is left to add; to `kernel` (step, group, query, output) what the optimizer's
+        own state says of all samples together. steps: those before `last`, the last one first."""
+        for step in steps:
+            inside = self._first <= step.number < self._last
+            if not inside and self._adjoint.spent:
+                break
+            slot = step.number - self._first if inside and self._acting > 1 else 0
+            features = self._features.of(step, self._nodes(step)) if inside and step.updates else None
+            if features:
+                kernel[slot] += self._kernel(step, features).reshape(kernel.shape[1:]).numpy()
+            directions = self._adjoint.back(step, features, slot)
+            if directions:
+                place = step.number if target.shape[1] > 1 else 0
+                self.mismatch[step.number] = self._add(step, directions, torch.from_numpy(target[:, place]))
+            bar.update()
+
+    def _kernel(self, step: Step, features: Mapping[str, Tensor]) -> Tensor:
+        """⟨φ^test, u_s⟩ by group, (G, R)."""
+        some = next(iter(features.values()))
+        result = some.new_zeros(len(self._groups), len(some))
+        for group, names in enumerate(self._groups.values()):
+            for name in names:
+                if name in features:
+                    own = features[name].reshape(len(some), -1)
+                    result[group] += own @ step.updates[name].kernel().flatten()
+        return result.cpu()
+
+    def _add(self, step: Step, directions: dict[str, Tensor], target: Tensor) -> float:
+        """Adds this step's samples to (step, group, query, output, sample); returns their mismatch."""
+        gradient = {name: step.updates[name].kernel_gradient() for name in directions}
+        expected = inner(directions, gradient)
+        norms = torch.stack([value.square().sum() for value in directions.values()]).sum()
+        size = sum(float(value.square().sum()) for value in gradient.values())
+        floor = 8 * torch.finfo(expected.dtype).eps * (float(norms) * size) ** 0.5
+        for name, direction in directions.items():
+            if step.updates[name].sign < 0:
+                direction.neg_()
+        total = torch.zeros_like(expected)
+        complete = True
+        for batch, places, share in self._samples.batches(step):
+            chosen = places >= 0
+            complete &= bool(chosen.all())
+            if not bool(chosen.any()):
+                continue
+            if not bool(chosen.all()) and self._products.stands_alone(step, batch):
+                batch, places = _rows(batch, chosen), places[chosen]
+            total += self._add_batch(step, batch, places, share, directions, target)
+        return self._miss(step.number, total, expected, floor) if complete else float("nan")
+
+    def _add_batch(
+        self,
+        step: Step,
+        batch: Batch,
+        places: Tensor,
+        share: Tensor | float,
+        directions: dict[str, Tensor],
+        target: Tensor,
+    ) -> Tensor:
+        """Returns what the batch's samples and all groups make of the gradient's influence together, (A·R,)."""
+        parts = (places, target.shape[-1]) if self._samples.partition else None
+        values = self._products.of(step, batch, directions, parts)
+        found = values.unflatten(1, (self._acting, *target.shape[2:4])).movedim(1, 0).to(target)  # (A, G, x, o, N)
+        if parts is not None:
+            target += found
+        else:
+            chosen = places >= 0
+            target.index_add_(4, places[chosen], found if bool(chosen.all()) else found[..., chosen])
+        return (values * share).sum((0, 2))
+
+    def _miss(self, number: int, total: Tensor, expected: Tensor, floor: float) -> float:
+        off, size = float((total - expected).norm()), float(expected.norm())
+        if off > torch.finfo(expected.dtype).eps ** 0.4 * size + floor:
+            self.wrong.append(number)
+        return off / size if size else off
+
+
+def _rows(batch: Batch, chosen: Tensor) -> Batch:
+    """The chosen samples of a batch."""
+    where = chosen.nonzero()[:, 0]
+    assert batch.index is not None  # looked at before work started
+    weight = batch.weight[where.to(batch.weight.device)] if isinstance(batch.weight, Tensor) else batch.weight
+    data = tree_map(lambda tensor: tensor[where.to(tensor.device)], batch.data)
+    return Batch(len(where), weight, batch.index[where.to(batch.index.device)], data, batch.random_state)

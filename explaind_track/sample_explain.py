@@ -1,0 +1,314 @@
+"""Plans and runs the walks that give influences of single training samples: `explain` where "sample" is kept."""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+from tqdm import tqdm
+
+from explaind_track import parallel
+from explaind_track.features import kept_targets, output_count, some_outputs
+from explaind_track.groups import Groups
+from explaind_track.influence import Influence
+from explaind_track.integrator import Integrator
+from explaind_track.path import Quadrature
+from explaind_track.planning import Plan, timed
+from explaind_track.plans import size_in_bytes
+from explaind_track.queries import Query
+from explaind_track.sample_axis import SAMPLE_AXES, Array, Samples, SampleWalk
+from explaind_track.samples import CHUNK_BYTES, SampleMismatch
+from explaind_track.sources import Source, cuts, fingerprint, query_digest, reach
+from explaind_track.step import Step
+from explaind_track.store import Store
+
+CELLS = tuple(axis for axis in SAMPLE_AXES if axis not in ("seen", "sample"))
+"""What the influence of all samples together is kept over."""
+
+COPIES = 3
+"""Of the parameters for each target in flight: the adjoint, the test feature, and the direction."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one walk is for: acting steps, rows of the query, and outputs."""
+
+    steps: slice
+    rows: slice
+    outputs: slice
+
+    @property
+    def name(self) -> str:
+        return "x".join(f"{part.start}-{part.stop}" for part in (self.steps, self.rows, self.outputs))
+
+
+class SampleExplanation(Plan):
+    """Influences of training samples, planned and not yet computed."""
+
+    def __init__(
+        self,
+        source: Source,
+        model: nn.Module,
+        query: Query,
+        groups: Groups,
+        keep: Sequence[str],
+        window: tuple[int, int] | None,
+        samples: Samples,
+        quadrature: Quadrature | None,
+        memory: int,
+    ) -> None:
+        unknown = set(keep) - set(SAMPLE_AXES)
+        if unknown:
+            raise ValueError(f"keep takes some of {SAMPLE_AXES} with samples, got {tuple(keep)}")
+        self.keep = tuple(axis for axis in SAMPLE_AXES if axis in keep)
+        self.first, self.last = window or (0, len(source))
+        self.groups = groups if "group" in keep else {"all": [name for names in groups.values() for name in names]}
+        self.model, self.samples, self.memory = model, samples, memory
+        self.query = kept_targets(query, keep)
+        self._source = source
+        self._integrator = Integrator(model, query, self.groups, (), quadrature, memory)
+        self._nodes: dict[int, int] = {}
+
+    @cached_property
+    def outputs(self) -> int:
+        return output_count(self.model, self.query)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Of the result; 1 for axes that are not kept. `seen` counts from step 0."""
+        return {
+            "step": self.last - self.first if "step" in self.keep else 1,
+            "seen": self.last if "seen" in self.keep else 1,
+            "group": len(self.groups),
+            "query": len(self.query),
+            "output": self.outputs,
+            "sample": len(self.samples.labels),
+        }
+
+    @property
+    def shape(self) -> dict[str, int]:
+        sizes = {axis: size for axis, size in self._sizes.items() if axis in self.keep}
+        return sizes if "seen" not in sizes else {**sizes, "seen": self.last - self.floor}
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        widest = max((p.dtype for p in self.model.parameters()), key=lambda dtype: dtype.itemsize)
+        return np.dtype(np.float64 if widest is torch.float64 else np.float32)
+
+    @property
+    def result_bytes(self) -> int:
+        return math.prod(self.shape.values()) * self.dtype.itemsize
+
+    @property
+    def working_bytes(self) -> int:
+        rows = max(self._rows(walk) for walk in self.walks())
+        parameters = size_in_bytes(dict(self.model.named_parameters()))
+        return rows * COPIES * parameters + min(self.memory, 4 * parameters * self.steps) + CHUNK_BYTES
+
+    @property
+    def passes(self) -> int:
+        return len(self.walks())
+
+    @property
+    def steps(self) -> int:
+        return sum(map(self._length, self.walks()))
+
+    def seconds(self) -> float:
+        """Tries the last step of the window, and one that only momentum leads to, with the first walk's targets."""
+        walk = self.walks()[0]
+        inside = min(walk.steps.stop, self.last) - 1
+        steps = list(self._source.steps_back(inside, inside + 1, self.memory))
+        replay = (
+            timed(lambda: sum(1 for _ in self._source.steps_back(max(0, inside - 9), inside + 1, self.memory))) / 10
+        )
+        within = self._seconds_of(walk, steps)
+        older = [replace(step, number=-1) for step in steps]
+        below = self._seconds_of(walk, [*steps, *older]) - within
+        total = 0.0
+        for one in self.walks():
+            share = self._rows(one) / self._rows(walk)
+            own = one.steps.stop - one.steps.start
+            length = self._length(one)
+            total += share * (own * within + (length - own) * max(0.0, below)) + length * replay
+        return total / parallel.processes()
+
+    def _seconds_of(self, walk: Walk, steps: Sequence[Step]) -> float:
+        apart = walk.steps.stop - walk.steps.start if "step" in self.keep else 1
+        rows = (walk.rows.stop - walk.rows.start, walk.outputs.stop - walk.outputs.start)
+        target = np.zeros((apart, 1, len(self.groups), *rows, len(self.samples.labels)), self.dtype)
+        kernel = np.zeros((apart, len(self.groups), *rows), self.dtype)
+        self.nodes_of(steps[0])
+
+        def attempt() -> None:
+            self.walk(walk).walk(steps, target, kernel, tqdm(disable=True))
+
+        return timed(attempt)
+
+    def _rows(self, walk: Walk) -> int:
+        """The targets in flight."""
+        rows = (walk.rows.stop - walk.rows.start) * (walk.outputs.stop - walk.outputs.start)
+        return int(rows * (walk.steps.stop - walk.steps.start if "step" in self.keep else 1))
+
+    @property
+    def copies(self) -> int:
+        """Targets in flight that the memory allows."""
+        return max(1, self.memory // (COPIES * size_in_bytes(dict(self.model.named_parameters()))))
+
+    def walks(self) -> list[Walk]:
+        """Walks that cover the result, each with as many targets in flight as the memory allows, but at least one, and
+        at least one walk for each process."""
+        spread = parallel.processes()
+        outputs = min(self.outputs, self.copies)
+        rows = min(-(-len(self.query) // spread), max(1, self.copies // outputs))
+        acting = self.last - self.first
+        if "step" in self.keep:
+            acting = min(acting, max(1, self.copies // (outputs * rows)))
+        walks = -(-len(self.query) // rows) * -(-self.outputs // outputs)
+        if walks < spread:
+            acting = min(acting, -(-(self.last - self.first) // spread))
+        return [
+            Walk(steps, own, some)
+            for steps in cuts(self.first, self.last, acting)
+            for own in cuts(0, len(self.query), rows)
+            for some in cuts(0, self.outputs, outputs)
+        ]
+
+    def run(self, progress: bool = True, out: str | PathLike[str] | None = None) -> Influence:
+        """Computes it: in memory, or in a directory, where it goes on with the walks that are not done."""
+        if out is not None and parallel.processes() > 1:
+            raise ValueError("out= is for one process; in several, keep fewer axes, or give each its own samples")
+        store = None if out is None else Store(out, self._request())
+        target = self._array(store, "influence", SAMPLE_AXES)
+        kernel = self._array(store, "kernel", CELLS)
+        notes: dict[str, Any] = {} if store is None else store.notes
+        walks = parallel.share([walk for walk in self.walks() if walk.name not in notes])
+        total = sum(self._length(walk) for walk in walks)
+        told = False
+        with tqdm(total=total, desc="samples", unit="step", disable=not progress) as bar:
+            for walk in walks:
+                one = self._walk(walk, target, kernel, bar, fresh=store is None)
+                notes[walk.name] = {str(number): value for number, value in one.mismatch.items()}
+                if store is not None:
+                    store.done(walk.name, notes[walk.name])
+                if one.wrong and not told:
+                    told = True
+                    _tell_of_mismatch(one)
+        parallel.add_up(target, kernel)
+        mismatch: dict[int, float] = {}
+        for found in parallel.gather(notes):
+            for values in found.values():
+                for number, value in values.items():
+                    mismatch[int(number)] = max(mismatch.get(int(number), 0.0), value)
+        return self._result(target, kernel, mismatch, store)
+
+    def _array(self, store: Store | None, name: str, axes: Sequence[str]) -> Array:
+        """Zeros over the axes; those that are not kept have length 1."""
+        sizes = {axis: self._sizes[axis] for axis in axes}
+        if store is None:
+            return np.zeros(tuple(sizes.values()), self.dtype)
+        kept = store.array(name, {axis: size for axis, size in sizes.items() if axis in self.keep}, self.dtype)
+        return kept.reshape(tuple(sizes.values()))
+
+    def _length(self, walk: Walk) -> int:
+        """The steps that a walk goes through, as far as the reach before the window tells."""
+        below: int = self.first - self.floor
+        return int(walk.steps.stop - max(0, walk.steps.start - below))
+
+    @cached_property
+    def floor(self) -> int:
+        """The first step whose gradient can be told from 0 in the window."""
+        return reach(self._source, self.first, self.last, self.memory)
+
+    def walk(self, walk: Walk) -> SampleWalk:
+        query = self.query
+        if not query.reduction:
+            query = query.rows(walk.rows.start, walk.rows.stop, next(self.model.parameters()).device)
+        if walk.outputs != slice(0, self.outputs):
+            query = some_outputs(query, walk.outputs.start, walk.outputs.stop)
+        return SampleWalk(
+            self.model, query, self.groups, self.samples, walk.steps.start, walk.steps.stop, "step" in self.keep,
+            self.nodes_of, self.memory,
+        )  # fmt: skip
+
+    def steps_back(self, last: int) -> Iterator[Step]:
+        return self._source.steps_back(0, last, self.memory)
+
+    def _walk(self, walk: Walk, target: Array, kernel: Array, bar: Any, fresh: bool) -> SampleWalk:
+        one, apart = self.walk(walk), "step" in self.keep
+        acting = slice(walk.steps.start - self.first, walk.steps.stop - self.first) if apart else slice(0, 1)
+        cell = target[acting, :, :, walk.rows, walk.outputs]
+        own = kernel[acting, :, walk.rows, walk.outputs]
+        if not fresh:  # an interrupted walk has left its beginning there
+            cell[...], own[...] = 0, 0
+        one.walk(self.steps_back(walk.steps.stop), cell, own, bar)
+        return one
+
+    def nodes_of(self, step: Step) -> int:
+        if step.number not in self._nodes:
+            self._nodes[step.number] = self._integrator.nodes(step)
+        return self._nodes[step.number]
+
+    def _result(self, target: Array, kernel: Array, mismatch: Mapping[int, float], store: Store | None) -> Influence:
+        low = min(mismatch, default=self.first)
+        dims, cells = ([axis for axis in axes if axis in self.keep] for axes in (SAMPLE_AXES, CELLS))
+        if "seen" in self.keep:
+            target = target[:, low:]
+        numbers = sorted(mismatch)
+        variables = {
+            "influence": (dims, target.squeeze(_missing(SAMPLE_AXES, self.keep))),
+            "kernel": (cells, kernel.squeeze(_missing(CELLS, self.keep))),
+            "mismatch": (["walked"], np.array([mismatch[number] for number in numbers])),
+        }
+        own = self.samples.labels
+        numeric = all(isinstance(label, int | np.integer) for label in own)
+        labels = {
+            "walked": np.array(numbers, dtype=np.int64),
+            "step": np.arange(self.first, self.last),
+            "seen": np.arange(low, low + target.shape[1]),
+            "group": np.array(list(self.groups), dtype=object),
+            "sample": np.array(own, dtype=np.int64 if numeric else object),
+        }
+        attrs = {"first_step": self.first, "last_step": self.last - 1, "explaind_track": version("explaind_track")}
+        own_labels = {name: values for name, values in labels.items() if name in (*dims, "walked")}
+        data = xr.Dataset(variables, own_labels, attrs)
+        return Influence(data) if store is None else store.complete(data, {"seen": low})
+
+    def _request(self) -> dict[str, Any]:
+        """What a directory remembers of what it holds."""
+        rule = self._integrator.quadrature
+        return {
+            "keep": self.keep,
+            "window": [self.first, self.last],
+            "groups": {group: list(names) for group, names in self.groups.items()},
+            "samples": fingerprint(self.samples.labels, sorted(self.samples.place.items())),
+            "query": query_digest(self.query),
+            "targets": [len(self.query), self.outputs],
+            "trajectory": self._source.fingerprint,
+            "quadrature": [rule.tolerance, rule.nodes, rule.max_nodes],
+            "walks": [walk.name for walk in self.walks()],
+        }
+
+
+def _missing(axes: Sequence[str], keep: Sequence[str]) -> tuple[int, ...]:
+    return tuple(place for place, axis in enumerate(axes) if axis not in keep)
+
+
+def _tell_of_mismatch(walk: SampleWalk) -> None:
+    worst = max(walk.wrong, key=walk.mismatch.__getitem__)
+    warnings.warn(
+        f"at {len(walk.wrong)} of {len(walk.mismatch)} steps, the samples' influences do not add up to that of the "
+        f"gradient which the optimizer saw (at step {worst} they miss it by {walk.mismatch[worst]:.2g} of its size), "
+        "and are wrong there. Tell tracker.batch of every batch with the weights of its samples (a clipped gradient's "
+        "factor among them), put the model into the mode that it was trained in, and see that data(index) gives what "
+        "it gave then",
+        SampleMismatch,
+        stacklevel=4,
+    )

@@ -1,0 +1,165 @@
+"""Where steps come from, forwards and backwards: a trajectory, or steps in memory; and which samples they have seen."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from explaind_track.autodiff import SampleLoss
+from explaind_track.queries import Query
+from explaind_track.sample_axis import Data, Samples
+from explaind_track.step import Batch, Step
+from explaind_track.trajectory import Trajectory
+from explaind_track.trees import tree_tensors
+
+
+class StepList:
+    """Steps in memory, as a trajectory gives them. They have to last (`Trajectory.steps(lasting=True)`)."""
+
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self._steps = list(steps)
+        for one, other in zip(self._steps, self._steps[1:], strict=False):
+            if any(other.before.parameters[name] is value for name, value in one.before.parameters.items()):
+                raise ValueError(
+                    "samples are explained from the last step back, so all steps have to last: take them from "
+                    "trajectory.steps(lasting=True), or pass the trajectory itself"
+                )
+
+    fingerprint = "steps in memory"
+
+    def __len__(self) -> int:
+        return self._steps[-1].number + 1 if self._steps else 0
+
+    def steps_back(self, first: int, last: int, memory: int) -> Iterator[Step]:
+        return (step for step in reversed(self._steps) if first <= step.number < last)
+
+    def steps(self, first: int, last: int) -> Iterator[Step]:
+        return (step for step in self._steps if first <= step.number < last)
+
+    def indices(self, last: int) -> Iterator[tuple[int, Batch]]:
+        return ((step.number, batch) for step in self._steps if step.number < last for batch in step.batches)
+
+
+class StepStream:
+    """Steps that pass by once, each valid until the next."""
+
+    fingerprint = "steps in memory"
+
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self._steps = steps
+
+    def __len__(self) -> int:
+        """0 where nobody knows."""
+        return len(self._steps) if isinstance(self._steps, Sized) else 0
+
+    def steps(self, first: int, last: int) -> Iterable[Step]:
+        """All of them."""
+        return self._steps
+
+
+Source = Trajectory | StepList
+
+
+def source_of(steps: Trajectory | Iterable[Step], model: nn.Module, window: tuple[int, int] | None) -> Source:
+    """Raises ValueError for a model that does not fit, and for a window outside of the run."""
+    if isinstance(steps, Trajectory):
+        steps.check_model(model)
+    source = steps if isinstance(steps, Trajectory) else StepList(steps)
+    first, last = window or (0, len(source))
+    if not 0 <= first < last <= len(source):
+        raise ValueError(f"the run has the steps 0 to {len(source)}, not the window {first} to {last}")
+    return source
+
+
+def reach(source: Source, first: int, last: int, memory: int) -> int:
+    """The first step whose gradient, carried on by momentum, can be told from 0 in the steps first ≤ s < last."""
+    decay: dict[str, float] = {}
+    for step in source.steps_back(0, last, memory):
+        for name, update in step.updates.items():
+            if update.rule.buffer is None:
+                continue
+            if step.number >= first:
+                decay[name] = abs(update.rule.beta)
+            elif name in decay:
+                decay[name] *= abs(update.rule.beta)
+        smallest = torch.finfo(next(iter(step.before.parameters.values())).dtype).eps
+        if step.number <= first and all(value < smallest for value in decay.values()):
+            return step.number
+    return 0
+
+
+def choose_samples(
+    source: Source,
+    last: int,
+    loss: SampleLoss | None,
+    data: Data | None,
+    samples: Iterable[int] | None,
+    partition: Any,
+) -> Samples:
+    """The sample axis: every training index of the steps before `last`, or those asked for, or a partition's labels.
+
+    Raises ValueError for what the record lacks, with the remedy.
+    """
+    if loss is None:
+        raise ValueError("influences of samples need sample_loss=: (model, batch) → unreduced losses (N,)")
+    found: set[int] = set()
+    for number, batch in source.indices(last):
+        if batch.clipped:
+            raise ValueError(
+                f"the gradient of step {number} was clipped by value, and what is left of it is no sum over samples; "
+                "clip it by its norm, or explain groups and steps only"
+            )
+        if batch.index is None:
+            raise ValueError(
+                f"a batch of step {number} has no index, so its samples have no names; in training, pass index= to "
+                "tracker.batch"
+            )
+        if batch.data is None and data is None:
+            raise ValueError(
+                f"the record holds the indices of step {number}'s samples but not the samples; pass data=, a function "
+                "from an index tensor (N,) to the batch of sample_loss, such as lambda index: (x[index], y[index])"
+            )
+        found |= set(batch.index.tolist())
+    if not found:
+        raise ValueError(
+            "the run has no record of its batches; in training, call tracker.batch(batch, index=…) for each"
+        )
+    if samples is not None:
+        wanted = [int(index) for index in samples]
+        if set(wanted) - found:
+            raise ValueError(f"no step saw the samples {sorted(set(wanted) - found)[:10]}")
+        if len(set(wanted)) < len(wanted):
+            raise ValueError("samples= names some training indices twice")
+    else:
+        wanted = sorted(found)
+    if partition is None:
+        return Samples(loss, data, wanted, {index: place for place, index in enumerate(wanted)}, False)
+    label = {index: _label(partition[index]) for index in wanted}
+    labels = sorted(set(label.values()), key=lambda value: (str(type(value)), value))
+    return Samples(loss, data, labels, {index: labels.index(own) for index, own in label.items()}, True)
+
+
+def _label(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor | np.generic) else value
+
+
+def fingerprint(*values: Any) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:32]
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    return hashlib.sha256(
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
+
+
+def query_digest(query: Query) -> str:
+    """Tells one query's inputs and labels from others'."""
+    return fingerprint(*map(_tensor_digest, tree_tensors((query.inputs, query.labels))), query.reduction, query.module)
+
+
+def cuts(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(low, min(stop, low + size)) for low in range(start, stop, size)]

@@ -1,0 +1,159 @@
+"""What an explanation will take, results on disk, and several processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from conftest import Job, make_job, sample_loss
+
+from explaind_track import Influence, Quadrature, Trajectory, explain, plan_explanation, planning
+
+KEEPS = [
+    ("step", "group"),
+    ("step", "group", "query", "output"),
+    ("query", "output"),
+    ("seen", "group", "query", "sample"),
+    ("step", "query", "output", "sample"),
+    ("sample",),
+]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+    job, directory = make_job(), tmp_path_factory.mktemp("run") / "t"
+    tracker = job.tracker(trajectory=directory, keyframe_every=4)
+    job.run(tracker, 10)
+    tracker.finish()
+    return job, directory
+
+
+def options_of(job: Job, keep: tuple[str, ...]) -> dict[str, Any]:
+    options: dict[str, Any] = {"keep": keep, "window": (1, 9), "quadrature": Quadrature.fixed(1)}
+    if "sample" in keep:
+        options |= {"sample_loss": sample_loss, "data": lambda index: (job.x[index], job.y[index])}
+    return options
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids="+".join)
+def test_a_plan_tells_the_shape_and_does_it(recorded: tuple[Job, Path], keep: tuple[str, ...]) -> None:
+    job, directory = recorded
+    plan = plan_explanation(Trajectory.open(directory), job.model, job.queries["query"], **options_of(job, keep))
+    words = plan.describe()
+    found = plan.run(progress=False).data["influence"]
+    assert found.sizes == plan.shape
+    assert plan.result_bytes >= found.nbytes
+    for axis, size in plan.shape.items():
+        assert f"{size} {axis}" in words
+    assert plan.seconds() > 0
+    assert plan.steps >= 8
+
+
+def test_walks_multiply_as_the_memory_shrinks(recorded: tuple[Job, Path]) -> None:
+    job, directory = recorded
+    options = options_of(job, ("query", "output", "sample"))
+    bytes_each = 8 * sum(parameter.numel() for parameter in job.model.parameters())
+    for copies, passes in ((15, 1), (6, 3), (3, 5), (2, 10), (1, 15)):
+        plan = plan_explanation(
+            Trajectory.open(directory), job.model, job.queries["query"], memory=3 * bytes_each * copies, **options
+        )
+        assert plan.passes == passes
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids="+".join)
+def test_results_on_disk_go_on_where_they_stopped(
+    recorded: tuple[Job, Path], keep: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, directory = recorded
+    trajectory, query = Trajectory.open(directory), job.queries["query"]
+    options = {**options_of(job, keep), "memory": 12000 if {"step", "sample"} <= set(keep) else 2000, "progress": False}
+    wanted = explain(trajectory, job.model, query, **options).data
+    calls, least = 0, 10**9
+    steps, steps_back = Trajectory.steps, Trajectory.steps_back
+
+    def interrupted(method: Any) -> Any:
+        def wrapped(*arguments: Any, **more: Any) -> Any:
+            nonlocal calls
+            for step in method(*arguments, **more):
+                calls += 1
+                if calls > least:
+                    raise KeyboardInterrupt
+                yield step
+
+        return wrapped
+
+    monkeypatch.setattr(Trajectory, "steps_back", interrupted(steps_back))
+    if "sample" not in keep:
+        monkeypatch.setattr(Trajectory, "steps", interrupted(steps))
+    explain(trajectory, job.model, query, out=tmp_path / "whole", **options)
+    whole, calls, least = calls, 0, 2 * calls // 3
+    with pytest.raises(KeyboardInterrupt):
+        explain(trajectory, job.model, query, out=tmp_path / "r", **options)
+    with pytest.raises(ValueError, match="no complete result"):
+        Influence.load(tmp_path / "r")
+    calls, least = 0, 10**9
+    found = explain(trajectory, job.model, query, out=tmp_path / "r", **options)
+    monkeypatch.undo()
+    xr.testing.assert_allclose(found.data, wanted, rtol=1e-10, atol=1e-13)
+    xr.testing.assert_identical(Influence.load(tmp_path / "r").data, found.data)
+    if len(keep) > 2:
+        assert calls < whole
+        assert isinstance(found.data["influence"].values.base, np.ndarray)
+    with pytest.raises(FileExistsError, match="differs in window"):
+        explain(trajectory, job.model, query, out=tmp_path / "r", **{**options, "window": (0, 9)})
+
+
+def test_what_does_not_fit_is_refused(recorded: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    job, directory = recorded
+    monkeypatch.setattr(planning, "room", lambda: 1000)
+    for keep in (KEEPS[1], KEEPS[4]):
+        options = options_of(job, keep)
+        with pytest.raises(ValueError, match=r"5 query × 3 output.*out="):
+            explain(Trajectory.open(directory), job.model, job.queries["query"], **options)
+        words = plan_explanation(Trajectory.open(directory), job.model, job.queries["query"], **options).describe()
+        assert "needs out=" in words
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from conftest import make_job
+from test_planning import KEEPS, options_of
+from explaind_track import Trajectory, explain
+
+dist.init_process_group("gloo")
+job = make_job()
+for place, keep in enumerate(KEEPS[1:5]):
+    for name, query in job.queries.items():
+        found = explain(Trajectory.open(sys.argv[2]), job.model, query, progress=False, **options_of(job, keep))
+        found.save(f"{sys.argv[3]}/{place}-{name}-{dist.get_rank()}.safetensors")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_find_what_one_does(recorded: tuple[Job, Path], tmp_path: Path) -> None:
+    job, directory = recorded
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    arguments = [str(Path(__file__).parent), str(directory), str(tmp_path)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, env=_environment(root))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for place, keep in enumerate(KEEPS[1:5]):
+        for name, query in job.queries.items():
+            wanted = explain(Trajectory.open(directory), job.model, query, progress=False, **options_of(job, keep)).data
+            for rank in range(2):
+                found = Influence.load(tmp_path / f"{place}-{name}-{rank}.safetensors").data
+                xr.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def _environment(root: Path) -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
