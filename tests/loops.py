@@ -40,6 +40,7 @@ class Run:
     x: Tensor
     y: Tensor
     tracker: Tracker
+    query: Query
 
     def backward(self, index: Tensor, weight: Tensor | float | str = "mean", batch: Any = None) -> None:
         """Tells of one batch, and adds the gradient of its loss."""
@@ -88,8 +89,12 @@ class Loop:
     inputs: Callable[[], Tensor] = lambda: torch.randn(24, 4)
     warm: int = 0
     """Steps that the optimizer has taken before it is watched."""
-    per_sample: str = "exact"
-    """Or why samples are refused."""
+    data: Callable[[Tensor, Tensor], Any] = lambda x, y: (x, y)
+    """A batch of these inputs and labels, as `sample_loss` takes it."""
+    rounded: bool = False
+    """Whether its arithmetic is so coarse that samples miss their sum, which a warning tells."""
+    refused: str = ""
+    """Why influences of single samples are, if they are."""
 
     def run(self, **options: Any) -> Run:
         torch.manual_seed(0)
@@ -101,15 +106,16 @@ class Loop:
             optimizer.zero_grad()
             self.sample_loss(model, (x, y)).mean().backward()
             optimizer.step()
+        query = self.query(x[:5], y[:5])
         tracker = Tracker(
             model,
             optimizer,
-            queries={"query": self.query(x[:5], y[:5])},
+            queries={"query": query},
             sample_loss=self.sample_loss,
             **self.options,
             **options,
         )
-        run = Run(model, optimizer, self.sample_loss, x, y, tracker)
+        run = Run(model, optimizer, self.sample_loss, x, y, tracker, query)
         self.body(run)
         tracker.finish()
         return run
@@ -346,7 +352,7 @@ LOOPS = [
     Loop("auxiliary loss (L1)", penalized, options={"auxiliary": {"l1": l1}}),
     Loop("gradient accumulation", accumulated),
     Loop("clipping by norm", clipped_by_norm, optimizer=nesterov),
-    Loop("clipping by value", clipped_by_value, per_sample="clipped by value"),
+    Loop("clipping by value", clipped_by_value, refused="clipped by value"),
     Loop("learning-rate schedule", scheduled(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS))),
     Loop("OneCycle, Adam's betas", scheduled(one_cycle)),
     Loop("OneCycle, SGD's momentum", scheduled(one_cycle), optimizer=nesterov),
@@ -356,7 +362,7 @@ LOOPS = [
     Loop("frozen, thawed later", thawed),
     Loop("parameter group added later", joined, optimizer=second_layer),
     Loop("maximize", optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, maximize=True)),
-    Loop("bfloat16 autocast", sample_loss=autocast_loss, dtype=torch.float32),
+    Loop("bfloat16 autocast", sample_loss=autocast_loss, dtype=torch.float32, rounded=True),
     Loop("GradScaler with a skipped step", scaled),
     Loop("step left out", left_out),
     Loop("dropout", model=dropout),
@@ -364,6 +370,7 @@ LOOPS = [
     Loop("module in eval mode", model=frozen_norm),
     Loop("tied weights", model=Tied),
     Loop("module used twice", model=Twice),
-    Loop("mappings as batches and outputs, two inputs", with_mappings, Answers, sample_loss=answered, query=of_logits),
+    Loop("mappings as batches and outputs, two inputs", with_mappings, Answers, sample_loss=answered, query=of_logits,
+         data=lambda x, y: {"one": x, "two": x.flip(1), "label": y}),
     Loop("float32", dtype=torch.float32),
 ]  # fmt: skip
