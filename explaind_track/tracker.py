@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from explaind_track import panels
-from explaind_track.artifacts import log_trajectory
+from explaind_track.artifacts import TrajectoryUpload
 from explaind_track.autodiff import SampleLoss
 from explaind_track.exits import before_exit
 from explaind_track.explain import Explainer
@@ -25,8 +25,9 @@ from explaind_track.integrator import MEMORY, buffers_moved
 from explaind_track.path import Quadrature
 from explaind_track.queries import Query
 from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
-from explaind_track.resume import HISTORY, cut_history
+from explaind_track.resume import cut_history
 from explaind_track.resume import resume as resume_run
+from explaind_track.runs import HISTORY, tie
 from explaind_track.samples import Samples, make_batch, random_state
 from explaind_track.scores import ParameterScores
 from explaind_track.step import PARTS, SHARES, Batch, State, Step, Stepper
@@ -132,6 +133,7 @@ class Tracker:
         history = None if self._writer is None else self._writer.directory / HISTORY
         sections = ["kernel", "reg", "past", "D", "residual", "loss", "cost", "train", *queries]
         self._panels, self.run = panels.Panels(run, history, sections), run
+        self._upload = self._begin_upload()
         self._mark = on_nonfinite == "mark"
         self._hooks = [
             optimizer.register_step_pre_hook(lambda _, args, options: self._before((*args, *options.values()))),
@@ -282,16 +284,8 @@ class Tracker:
             return
         with self._timed("trajectory"):
             self._writer.close(self.number)
-        if self.run is not None:
-            try:
-                self.staging_mb = log_trajectory(self.run, self._writer.directory)
-            except Exception as error:
-                warnings.warn(
-                    f"the trajectory in {self._writer.directory} could not be logged to W&B: {error!r}",
-                    panels.LoggingWarning,
-                    stacklevel=2,
-                )
-
+        if self._upload is not None:
+            self.staging_mb = self._upload.finish()
     # --------------------------------------------------------- around the step
 
     def _before(self, arguments: tuple[Any, ...]) -> None:
@@ -390,6 +384,20 @@ class Tracker:
         self._panels.log({panels.AXIS: self.number, **self._row, **more})
         self._row = {}
         self.number += 1
+
+    def _begin_upload(self) -> TrajectoryUpload | None:
+        if self.run is None or self._writer is None:
+            return None
+        try:
+            tie(self._writer.directory, self.run)
+            return TrajectoryUpload(self.run, self._writer.directory)
+        except Exception as error:
+            warnings.warn(
+                f"W&B does not tell of its run ({error!r}); the trajectory stays in {self._writer.directory} alone",
+                panels.LoggingWarning,
+                stacklevel=3,
+            )
+            return None
 
     def _check_due(self) -> bool:
         due = self.number < CHECKED_STEPS or self.number % CHECK_EVERY == 0

@@ -1,0 +1,134 @@
+"""A run on this disk: its trajectory, its rows, the W&B run it belongs to, and whether it still goes on.
+
+In its directory are
+
+manifest.json, keyframes/, steps/   the trajectory
+history.jsonl                       every row of the panels, flushed as it is logged
+run.json                            the W&B run that the rows and the trajectory go to
+.lock                               held while the run goes on, by whatever process trains
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from explaind_track.storage import MANIFEST, TrajectoryError, write_atomic
+
+if TYPE_CHECKING:
+    import wandb
+
+HISTORY = "history.jsonl"
+TIE = "run.json"
+LOCK = ".lock"
+POINTER = "trajectory"
+"""A run's own directory, W&B's or a recipe's, has its trajectory under this name."""
+
+
+@dataclass(frozen=True)
+class Tie:
+    """The W&B run of a trajectory."""
+
+    entity: str
+    """Empty for an offline run of somebody who is not logged in: W&B's default when it is sent."""
+    project: str
+    id: str
+    name: str
+    offline: bool
+    directory: str
+    """Where W&B keeps the run on this disk."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The run as W&B's API names it."""
+        return "/".join(part for part in (self.entity, self.project, self.id) if part)
+
+    @property
+    def artifact(self) -> str:
+        """The name of the trajectory's artifact."""
+        return f"trajectory-{self.id}"
+
+
+def tie(directory: Path, run: "wandb.Run") -> Tie:
+    """Notes which W&B run the trajectory in `directory` belongs to, and lets the run's own directory lead to it."""
+    made = Tie(
+        entity=run.entity or "",
+        project=run.project,
+        id=run.id,
+        name=run.name or run.id,
+        offline=bool(run.settings._offline),
+        directory=str(Path(run.settings.sync_dir).absolute()),
+        config=json.loads(json.dumps(dict(run.config), default=str)),
+    )
+    write_atomic(directory / TIE, json.dumps(asdict(made), indent=1).encode())
+    with suppress(OSError):  # a file system without links only loses the short way
+        (Path(made.directory) / POINTER).symlink_to(directory.absolute(), target_is_directory=True)
+    return made
+
+
+def read_tie(directory: Path) -> Tie | None:
+    """The W&B run of the trajectory, if it has one."""
+    path = directory / TIE
+    return Tie(**json.loads(path.read_bytes())) if path.is_file() else None
+
+
+def trajectory_directory(given: str | PathLike[str]) -> Path:
+    """The trajectory of a directory: the directory itself, or `trajectory` in it (a recipe's results; a run of W&B)."""
+    root = Path(given)
+    inner = root / POINTER
+    return inner if not _holds_run(root) and _holds_run(inner) else root
+
+
+def _holds_run(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in (MANIFEST, HISTORY))
+
+
+def find_runs(root: Path) -> list[Path]:
+    """The directories under `root` that hold a trajectory, each once."""
+    found = {path.parent.resolve() for name in (MANIFEST, HISTORY) for path in root.rglob(name)}
+    return sorted(path for path in found if _holds_run(path))
+
+
+def read_rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows of the panels in the order they were logged; a line that a killed process left torn is left out."""
+    path = directory / HISTORY
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "train/step" in row]
+
+
+class Claim:
+    """Tells other processes that this run goes on; ends with the process, however that ends."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises TrajectoryError if another process holds it (for longer than it takes to look)."""
+        self._lock = FileLock(directory / LOCK, thread_local=False)
+        try:
+            self._lock.acquire(timeout=1)
+        except Timeout:
+            raise TrajectoryError(f"{directory} is being written by another process; wait until that is done") from None
+
+    def release(self) -> None:
+        self._lock.release()
+        with suppress(FileNotFoundError):
+            os.unlink(self._lock.lock_file)
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a process goes on writing the run."""
+    if not (directory / LOCK).exists():
+        return False
+    try:
+        with FileLock(directory / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
