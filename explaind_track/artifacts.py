@@ -1,13 +1,15 @@
 """What Weights & Biases keeps: the trajectory, uploaded while it grows, and what is made from it."""
 
 import hashlib
+import math
 import os
 import shutil
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from explaind_track import storage
 from explaind_track.panels import LoggingWarning
@@ -136,15 +138,7 @@ def trajectory_version(
 
     head, entries = storage.read_manifest(directory, FORMAT)
     artifact = wandb.Artifact(name, type="trajectory") if base is None else base.new_draft()
-    artifact.metadata = {
-        "format": head["format"],
-        "optimizer": head["optimizer"],
-        "packages": head["packages"],
-        "parameters": len(head["parameters"]),
-        "steps": _last_step(entries),
-        "complete": is_complete(entries),
-        "digest": storage.digest(head, entries),
-    }
+    artifact.metadata = _metadata(head, entries)
     kept = dict(artifact.manifest.entries)
     for stale in kept.keys() - {entry.path for entry in entries}:
         artifact.remove(stale)
@@ -174,7 +168,7 @@ def add_offline(run: "wandb.Run", directory: Path) -> float:
     if target.is_symlink():
         target.unlink()
     head, entries = storage.read_manifest(directory, FORMAT)
-    artifact = wandb.Artifact(f"trajectory-{run.id}", type="trajectory", metadata={"steps": _last_step(entries)})
+    artifact = wandb.Artifact(f"trajectory-{run.id}", type="trajectory", metadata=_metadata(head, entries))
     names, copied = [entry.path for entry in entries], 0
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -214,6 +208,16 @@ def log_result(
     if source is not None:
         run.use_artifact(source)
     run.log_artifact(artifact).wait(int(FINISH_SECONDS))
+
+
+def _metadata(head: Mapping[str, Any], entries: list[Entry]) -> dict[str, Any]:
+    return {
+        **{key: head[key] for key in ("format", "optimizer", "packages")},
+        "parameters": sum(math.prod(shape) for shape, _ in head["parameters"].values()),
+        "steps": _last_step(entries),
+        "complete": is_complete(entries),
+        "digest": storage.digest(head, entries),
+    }
 
 
 def is_complete(entries: list[Entry]) -> bool:

@@ -4,13 +4,14 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from explaind_track.runs import drop_torn_line
 from explaind_track.samples import SampleInfluence
 
 if TYPE_CHECKING:
@@ -103,22 +104,27 @@ def sample_table(samples: SampleInfluence, norms: Mapping[int, float]) -> "wandb
     return wandb.Table(columns=columns, data=rows)
 
 
+def define_metrics(run: "wandb.Run", sections: Iterable[str]) -> None:
+    """Draws the metrics `<section>/…` over the training step."""
+    run.define_metric(AXIS, hidden=True)
+    for section in sections:
+        run.define_metric(f"{section}/*", step_metric=AXIS)
+
+
 class Panels:
     """Sends rows to a W&B run and to a file of our own. Whatever fails there is told of once and stops nothing."""
 
     def __init__(self, run: "wandb.Run | None", history: Path | None, sections: Sequence[str]) -> None:
         """history: a JSON-lines file, flushed with every row; a killed process leaves it whole but for its last line.
         sections: the first parts of the keys that are drawn over our axis."""
-        self._run, self._history, self._sections = run, history, sections
+        self._run, self._history = run, history
         self._told: set[str] = set()
+        self.unsent = 0
+        """Rows that W&B's SDK refused to take."""
+        if history is not None:
+            drop_torn_line(history)
         if run is not None:
-            self._attempt("define the panels' axis", self._define)
-
-    def _define(self) -> None:
-        assert self._run is not None  # asked for only where there is one
-        self._run.define_metric(AXIS, hidden=True)
-        for section in self._sections:
-            self._run.define_metric(f"{section}/*", step_metric=AXIS)
+            self._attempt("define the panels' axis", lambda: define_metrics(run, sections))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Sends one row. Numbers that are not finite are left out, and `residual/nonfinite` counts them."""
@@ -131,7 +137,7 @@ class Panels:
             self._attempt("write the history", lambda: self._write(clean))
         if self._run is not None:
             run = self._run
-            self._attempt("log to W&B", lambda: run.log(clean))
+            self.unsent += not self._attempt("log to W&B", lambda: run.log(clean))
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._history is not None  # asked for only where there is one
@@ -139,13 +145,16 @@ class Panels:
         with self._history.open("a") as file:
             file.write(json.dumps(plain) + "\n")
 
-    def _attempt(self, what: str, action: Any) -> None:
+    def _attempt(self, what: str, action: Callable[[], None]) -> bool:
+        """Whether it went well."""
         try:
             action()
+            return True
         except Exception as error:
             if what not in self._told:
                 self._told.add(what)
                 warnings.warn(f"could not {what}: {error!r}; training goes on", LoggingWarning, stacklevel=4)
+            return False
 
 
 def nonfinite(gradients: Mapping[str, Tensor]) -> list[str]:

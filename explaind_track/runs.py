@@ -106,6 +106,13 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and "train/step" in row]
 
 
+def drop_torn_line(history: Path) -> None:
+    """Cuts off what a killed process left unfinished, so that the next row begins a line of its own."""
+    content = history.read_bytes() if history.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        os.truncate(history, content.rfind(b"\n") + 1)
+
+
 class Claim:
     """Tells other processes that this run goes on; ends with the process, however that ends."""
 

@@ -286,6 +286,14 @@ class Tracker:
             self._writer.close(self.number)
         if self._upload is not None:
             self.staging_mb = self._upload.finish()
+        if self._panels.unsent:
+            warnings.warn(
+                f"W&B did not take {self._panels.unsent} rows of the panels; they are all in our record: send them "
+                f"with `explaind-track sync {self._writer.directory}`",
+                panels.LoggingWarning,
+                stacklevel=2,
+            )
+
     # --------------------------------------------------------- around the step
 
     def _before(self, arguments: tuple[Any, ...]) -> None:
