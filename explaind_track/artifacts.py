@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from explaind_track import storage
 from explaind_track.panels import LoggingWarning
 from explaind_track.recorder import FORMAT
-from explaind_track.runs import HISTORY, POINTER
+from explaind_track.runs import HISTORY, POINTER, is_finished
 from explaind_track.storage import MANIFEST, Entry
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class TrajectoryUpload:
             reason = (
                 f"W&B has not confirmed it within {FINISH_SECONDS:.0f} s" if self._failure is None else self._failure
             )
-            have, made = _last_step(list(self._sent)), _last_step(self._entries())
+            have, made = last_step(list(self._sent)), last_step(self._entries())
             warnings.warn(
                 f"of the {made} recorded steps, {have} are at W&B ({reason!r}). The whole trajectory is in "
                 f"{self._directory}; complete the upload with `explaind-track sync {self._directory}`",
@@ -138,7 +138,7 @@ def trajectory_version(
 
     head, entries = storage.read_manifest(directory, FORMAT)
     artifact = wandb.Artifact(name, type="trajectory") if base is None else base.new_draft()
-    artifact.metadata = _metadata(head, entries)
+    artifact.metadata = _metadata(directory, head, entries)
     kept = dict(artifact.manifest.entries)
     for stale in kept.keys() - {entry.path for entry in entries}:
         artifact.remove(stale)
@@ -168,7 +168,7 @@ def add_offline(run: "wandb.Run", directory: Path) -> float:
     if target.is_symlink():
         target.unlink()
     head, entries = storage.read_manifest(directory, FORMAT)
-    artifact = wandb.Artifact(f"trajectory-{run.id}", type="trajectory", metadata=_metadata(head, entries))
+    artifact = wandb.Artifact(f"trajectory-{run.id}", type="trajectory", metadata=_metadata(directory, head, entries))
     names, copied = [entry.path for entry in entries], 0
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def add_offline(run: "wandb.Run", directory: Path) -> float:
         names.append(HISTORY)
     for name in (*names, MANIFEST):
         artifact.add_file(str(target / name), name, skip_cache=True, policy="immutable")
-    run.log_artifact(artifact, aliases=["latest", f"step-{_last_step(entries)}", "final"])
+    run.log_artifact(artifact, aliases=["latest", f"step-{last_step(entries)}", "final"])
     return copied / 1e6
 
 
@@ -210,22 +210,18 @@ def log_result(
     run.log_artifact(artifact).wait(int(FINISH_SECONDS))
 
 
-def _metadata(head: Mapping[str, Any], entries: list[Entry]) -> dict[str, Any]:
+def _metadata(directory: Path, head: Mapping[str, Any], entries: list[Entry]) -> dict[str, Any]:
     return {
         **{key: head[key] for key in ("format", "optimizer", "packages")},
         "parameters": sum(math.prod(shape) for shape, _ in head["parameters"].values()),
-        "steps": _last_step(entries),
-        "complete": is_complete(entries),
+        "steps": last_step(entries),
+        "finished": is_finished(directory, last_step(entries)),
         "digest": storage.digest(head, entries),
     }
 
 
-def is_complete(entries: list[Entry]) -> bool:
-    """Whether the record was ended, with a keyframe behind its last step."""
-    return any(entry.first == _last_step(entries) for entry in entries if entry.path.startswith("keyframes/"))
-
-
-def _last_step(entries: list[Entry]) -> int:
+def last_step(entries: list[Entry]) -> int:
+    """The number of recorded steps."""
     return max((entry.last for entry in entries), default=0)
 
 

@@ -23,6 +23,7 @@ AXIS = "train/step"
 SHORT = {"regularization": "reg"}
 """What parts are called in panels, where that is not their name."""
 
+SAMPLES = "samples/most_influential"
 SAMPLE_ROWS = 20
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HISTORY = "history.jsonl"
 TIE = "run.json"
+FINISHED = "finished.json"
 LOCK = ".lock"
 POINTER = "trajectory"
 """A run's own directory, W&B's or a recipe's, has its trajectory under this name."""
@@ -128,6 +129,16 @@ class Claim:
         self._lock.release()
         with suppress(FileNotFoundError):
             os.unlink(self._lock.lock_file)
+
+
+def mark_finished(directory: Path, steps: int) -> None:
+    write_atomic(directory / FINISHED, json.dumps({"steps": steps}).encode())
+
+
+def is_finished(directory: Path, steps: int) -> bool:
+    """Whether the run was ended, and not gone on with since: it still has the steps that it had then."""
+    path = directory / FINISHED
+    return path.is_file() and json.loads(path.read_bytes())["steps"] == steps
 
 
 def is_running(directory: Path) -> bool:

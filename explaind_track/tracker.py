@@ -27,7 +27,7 @@ from explaind_track.queries import Query
 from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
 from explaind_track.resume import cut_history
 from explaind_track.resume import resume as resume_run
-from explaind_track.runs import HISTORY, tie
+from explaind_track.runs import HISTORY, mark_finished, tie
 from explaind_track.samples import Samples, make_batch, random_state
 from explaind_track.scores import ParameterScores
 from explaind_track.step import PARTS, SHARES, Batch, State, Step, Stepper
@@ -284,6 +284,7 @@ class Tracker:
             return
         with self._timed("trajectory"):
             self._writer.close(self.number)
+            mark_finished(self._writer.directory, self.number)
         if self._upload is not None:
             self.staging_mb = self._upload.finish()
         if self._panels.unsent:
@@ -386,7 +387,7 @@ class Tracker:
         samples = self._samples.influence(step, mean.gradient(step, integrator.nodes(step)))
         self._row["samples/own_step"] = -float(samples.influence.sum())
         if self.run is not None:
-            self._row["samples/most_influential"] = panels.sample_table(samples, self._norms)
+            self._row[panels.SAMPLES] = panels.sample_table(samples, self._norms)
 
     def _log_row(self, more: Mapping[str, float]) -> None:
         self._panels.log({panels.AXIS: self.number, **self._row, **more})

@@ -37,7 +37,7 @@ class Trajectory:
         self.directory = directory
         self.artifact = None if remote is None else remote.name
         """The artifact of W&B that this was opened from."""
-        self._locate = self._local if remote is None else remote.locate
+        self._remote = remote
         self.head = head
         self.entries = entries
         self._keyframes = {entry.first: entry for entry in entries if entry.path.startswith("keyframes/")}
@@ -188,10 +188,11 @@ class Trajectory:
                     yield number, batch
 
     def _open(self, entry: Entry) -> TensorFile:
-        return TensorFile(self._locate(entry), torch.device("cpu"))
+        return TensorFile(self.file(entry), torch.device("cpu"))
 
-    def _local(self, entry: Entry) -> Path:
-        return self.directory / entry.path
+    def file(self, entry: Entry) -> Path:
+        """The file on this disk; fetched, and checked, if it is not here yet."""
+        return self.directory / entry.path if self._remote is None else self._remote.locate(entry)
 
     def random_state(self) -> dict[str, Tensor]:
         """The state of the random generators, by device, where the record ends."""

@@ -63,7 +63,7 @@ def test_it_is_sent_while_it_grows_and_each_file_once(server: Server, tmp_path: 
         assert sent.count(f"PUT blob/{hashlib.md5(content).hexdigest()} {len(content)}") == 1
     artifact = wandb.Api().artifact(name_of(run).removeprefix("wandb:"))
     assert artifact.metadata["steps"] == 12
-    assert artifact.metadata["complete"]
+    assert artifact.metadata["finished"]
     assert artifact.metadata["optimizer"] == "torch.optim.adamw.AdamW"
     assert artifact.metadata["digest"] == json.loads((tmp_path / "t" / "manifest.json").read_text())["digest"]
     assert same_files(Path(artifact.download(str(tmp_path / "fetched"))), tmp_path / "t")
@@ -117,9 +117,9 @@ def test_a_broken_download_goes_on_where_it_stopped(server: Server, tmp_path: Pa
     part.parent.mkdir(parents=True)
     part.write_bytes(b"x" + content[1:1000])
     with pytest.raises(TrajectoryError, match="is not what was written"):
-        trajectory._locate(entry)  # so the first bytes were those that had been there
+        trajectory.file(entry)  # so the first bytes were those that had been there
     part.write_bytes(content[:1000])
-    assert trajectory._locate(entry).read_bytes() == content
+    assert trajectory.file(entry).read_bytes() == content
 
 
 def test_what_was_altered_on_the_way_is_refused(server: Server, tmp_path: Path) -> None:
