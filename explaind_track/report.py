@@ -28,6 +28,9 @@ td { border-top: 1px solid #e3e3ea; font-variant-numeric: tabular-nums; } th { f
 .figures > div { min-width: 0; }
 """
 
+# A figure is drawn while its row is still being read, as if it were alone in it.
+FIT = "addEventListener('load', () => document.querySelectorAll('.js-plotly-plot').forEach(figure => Plotly.Plots.resize(figure)))"
+
 
 def report(rows: Sequence[Mapping[str, Any]], head: Mapping[str, Any], title: str, tie: Tie | None = None) -> str:
     """The HTML of a run's report.
@@ -50,7 +53,7 @@ def report(rows: Sequence[Mapping[str, Any]], head: Mapping[str, Any], title: st
         f"<title>{escape(title)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
         f"<h1>{escape(title)}</h1><p>{len(rows)} rows, training steps {rows[0][AXIS]} to {rows[-1][AXIS]}.{note}</p>"
         f"{_table(_facts(head, tie))}<h2>What the groups did, over all steps</h2>{_table(_totals(rows))}"
-        f"{''.join(sections)}</body></html>"
+        f"{''.join(sections)}<script>{FIT}</script></body></html>"
     )
 
 
@@ -69,7 +72,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list["go
         return {key[len(prefix) :]: key for key in keys if key.startswith(prefix) and not key.endswith("/total")}
 
     def own(*suffixes: str) -> dict[str, str]:
-        return {key: key for key in keys if key.endswith(suffixes)}
+        return {key: key for key in keys if key.endswith(suffixes) and not key.startswith("residual/")}
 
     kernel, loss = groups("kernel/"), groups("loss/")
     totals = {"kernel": "kernel/total", "weight decay": "reg/total"}
