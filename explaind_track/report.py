@@ -29,7 +29,8 @@ td { border-top: 1px solid #e3e3ea; font-variant-numeric: tabular-nums; } th { f
 """
 
 # A figure is drawn while its row is still being read, as if it were alone in it.
-FIT = "addEventListener('load', () => document.querySelectorAll('.js-plotly-plot').forEach(figure => Plotly.Plots.resize(figure)))"
+FIT = """addEventListener('load', () =>
+  document.querySelectorAll('.js-plotly-plot').forEach(figure => Plotly.Plots.resize(figure)))"""
 
 
 def report(rows: Sequence[Mapping[str, Any]], head: Mapping[str, Any], title: str, tie: Tie | None = None) -> str:

@@ -9,7 +9,6 @@ run.json                            the W&B run that the rows and the trajectory
 """
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -17,9 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
-from explaind_track.storage import MANIFEST, TrajectoryError, write_atomic
+from explaind_track.storage import MANIFEST, Lock, TrajectoryError, write_atomic
 
 if TYPE_CHECKING:
     import wandb
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 HISTORY = "history.jsonl"
 TIE = "run.json"
 FINISHED = "finished.json"
-LOCK = ".lock"
 POINTER = "trajectory"
 """A run's own directory, W&B's or a recipe's, has its trajectory under this name."""
 
@@ -80,6 +76,12 @@ def read_tie(directory: Path) -> Tie | None:
     return Tie(**json.loads(path.read_bytes())) if path.is_file() else None
 
 
+def steps_logged(directory: Path, run: "wandb.Run") -> set[int]:
+    """The steps whose rows this same W&B run was given before the process ended that is gone on with now."""
+    made = read_tie(directory)
+    return {row["train/step"] for row in read_rows(directory)} if made is not None and made.id == run.id else set()
+
+
 def trajectory_directory(given: str | PathLike[str]) -> Path:
     """The trajectory of a directory: the directory itself, or `trajectory` in it (a recipe's results; a run of W&B)."""
     root = Path(given)
@@ -107,30 +109,6 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and "train/step" in row]
 
 
-def drop_torn_line(history: Path) -> None:
-    """Cuts off what a killed process left unfinished, so that the next row begins a line of its own."""
-    content = history.read_bytes() if history.is_file() else b""
-    if content and not content.endswith(b"\n"):
-        os.truncate(history, content.rfind(b"\n") + 1)
-
-
-class Claim:
-    """Tells other processes that this run goes on; ends with the process, however that ends."""
-
-    def __init__(self, directory: Path) -> None:
-        """Raises TrajectoryError if another process holds it (for longer than it takes to look)."""
-        self._lock = FileLock(directory / LOCK, thread_local=False)
-        try:
-            self._lock.acquire(timeout=1)
-        except Timeout:
-            raise TrajectoryError(f"{directory} is being written by another process; wait until that is done") from None
-
-    def release(self) -> None:
-        self._lock.release()
-        with suppress(FileNotFoundError):
-            os.unlink(self._lock.lock_file)
-
-
 def mark_finished(directory: Path, steps: int) -> None:
     write_atomic(directory / FINISHED, json.dumps({"steps": steps}).encode())
 
@@ -143,10 +121,8 @@ def is_finished(directory: Path, steps: int) -> bool:
 
 def is_running(directory: Path) -> bool:
     """Whether a process goes on writing the run."""
-    if not (directory / LOCK).exists():
-        return False
     try:
-        with FileLock(directory / LOCK, timeout=0):
-            return False
-    except Timeout:
+        Lock(directory).release()
+    except TrajectoryError:
         return True
+    return False

@@ -17,8 +17,8 @@ from explaind_track import storage
 from explaind_track.artifacts import FINISH_SECONDS, trajectory_version
 from explaind_track.panels import AXIS, define_metrics
 from explaind_track.recorder import FORMAT
-from explaind_track.runs import Claim, Tie, read_rows, read_tie, trajectory_directory
-from explaind_track.storage import MANIFEST, TrajectoryError
+from explaind_track.runs import Tie, read_rows, read_tie, trajectory_directory
+from explaind_track.storage import MANIFEST, Lock, TrajectoryError
 
 if TYPE_CHECKING:
     import wandb
@@ -52,11 +52,11 @@ def sync(given: str | PathLike[str], progress: bool = True) -> Synced:
     tie = read_tie(directory)
     if tie is None:
         raise TrajectoryError(f"{directory} belongs to no W&B run: it was recorded by a Tracker without run=")
-    claim = Claim(directory)
+    lock = Lock(directory)
     try:
         return _sync(directory, tie, progress)
     finally:
-        claim.release()
+        lock.release()
 
 
 def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:

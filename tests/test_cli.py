@@ -53,7 +53,7 @@ def test_runs_tells_what_there_is_and_whether_it_goes_on(run: Path, tmp_path: Pa
     job = make_job("sgd")
     tracker = job.tracker(trajectory=tmp_path / "two")
     job.run(tracker, 2)
-    shutil.copytree(tmp_path / "two", tmp_path / "killed", ignore=shutil.ignore_patterns(".lock"))
+    shutil.copytree(tmp_path / "two", tmp_path / "killed")
     found = {Path(one["run"]).name: one for one in answer("runs", tmp_path)}
     assert {name: one["state"] for name, one in found.items()} == {
         "trajectory": "finished",

@@ -190,20 +190,15 @@ def test_what_cannot_be_synced_is_refused(tmp_path: Path) -> None:
     assert not is_running(tmp_path / "t")
     run = open_run("project", tmp_path, mode="offline")
     tracker = job.tracker(run=run, trajectory=tmp_path / "u")
-    with pytest.raises(TrajectoryError, match="being written by another process"):
+    with pytest.raises(TrajectoryError, match="another process is writing"):
         sync(tmp_path / "u")
     tracker.finish()
 
 
-def test_a_torn_last_row_is_left_out_and_any_other_is_told_of(tmp_path: Path) -> None:
+def test_a_row_that_was_torn_is_left_out(tmp_path: Path) -> None:
     panels = Panels(None, tmp_path / "history.jsonl", [])
     for step in range(3):
         panels.log({"train/step": step, "a": 1.5})
     path = tmp_path / "history.jsonl"
     path.write_text(path.read_text()[:-4])
     assert [row["train/step"] for row in read_rows(tmp_path)] == [0, 1]
-    Panels(None, path, []).log({"train/step": 2, "a": 2.5})  # who goes on with the record begins with a whole line
-    assert [row["a"] for row in read_rows(tmp_path)] == [1.5, 1.5, 2.5]
-    path.write_text(path.read_text().replace("}", "", 1))
-    with pytest.raises(TrajectoryError, match="torn in its line 1"):
-        read_rows(tmp_path)
