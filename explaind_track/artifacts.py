@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from explaind_track import storage
-from explaind_track.panels import LoggingWarning
+from explaind_track.panels import FINISH_SECONDS, LoggingWarning
 from explaind_track.recorder import FORMAT
 from explaind_track.runs import HISTORY, POINTER, is_finished
 from explaind_track.storage import MANIFEST, Entry
@@ -26,9 +26,6 @@ POLL_SECONDS = 1.0
 BATCH_BYTES = 2**28
 BATCH_SECONDS = 300.0
 """A version of the artifact is made of what has been recorded since the last one, once it is this large or this old."""
-
-FINISH_SECONDS = 600.0
-"""How long the end of a run waits for what is not uploaded yet."""
 
 
 class TrajectoryUpload:

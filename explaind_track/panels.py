@@ -22,6 +22,9 @@ AXIS = "train/step"
 SHORT = {"regularization": "reg"}
 """What parts are called in panels, where that is not their name."""
 
+FINISH_SECONDS = 600.0
+"""How long the end of a run waits for what W&B has not confirmed yet."""
+
 ALERT_SECONDS = 3600
 
 RESIDUAL_LIMIT = 0.5
@@ -55,6 +58,7 @@ def open_run(project: str, directory: str | os.PathLike[str] | None = None, **op
     where = None if directory is None else str(directory)
     if "WANDB_MODE" not in os.environ and "mode" not in options and not wandb.login(prompt=False, verify=False):
         options["mode"] = "offline"
+    options.setdefault("settings", wandb.Settings(finish_timeout=FINISH_SECONDS))
     try:
         return wandb.init(project=project, dir=where, **options)
     except wandb.errors.CommError as error:

@@ -53,7 +53,7 @@ def report(rows: Sequence[Mapping[str, Any]], head: Mapping[str, Any], title: st
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><link rel='icon' href='data:,'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
         f"<h1>{escape(title)}</h1><p>{len(rows)} rows, training steps {rows[0][AXIS]} to {rows[-1][AXIS]}.{note}</p>"
-        f"{_table(_facts(head, tie))}<h2>What the groups did, over all steps</h2>{_table(_totals(rows))}"
+        f"{_table(_facts(head, tie)) if head or tie else ''}<h2>What the groups did, over all steps</h2>{_table(_totals(rows))}"
         f"{''.join(sections)}<script>{FIT}</script></body></html>"
     )
 
@@ -152,7 +152,7 @@ def _curves(
 
 
 def _facts(head: Mapping[str, Any], tie: Tie | None) -> list[list[str]]:
-    names = {"optimizer": head.get("optimizer"), "parameter tensors": len(head.get("parameters", {}))}
+    names = {"optimizer": head["optimizer"], "parameter tensors": len(head["parameters"])} if head else {}
     run = {} if tie is None else {"W&B run": tie.path, **{f"config: {k}": v for k, v in tie.config.items()}}
     return [
         ["", ""],

@@ -22,7 +22,7 @@ RECENT = 200
 
 TAIL_BYTES = 2**22
 BARS = "▁▂▃▄▅▆▇█"
-CURVE = 24
+CURVE = 16
 
 
 class Follower:
