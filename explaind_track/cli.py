@@ -1,50 +1,21 @@
 """The command `explaind-track`: what was recorded, as it trains and afterwards."""
 
-import importlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import click
 
 from explaind_track import storage
+from explaind_track.analyses import explain, opened, prune, similarity
 from explaind_track.artifacts import directory_mb, last_step
+from explaind_track.command import AS_JSON, RUN, complained, entries_of, local_run, tell
 from explaind_track.recorder import FORMAT
-from explaind_track.remote import PREFIX, RemoteArtifact
-from explaind_track.runs import HISTORY, POINTER, find_runs, read_rows, read_tie, trajectory_directory
+from explaind_track.remote import RemoteArtifact
+from explaind_track.runs import HISTORY, POINTER, find_runs, read_rows, read_tie
 from explaind_track.show import Follower, follow, state_of, view
-from explaind_track.storage import MANIFEST, TrajectoryError
-
-RUN = click.argument("run", type=str)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-
-
-def complained(command: Callable[..., None]) -> Callable[..., None]:
-    """What is wrong with a run or with W&B becomes a sentence and exit code 1; misuse has 2 (click's own)."""
-
-    @wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
-        try:
-            command(*arguments, **options)
-        except ModuleNotFoundError as error:
-            if error.name in ("rich", "plotly", "wandb_workspaces"):
-                extra = "workspace" if error.name == "wandb_workspaces" else "cli"
-                raise click.ClickException(f"this needs {error.name}: pip install 'explaind_track[{extra}]'") from None
-            raise
-        except (TrajectoryError, ValueError, TypeError, OSError, _wandb_error()) as error:
-            raise click.ClickException(str(error)) from None
-
-    return run
-
-
-def _wandb_error() -> type[Exception]:
-    """W&B takes a second to import: its errors cannot come from where it was not."""
-    return sys.modules["wandb"].errors.Error if "wandb" in sys.modules else TrajectoryError
+from explaind_track.storage import TrajectoryError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,21 +30,6 @@ def main() -> None:
     """
 
 
-def _print(as_json: bool, content: Any, words: str) -> None:
-    click.echo(json.dumps(content, indent=1) if as_json else words)
-
-
-def _local(run: str) -> Path:
-    directory = trajectory_directory(run)
-    if not any((directory / name).is_file() for name in (MANIFEST, HISTORY)):
-        raise TrajectoryError(f"{run} holds no run: there is no {MANIFEST} and no {HISTORY} in it or in {POINTER}/")
-    return directory
-
-
-def _entries(directory: Path) -> tuple[dict[str, Any], list[storage.Entry]]:
-    return storage.read_manifest(directory, FORMAT) if (directory / MANIFEST).is_file() else ({}, [])
-
-
 @main.command()
 @click.argument("root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".")
 @AS_JSON
@@ -82,7 +38,7 @@ def runs(root: Path, as_json: bool) -> None:
     """List the runs under ROOT (this directory if not given)."""
     found = []
     for directory in find_runs(root):
-        head, entries = _entries(directory)
+        head, entries = entries_of(directory)
         tie = read_tie(directory)
         found.append(
             {
@@ -96,7 +52,7 @@ def runs(root: Path, as_json: bool) -> None:
             }
         )
     lines = [f"{r['steps']:>9} steps {r['mb']:>9} MB  {r['optimizer']:8} {r['state']:9} {r['run']}" for r in found]
-    _print(as_json, found, "\n".join(lines) or f"no run under {root}")
+    tell(as_json, found, "\n".join(lines) or f"no run under {root}")
 
 
 @main.command()
@@ -106,7 +62,7 @@ def runs(root: Path, as_json: bool) -> None:
 @complained
 def show(run: str, once: bool, as_json: bool) -> None:
     """Watch RUN in the terminal: its influences by group, its residual and its speed, while it trains."""
-    directory = _local(run)
+    directory = local_run(run)
     follower = Follower(directory)
     follower.read()
     if as_json:
@@ -148,7 +104,7 @@ def pull(name: str, directory: Path, as_json: bool) -> None:
         remote.artifact.get_entry(HISTORY).download(root=str(directory))
     storage.write_manifest(directory, head, entries)
     steps = last_step(entries)
-    _print(as_json, {"directory": str(directory), "steps": steps}, f"{directory} holds {steps} steps of {remote.name}")
+    tell(as_json, {"directory": str(directory), "steps": steps}, f"{directory} holds {steps} steps of {remote.name}")
 
 
 @main.command()
@@ -160,9 +116,7 @@ def verify(run: str, replay: bool, as_json: bool) -> None:
     """Check every file of RUN against the hash it was written with."""
     from tqdm import tqdm
 
-    from explaind_track.trajectory import Trajectory
-
-    trajectory = Trajectory.open(run if run.startswith(PREFIX) else _local(run))
+    trajectory = opened(run)
     for entry in trajectory.entries:
         trajectory.file(entry)
     if replay:
@@ -170,7 +124,7 @@ def verify(run: str, replay: bool, as_json: bool) -> None:
             pass
     content = {"run": run, "steps": len(trajectory), "files": len(trajectory.entries), "replayed": replay}
     words = f"{run}: {len(trajectory)} steps in {len(trajectory.entries)} files, all as they were written"
-    _print(as_json, content, words + (", and their replay meets every checkpoint" if replay else ""))
+    tell(as_json, content, words + (", and their replay meets every checkpoint" if replay else ""))
 
 
 @main.command()
@@ -183,11 +137,11 @@ def report(run: str, out: Path | None, as_json: bool) -> None:
     from explaind_track.report import report as make
     from explaind_track.report import write_report
 
-    directory = _local(run)
+    directory = local_run(run)
     target = out or directory.parent / "report.html"
     title = directory.resolve().parent.name if directory.name == POINTER else directory.resolve().name
-    write_report(target, make(read_rows(directory), _entries(directory)[0], title, read_tie(directory)))
-    _print(as_json, {"report": str(target)}, str(target))
+    write_report(target, make(read_rows(directory), entries_of(directory)[0], title, read_tie(directory)))
+    tell(as_json, {"report": str(target)}, str(target))
 
 
 @main.command()
@@ -200,67 +154,9 @@ def sync(run: str, as_json: bool) -> None:
 
     from explaind_track.sync import sync as send
 
-    done = send(_local(run), progress=not as_json)
+    done = send(local_run(run), progress=not as_json)
     words = f"{done.url} has all {done.rows} rows ({done.rows_sent} sent now) and the trajectory"
-    _print(as_json, asdict(done), words + (" (sent now)" if done.artifact_sent else ""))
-
-
-@main.command()
-@RUN
-@click.argument("task")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), default="influence.safetensors", show_default=True)
-@AS_JSON
-@complained
-def explain(run: str, task: str, settings: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """Decompose RUN's predictions, and save the influence.
-
-    TASK is `module:function`. The function is called with RUN and returns the arguments of `explaind_track.explain`
-    that belong to the training job: `{"model": …, "query": …, "groups": …}`. Settings are the others, such as
-    `keep=[step,group] window=[0,500] nodes=8 close=true`.
-    """
-    from explaind_track.explain import explain as decompose
-    from explaind_track.trajectory import Trajectory
-
-    job = load_task(task)(run)
-    trajectory = Trajectory.open(run if run.startswith(PREFIX) else _local(run))
-    influence = decompose(trajectory, **{**job, **_settings(settings)}, progress=not as_json)
-    influence.save(out)
-    sizes = {str(name): size for name, size in influence.data.sizes.items()}
-    residual = float(influence.residual.max())
-    content = {"out": str(out), "sizes": sizes, "residual_max": residual}
-    _print(as_json, content, f"{out}: {sizes}, residual at most {residual:.2g}")
-
-
-def load_task(task: str) -> Callable[[str], dict[str, Any]]:
-    """The function that `module:function` names; ValueError if there is none."""
-    module, _, name = task.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{task!r} names no function `module:function` that can be imported here: {error}") from None
-    return found  # type: ignore[no-any-return]
-
-
-def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """`key=value` as keyword arguments of `explain`."""
-    from omegaconf import OmegaConf
-
-    from explaind_track.path import Quadrature
-
-    given: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs)))  # type: ignore[assignment]
-    unknown = set(given) - {"keep", "parts", "window", "groups", "nodes", "tolerance", "close"}
-    if unknown:
-        raise click.UsageError(f"there is no setting {', '.join(sorted(unknown))}; see `explaind-track explain --help`")
-    nodes, tolerance = given.pop("nodes", None), given.pop("tolerance", None)
-    if nodes is not None:
-        given["quadrature"] = Quadrature.fixed(nodes)
-    elif tolerance is not None:
-        given["quadrature"] = Quadrature(tolerance=tolerance)
-    if "window" in given:
-        given["window"] = tuple(given["window"])
-    return given
+    tell(as_json, asdict(done), words + (" (sent now)" if done.artifact_sent else ""))
 
 
 @main.command()
@@ -272,4 +168,8 @@ def workspace(project: str, as_json: bool) -> None:
     from explaind_track.workspace import save_workspace
 
     url = save_workspace(project)
-    _print(as_json, {"url": url}, url)
+    tell(as_json, {"url": url}, url)
+
+
+for command in (explain, prune, similarity):
+    main.add_command(command)

@@ -53,7 +53,8 @@ def report(rows: Sequence[Mapping[str, Any]], head: Mapping[str, Any], title: st
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><link rel='icon' href='data:,'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
         f"<h1>{escape(title)}</h1><p>{len(rows)} rows, training steps {rows[0][AXIS]} to {rows[-1][AXIS]}.{note}</p>"
-        f"{_table(_facts(head, tie)) if head or tie else ''}<h2>What the groups did, over all steps</h2>{_table(_totals(rows))}"
+        f"{_table(_facts(head, tie)) if head or tie else ''}"
+        f"<h2>What the groups did, over all steps</h2>{_table(_totals(rows))}"
         f"{''.join(sections)}<script>{FIT}</script></body></html>"
     )
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from explaind_track import storage
-from explaind_track.artifacts import FINISH_SECONDS, trajectory_version
-from explaind_track.panels import AXIS, define_metrics
+from explaind_track.artifacts import trajectory_version
+from explaind_track.panels import AXIS, FINISH_SECONDS, define_metrics
 from explaind_track.recorder import FORMAT
 from explaind_track.runs import Tie, read_rows, read_tie, trajectory_directory
 from explaind_track.storage import MANIFEST, Lock, TrajectoryError

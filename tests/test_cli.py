@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import xarray as xr
 from click.testing import CliRunner, Result
-from conftest import Server, make_job
+from conftest import Server, make_job, sample_loss
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from explaind_track import Influence, Quadrature, Trajectory, explain, open_run
+from explaind_track import (
+    Influence,
+    Quadrature,
+    Trajectory,
+    explain,
+    open_run,
+    parameter_scores,
+    prune_masks,
+    similarity,
+)
 from explaind_track.cli import main
 from explaind_track.panels import Panels
 from explaind_track.report import report
@@ -46,7 +57,11 @@ def run(tmp_path: Path) -> Path:
 
 def task(run: str) -> dict[str, Any]:
     job = make_job()
-    return {"model": job.model, "query": job.queries["query"], "groups": 1}
+
+    def data(index: torch.Tensor) -> Any:
+        return job.x[index], job.y[index]
+
+    return {"model": job.model, "query": job.queries["query"], "groups": 1, "sample_loss": sample_loss, "data": data}
 
 
 def test_runs_tells_what_there_is_and_whether_it_goes_on(run: Path, tmp_path: Path) -> None:
@@ -136,6 +151,30 @@ def test_explain_is_the_function_of_that_name(run: Path, tmp_path: Path) -> None
         assert message in done.output
 
 
+def test_prune_and_similarity_are_the_functions_of_those_names(run: Path, tmp_path: Path) -> None:
+    job, trajectory = make_job(), Trajectory.open(run)
+    query, rule = job.queries["query"], Quadrature.fixed(2)
+    masks = tmp_path / "masks.safetensors"
+    content = answer("prune", run, "test_cli:task", "nodes=2", "--keep", 0.4, "--exclude", "2.*", "--out", masks)
+    scores = parameter_scores(trajectory, job.model, query, quadrature=rule, progress=False)
+    expected = prune_masks({name: value.abs() for name, value in scores.items()}, 0.4, exclude=("2.*",))
+    found = load_file(masks)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    assert content["sparsity"] == pytest.approx(0.6)
+    assert 0 <= content["agreement"] <= 1
+
+    alike = tmp_path / "similarity.safetensors"
+    content = answer("similarity", run, "test_cli:task", "nodes=2", "window=[0,4]", "--out", alike)
+    wanted = similarity(
+        trajectory, job.model, query, sample_loss=sample_loss, data=task("")["data"], groups=1, window=(0, 4),
+        quadrature=rule, progress=False,
+    )  # fmt: skip
+    assert torch.equal(load_file(alike)["similarity"], torch.from_numpy(wanted.values))
+    assert content["groups"] == wanted["group"].values.tolist()
+    assert call("prune", run, "test_cli:task", "--keep", 2).exit_code == 2
+
+
 def test_pull_makes_a_directory_of_its_own(server: Server, tmp_path: Path) -> None:
     job, opened = make_job(), open_run("project", tmp_path)
     tracker = job.tracker(run=opened, trajectory=tmp_path / "t", keyframe_every=4)
@@ -167,7 +206,9 @@ def test_misuse_and_missing_runs_are_told_apart(tmp_path: Path) -> None:
         done = call(*arguments)
         assert (done.exit_code, message in done.output) == (code, True), done.output
     commands = re.findall(r"^  (\w+)  ", call("--help").output, re.MULTILINE)
-    assert {"runs", "show", "pull", "explain", "report", "sync", "verify", "workspace"} <= set(commands)
+    assert {"runs", "show", "pull", "explain", "prune", "similarity", "report", "sync", "verify", "workspace"} <= set(
+        commands
+    )
     assert all(call(command, "--help").exit_code == 0 for command in commands)
 
 

@@ -14,9 +14,7 @@ from explaind_track import Query, Tracker, Trajectory, open_run
 
 pytestmark = [
     pytest.mark.usefixtures("closing_wandb"),
-    pytest.mark.filterwarnings(
-        "ignore", "error::explaind_track.samples.SampleMismatch"
-    ),  # our hosts' own, but not ours
+    pytest.mark.filterwarnings("ignore", "error::explaind_track.samples.SampleMismatch"),  # of our hosts
 ]
 
 
