@@ -119,6 +119,7 @@ def test_lightning_reuses_its_run(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_transformers(accumulated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from explaind_track.guests.transformers import TrackerCallback
 
