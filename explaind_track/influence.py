@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from explaind_track.path import Terms
+from explaind_track.remote import PREFIX, fetch_result
 from explaind_track.step import SHARES
 
 AXES = ("step", "group", "query", "output")
@@ -114,7 +115,12 @@ class Influence:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Influence":
-        """Reads what `save` wrote, or opens the directory of an `explain(out=…)`; ValueError for anything else."""
+        """Reads what `save` wrote, opens the directory of an `explain(out=…)`, or fetches the artifact that holds one,
+        `wandb:entity/project/name:alias`.
+
+        Raises ValueError for anything else, TrajectoryError for an artifact that cannot be fetched."""
+        if str(path).startswith(PREFIX):
+            path = fetch_result(str(path))
         if Path(path).is_dir():
             from explaind_track.store import load
 

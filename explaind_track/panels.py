@@ -4,7 +4,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,25 @@ AXIS = "train/step"
 SHORT = {"regularization": "reg"}
 """What parts are called in panels, where that is not their name."""
 
+FINISH_SECONDS = 600.0
+"""How long the end of a run waits for what W&B has not confirmed yet."""
+
+ALERT_SECONDS = 3600
+
+RESIDUAL_LIMIT = 0.5
+"""Above it a step's split says little: half of the change is not in it. Where the quadrature has a tolerance, that
+counts instead."""
+
+SUMMARIES = {
+    "residual": "mean,max",
+    "cost": "mean",
+    "train": "last,min,max",
+    **dict.fromkeys(("kernel", "reg", "past", "D"), "mean,last"),
+    "loss": "last",
+}
+"""What W&B's table of runs shows of the metrics of a section; the last value, of those that are not named."""
+
+SAMPLES = "samples/most_influential"
 SAMPLE_ROWS = 20
 
 
@@ -39,6 +58,7 @@ def open_run(project: str, directory: str | os.PathLike[str] | None = None, **op
     where = None if directory is None else str(directory)
     if "WANDB_MODE" not in os.environ and "mode" not in options and not wandb.login(prompt=False, verify=False):
         options["mode"] = "offline"
+    options.setdefault("settings", wandb.Settings(finish_timeout=FINISH_SECONDS))
     try:
         return wandb.init(project=project, dir=where, **options)
     except wandb.errors.CommError as error:
@@ -103,22 +123,37 @@ def sample_table(samples: SampleInfluence, norms: Mapping[int, float]) -> "wandb
     return wandb.Table(columns=columns, data=rows)
 
 
+def define_metrics(run: "wandb.Run", sections: Iterable[str]) -> None:
+    """Draws the metrics `<section>/…` over the training step."""
+    run.define_metric(AXIS, hidden=True)
+    for section in sections:
+        run.define_metric(f"{section}/*", step_metric=AXIS, summary=SUMMARIES.get(section, "last"))
+
+
 class Panels:
     """Sends rows to a W&B run and to a file of our own. Whatever fails there is told of once and stops nothing."""
 
-    def __init__(self, run: "wandb.Run | None", history: Path | None, sections: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: "wandb.Run | None",
+        history: Path | None,
+        sections: Sequence[str],
+        config: Mapping[str, Any] | None = None,
+        logged: Collection[int] = (),
+    ) -> None:
         """history: a JSON-lines file, flushed with every row; a killed process leaves it whole but for its last line.
-        sections: the first parts of the keys that are drawn over our axis."""
-        self._run, self._history, self._sections = run, history, sections
+        sections: the first parts of the keys that are drawn over our axis.
+        config: what the run's configuration says of the tracking, as `explaind_track`.
+        logged: steps that the W&B run has rows of already: taken again after a resume, they only go to the history."""
+        self._run, self._history, self._logged = run, history, logged
         self._told: set[str] = set()
+        self.unsent = 0
+        """Rows that W&B's SDK refused to take."""
         if run is not None:
-            self._attempt("define the panels' axis", self._define)
-
-    def _define(self) -> None:
-        assert self._run is not None  # asked for only where there is one
-        self._run.define_metric(AXIS, hidden=True)
-        for section in self._sections:
-            self._run.define_metric(f"{section}/*", step_metric=AXIS)
+            self._attempt("define the panels' axis", lambda: define_metrics(run, sections))
+            if config is not None:
+                about = {"explaind_track": dict(config)}
+                self._attempt("tell W&B the configuration", lambda: run.config.update(about, allow_val_change=True))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Sends one row. Numbers that are not finite are left out, and `residual/nonfinite` counts them."""
@@ -129,9 +164,18 @@ class Panels:
             clean["residual/nonfinite"] = len(bad)
         if self._history is not None:
             self._attempt("write the history", lambda: self._write(clean))
+        if clean.get("residual/nonfinite"):
+            named = f": {', '.join(bad[:10])}" if bad else " among the gradients"
+            self.alert("Numbers that are not finite", f"step {row.get(AXIS)} has some{named}")
+        if self._run is not None and row.get(AXIS) not in self._logged:
+            run = self._run
+            self.unsent += not self._attempt("log to W&B", lambda: run.log(clean))
+
+    def alert(self, title: str, text: str) -> None:
+        """Sends an alert, at most one of a kind in `ALERT_SECONDS`."""
         if self._run is not None:
             run = self._run
-            self._attempt("log to W&B", lambda: run.log(clean))
+            self._attempt("send an alert", lambda: run.alert(title, text, level="WARN", wait_duration=ALERT_SECONDS))
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._history is not None  # asked for only where there is one
@@ -139,13 +183,16 @@ class Panels:
         with self._history.open("a") as file:
             file.write(json.dumps(plain) + "\n")
 
-    def _attempt(self, what: str, action: Any) -> None:
+    def _attempt(self, what: str, action: Callable[[], None]) -> bool:
+        """Whether it went well."""
         try:
             action()
+            return True
         except Exception as error:
             if what not in self._told:
                 self._told.add(what)
                 warnings.warn(f"could not {what}: {error!r}; training goes on", LoggingWarning, stacklevel=4)
+            return False
 
 
 def nonfinite(gradients: Mapping[str, Tensor]) -> list[str]:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from explaind_track import storage
 from explaind_track.recorder import FORMAT, head_of
 from explaind_track.replay import Replay
+from explaind_track.runs import HISTORY, read_rows
 from explaind_track.samples import set_random_state
 from explaind_track.step import Stepper, same_bits
 from explaind_track.storage import Entry, TensorFile
 from explaind_track.trajectory import Trajectory
-
-HISTORY = "history.jsonl"
 
 
 class ResumeWarning(UserWarning):
@@ -142,7 +141,7 @@ def _cut(trajectory: Trajectory, at: int) -> Trajectory:
 
 def _shorten(directory: Path, entry: Entry, at: int) -> Entry:
     """The segment without the steps from `at` on, written beside the old one first, under another name."""
-    file = TensorFile(directory, entry, torch.device("cpu"))
+    file = TensorFile(directory / entry.path, torch.device("cpu"))
     steps = file.header["steps"][: at - entry.first]
     late = tuple(
         f"{kind}:{number}:" for kind in ("gradient", "auxiliary", "buffer", "batch") for number in range(at, entry.last)
@@ -154,7 +153,7 @@ def _shorten(directory: Path, entry: Entry, at: int) -> Entry:
 
 
 def _tell_of_lost_steps(directory: Path, number: int) -> None:
-    reached = max((row["train/step"] for row in history(directory)), default=-1)
+    reached = max((row["train/step"] for row in read_rows(directory)), default=-1)
     if reached >= number:
         warnings.warn(
             f"steps {number} to {reached} were trained before the run ended, but had not been written to {directory}; "
@@ -164,20 +163,8 @@ def _tell_of_lost_steps(directory: Path, number: int) -> None:
         )
 
 
-def history(directory: Path) -> list[dict[str, float]]:
-    """The rows of metrics that the run has written; a last line that is torn is left out."""
-    path = directory / HISTORY
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if isinstance(row, dict) and "train/step" in row]
-
-
 def cut_history(directory: Path, number: int) -> set[int]:
     """Drops the rows of step `number` and later; returns the numbers of the steps that have one."""
-    rows = [row for row in history(directory) if row["train/step"] < number]
+    rows = [row for row in read_rows(directory) if row["train/step"] < number]
     storage.write_atomic(directory / HISTORY, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return {int(row["train/step"]) for row in rows}

@@ -92,6 +92,15 @@ def write_tensors(
 
 def verify(directory: Path, entry: Entry) -> None:
     """Raises TrajectoryError unless the file is, byte for byte, the one that was written."""
+    verify_size(directory, entry)
+    target = directory / entry.path
+    found = file_sha256(target)
+    if found != entry.sha256:
+        raise TrajectoryError(f"{target} was altered: its sha256 is {found}, {entry.sha256} was written")
+
+
+def verify_size(directory: Path, entry: Entry) -> None:
+    """Raises TrajectoryError if the file is missing, or not as long as it was."""
     target = directory / entry.path
     if not target.resolve().is_relative_to(directory.resolve()):
         raise TrajectoryError(f"{target} leads out of the trajectory's directory")
@@ -100,21 +109,22 @@ def verify(directory: Path, entry: Entry) -> None:
     size = target.stat().st_size
     if size != entry.size:
         raise TrajectoryError(f"{target} has {size} bytes, {entry.size} were written: the file is torn")
-    with target.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != entry.sha256:
-        raise TrajectoryError(f"{target} was altered: its sha256 is {found}, {entry.sha256} was written")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class TensorFile:
     """A safetensors file opened for reading, tensor by tensor."""
 
-    def __init__(self, directory: Path, entry: Entry, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device) -> None:
         try:
-            self._file = safe_open(directory / entry.path, framework="pt", device=str(device))
+            self._file = safe_open(path, framework="pt", device=str(device))
             self.header: Any = json.loads(self._file.metadata()["explaind_track"])
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise TrajectoryError(f"{directory / entry.path} is no file of a trajectory: {error}") from None
+            raise TrajectoryError(f"{path} is no file of a trajectory: {error}") from None
         self.names = frozenset(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
@@ -129,8 +139,18 @@ class TensorFile:
 
 
 def write_manifest(directory: Path, head: Mapping[str, Any], entries: list[Entry]) -> None:
+    write_atomic(directory / MANIFEST, manifest_bytes(head, entries))
+
+
+def manifest_bytes(head: Mapping[str, Any], entries: list[Entry]) -> bytes:
+    """The manifest as a file; what it says of itself is sealed by its digest."""
     content = {**head, "files": [asdict(entry) for entry in entries]}
-    write_atomic(directory / MANIFEST, json.dumps({**content, "digest": _digest(content)}, indent=1).encode())
+    return json.dumps({**content, "digest": _digest(content)}, indent=1).encode()
+
+
+def digest(head: Mapping[str, Any], entries: list[Entry]) -> str:
+    """Stands for the whole trajectory: the hash of everything its manifest says, the files' hashes included."""
+    return _digest({**head, "files": [asdict(entry) for entry in entries]})
 
 
 def read_manifest(directory: Path, format_name: str) -> tuple[dict[str, Any], list[Entry]]:

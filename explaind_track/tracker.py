@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from explaind_track import panels
-from explaind_track.artifacts import log_trajectory
+from explaind_track.artifacts import TrajectoryUpload
 from explaind_track.autodiff import SampleLoss
 from explaind_track.exits import before_exit
 from explaind_track.explain import Explainer
@@ -25,8 +25,9 @@ from explaind_track.integrator import MEMORY, buffers_moved
 from explaind_track.path import Quadrature
 from explaind_track.queries import Query
 from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
-from explaind_track.resume import HISTORY, cut_history
+from explaind_track.resume import cut_history
 from explaind_track.resume import resume as resume_run
+from explaind_track.runs import HISTORY, mark_finished, steps_logged, tie
 from explaind_track.samples import Samples, make_batch, random_state
 from explaind_track.scores import ParameterScores
 from explaind_track.step import PARTS, SHARES, Batch, State, Step, Stepper
@@ -131,7 +132,10 @@ class Tracker:
             self._writer = TrajectoryWriter(trajectory, model, self._stepper, keyframe_every, entries)
         history = None if self._writer is None else self._writer.directory / HISTORY
         sections = ["kernel", "reg", "past", "D", "residual", "loss", "cost", "train", *queries]
-        self._panels, self.run = panels.Panels(run, history, sections), run
+        logged = set() if run is None or self._writer is None else steps_logged(self._writer.directory, run)
+        self._panels = panels.Panels(run, history, sections, self._configuration(queries, rule), logged)
+        self.run = run
+        self._upload = self._begin_upload()
         self._mark = on_nonfinite == "mark"
         self._hooks = [
             optimizer.register_step_pre_hook(lambda _, args, options: self._before((*args, *options.values()))),
@@ -282,15 +286,16 @@ class Tracker:
             return
         with self._timed("trajectory"):
             self._writer.close(self.number)
-        if self.run is not None:
-            try:
-                self.staging_mb = log_trajectory(self.run, self._writer.directory)
-            except Exception as error:
-                warnings.warn(
-                    f"the trajectory in {self._writer.directory} could not be logged to W&B: {error!r}",
-                    panels.LoggingWarning,
-                    stacklevel=2,
-                )
+            mark_finished(self._writer.directory, self.number)
+        if self._upload is not None:
+            self.staging_mb = self._upload.finish()
+        if self._panels.unsent:
+            warnings.warn(
+                f"W&B did not take {self._panels.unsent} rows of the panels; they are all in our record: send them "
+                f"with `explaind-track sync {self._writer.directory}`",
+                panels.LoggingWarning,
+                stacklevel=2,
+            )
 
     # --------------------------------------------------------- around the step
 
@@ -371,11 +376,36 @@ class Tracker:
                 self._row |= panels.change_row(own, parts, list(self.groups), row, scale)
             self._row |= {f"{name}/{metric}": value for metric, value in explainer.metrics.items()}
             self._row[f"residual/{name}"] = float(row["residual"])
+            self._watch_residual(name, explainer, row)
             self._row["residual/nodes"] = explainer.nodes
         if self._scores is not None:
             self._scores.add(step)
         if self.samples_due and self._samples is not None and step.batches:
             self._tabulate(step)
+
+    def _watch_residual(self, name: str, explainer: Explainer, row: Mapping[str, Tensor]) -> None:
+        residual, rule = float(row["residual"]), explainer.integrator.quadrature
+        limit = max(rule.tolerance or panels.RESIDUAL_LIMIT, 2 * float(row["residual_floor"]))
+        if residual > limit and float(row["change"].abs().sum()) > 0:
+            rest = f"the split of '{name}' leaves {residual:.2g} of the change over, more than {limit:.2g}"
+            more = "Tracker(quadrature=Quadrature(tolerance=…, max_nodes=…)) takes more nodes"
+            self._panels.alert("Large residual", f"step {self.number}: {rest} ({explainer.nodes} nodes). {more}")
+
+    def _configuration(self, queries: Mapping[str, Query], rule: Quadrature) -> dict[str, Any]:
+        """What was asked for, as W&B's configuration of the run has it."""
+        settings = self.optimizer.param_groups[0].items()
+        return {
+            "groups": {name: list(members) for name, members in self.groups.items()},
+            "queries": {name: {"targets": len(query), "loss": query.is_loss} for name, query in queries.items()},
+            "quadrature": asdict(rule),
+            "optimizer": {
+                "class": type(self.optimizer).__name__,
+                **{key: value for key, value in settings if isinstance(value, int | float | bool | tuple)},
+            },
+            "every": self.every,
+            "samples_every": self.samples_every,
+            "parameters": sum(parameter.numel() for parameter in self._stepper.parameters.values()),
+        }
 
     def _tabulate(self, step: Step) -> None:
         assert self._samples is not None  # the caller has looked
@@ -384,12 +414,26 @@ class Tracker:
         samples = self._samples.influence(step, mean.gradient(step, integrator.nodes(step)))
         self._row["samples/own_step"] = -float(samples.influence.sum())
         if self.run is not None:
-            self._row["samples/most_influential"] = panels.sample_table(samples, self._norms)
+            self._row[panels.SAMPLES] = panels.sample_table(samples, self._norms)
 
     def _log_row(self, more: Mapping[str, float]) -> None:
         self._panels.log({panels.AXIS: self.number, **self._row, **more})
         self._row = {}
         self.number += 1
+
+    def _begin_upload(self) -> TrajectoryUpload | None:
+        if self.run is None or self._writer is None:
+            return None
+        try:
+            tie(self._writer.directory, self.run)
+            return TrajectoryUpload(self.run, self._writer.directory)
+        except Exception as error:
+            warnings.warn(
+                f"W&B does not tell of its run ({error!r}); the trajectory stays in {self._writer.directory} alone",
+                panels.LoggingWarning,
+                stacklevel=3,
+            )
+            return None
 
     def _check_due(self) -> bool:
         due = self.number < CHECKED_STEPS or self.number % CHECK_EVERY == 0

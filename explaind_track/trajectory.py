@@ -9,6 +9,7 @@ running the optimizer's own `step`; the next keyframe proves that they do, bit f
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from explaind_track import storage
 from explaind_track.recorder import FORMAT, signature
+from explaind_track.remote import PREFIX, RemoteArtifact
 from explaind_track.replay import Replay
+from explaind_track.runs import trajectory_directory
 from explaind_track.step import Batch, Step
 from explaind_track.storage import Entry, TensorFile, TrajectoryError
 
@@ -28,8 +31,13 @@ from explaind_track.storage import Entry, TensorFile, TrajectoryError
 class Trajectory:
     """A recorded run: the same steps as the live ones, as often as wanted."""
 
-    def __init__(self, directory: Path, head: Mapping[str, Any], entries: list[Entry]) -> None:
+    def __init__(
+        self, directory: Path, head: Mapping[str, Any], entries: list[Entry], remote: RemoteArtifact | None = None
+    ) -> None:
         self.directory = directory
+        self.artifact = None if remote is None else remote.name
+        """The artifact of W&B that this was opened from."""
+        self._remote = remote
         self.head = head
         self.entries = entries
         self._keyframes = {entry.first: entry for entry in entries if entry.path.startswith("keyframes/")}
@@ -40,13 +48,19 @@ class Trajectory:
     def open(cls, directory: str | PathLike[str]) -> "Trajectory":
         """Reads the manifest and checks every file against its hash (about a second for a gigabyte).
 
+        directory: the trajectory, or a directory with one in `trajectory/` (a recipe's results; a run of W&B, also an
+        offline one); or `wandb:entity/project/name:alias`, of which a file is fetched when it is first needed, checked,
+        and kept under its hash for the next time.
+
         Raises TrajectoryError if a file is missing, torn or altered, or if steps are missing between two segments.
         """
-        root = Path(directory)
+        remote = RemoteArtifact(str(directory)) if str(directory).startswith(PREFIX) else None
+        root = trajectory_directory(directory) if remote is None else remote.manifest_directory()
         head, entries = storage.read_manifest(root, FORMAT)
-        for entry in entries:
-            storage.verify(root, entry)
-        trajectory = cls(root, head, entries)
+        if remote is None:
+            for entry in entries:
+                storage.verify(root, entry)
+        trajectory = cls(root, head, entries, remote)
         if 0 not in trajectory._keyframes:
             raise TrajectoryError(f"{root} holds no step: the run ended before its first one was written")
         expected = 0
@@ -174,7 +188,11 @@ class Trajectory:
                     yield number, batch
 
     def _open(self, entry: Entry) -> TensorFile:
-        return TensorFile(self.directory, entry, torch.device("cpu"))
+        return TensorFile(self.file(entry), torch.device("cpu"))
+
+    def file(self, entry: Entry) -> Path:
+        """The file on this disk; fetched, and checked, if it is not here yet."""
+        return self.directory / entry.path if self._remote is None else self._remote.locate(entry)
 
     def random_state(self) -> dict[str, Tensor]:
         """The state of the random generators, by device, where the record ends."""
@@ -210,6 +228,6 @@ class Trajectory:
     def _find(self, name: str, file: TensorFile) -> Tensor:
         """A tensor that is written once: in this segment, or in an earlier one that used it first."""
         if name not in self._shared:
-            files = (file, *map(self._open, self._segments))
+            files = itertools.chain([file], map(self._open, self._segments))  # one by one: each may be a download
             self._shared = {**self._shared, name: next(one for one in files if name in one.names)[name]}
         return self._shared[name]

@@ -50,6 +50,14 @@ def held_out(config: DictConfig, data: Split) -> Query:
     return Query.outputs(data.x_test[: config.queries], data.y_test[: config.queries])
 
 
+def task(run: str) -> dict[str, Any]:
+    """What `explaind-track explain RUN recipes.modulo_addition:task` has to know of the job."""
+    config = OmegaConf.load(Path(run) / "config.yaml")
+    assert isinstance(config, DictConfig)  # a mapping at the top
+    model, data = build(config)
+    return {"model": model, "query": held_out(config, data), "groups": GROUPS}
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((model(x).argmax(-1) == y).float().mean())
@@ -154,6 +162,7 @@ def main(arguments: list[str]) -> None:
     for key, value in summary.items():
         print(f"  {key:22} {value}")
     print(f"{out / 'figures' / 'training.png'}\n{how_to_look(run)}")
+    print(f"Look at its figures in a browser with `explaind-track report {out}`")
 
 
 if __name__ == "__main__":

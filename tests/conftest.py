@@ -1,12 +1,19 @@
 """A small training job that the tests of the Tracker and of the trajectory share."""
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import wandb
 from torch import Tensor, nn
 
 from explaind_track import Query, Tracker
@@ -83,3 +90,66 @@ def _quiet_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+
+
+class Server:
+    """A W&B server of our own on loopback, which the real SDK is pointed at."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        script = Path(__file__).with_name("wandb_standin.py")
+        self._process = subprocess.Popen([sys.executable, str(script), "--dir", str(state)], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not (state / "port").is_file():
+            assert time.monotonic() < deadline, "the server does not start"
+            time.sleep(0.05)
+        self.address = f"http://127.0.0.1:{(state / 'port').read_text().strip()}"
+
+    def ask(self, what: str, **content: Any) -> Any:
+        request = urllib.request.Request(f"{self.address}/_ctl/{what}", json.dumps(content).encode() or None)
+        with urllib.request.urlopen(request) as answer:
+            return json.loads(answer.read())
+
+    def faults(self, **faults: Any) -> None:
+        """`down`, `fail_rate`, `fail_status`, `fail_graphql`, `fail_downloads`, `latency_ms`, …"""
+        self.ask("faults", **faults)
+
+    def history(self, run: str) -> list[dict[str, Any]]:
+        """The rows of `entity/project/id`."""
+        rows = self.ask(f"history/{run}")
+        return [json.loads(row) if isinstance(row, str) else row for row in rows]
+
+    def requests(self, kind: str) -> list[str]:
+        """The requests of one kind ("PUT blob", "GQL UseArtifact") that were answered, without their time."""
+        lines = (line.split(" ", 1)[1] for line in (self.state / "requests.log").read_text().splitlines())
+        return [line for line in lines if line.startswith(kind)]
+
+    def downloads(self) -> int:
+        return int(self.ask("stats")["ops"].get("GET", 0))
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    made = Server(tmp_path / "server")
+    monkeypatch.setenv("WANDB_BASE_URL", made.address)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    yield made
+    made.faults(down=False, fail_rate=0, fail_graphql=0, fail_downloads=0, latency_ms=0)
+    close_wandb()
+    made.close()
+
+
+def close_wandb() -> None:
+    if wandb.run is not None:
+        wandb.finish()
+    wandb.teardown()
+
+
+@pytest.fixture
+def closing_wandb() -> Iterator[None]:
+    yield
+    close_wandb()

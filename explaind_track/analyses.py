@@ -1,0 +1,160 @@
+"""The commands that need the training job: its model, its queries, its samples."""
+
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from explaind_track.command import AS_JSON, RUN, complained, local_run, tell
+from explaind_track.remote import PREFIX
+from explaind_track.trajectory import Trajectory
+
+TASK = click.argument("task")
+SETTINGS = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+def out(name: str) -> Callable[..., Any]:
+    return click.option("--out", type=click.Path(path_type=Path), default=name, show_default=True)
+
+
+@click.command()
+@RUN
+@TASK
+@SETTINGS
+@out("influence.safetensors")
+@AS_JSON
+@complained
+def explain(run: str, task: str, settings: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Decompose RUN's predictions, and save the influence.
+
+    TASK is `module:function`. The function is called with RUN and returns what belongs to the training job, by the
+    names that `explaind_track.explain` has for it: `{"model": …, "query": …, "groups": …, "sample_loss": …, "data": …}`
+    (the last three if needed). Settings are the others, such as `keep=[step,group] window=[0,500] nodes=8 close=true`.
+    """
+    from explaind_track.explain import explain as decompose
+
+    arguments = gathered(decompose, task, run, settings, ("keep", "parts", "window", "groups", "close"))
+    influence = decompose(opened(run), **arguments, progress=not as_json)
+    influence.save(out)
+    sizes = {str(name): size for name, size in influence.data.sizes.items()}
+    residual = float(influence.residual.max())
+    content = {"out": str(out), "sizes": sizes, "residual_max": residual}
+    tell(as_json, content, f"{out}: {sizes}, residual at most {residual:.2g}")
+
+
+@click.command()
+@RUN
+@TASK
+@SETTINGS
+@click.option("--keep", type=click.FloatRange(0, 1), required=True, help="The fraction that is kept.")
+@click.option("--by", type=click.Choice(["global", "layer"]), default="global", show_default=True)
+@click.option("--unit", type=click.Choice(["parameter", "filter"]), default="parameter", show_default=True)
+@click.option("--exclude", multiple=True, help="A pattern of parameters that stay whole; may be given again.")
+@out("masks.safetensors")
+@AS_JSON
+@complained
+def prune(
+    run: str, task: str, settings: tuple[str, ...], keep: float, by: Any, unit: Any, exclude: tuple[str, ...],
+    out: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Rank RUN's parameters by the size of their influence, save masks of those to keep, and tell what that costs.
+
+    TASK as for `explain`. Settings: `window=[0,500] part=kernel importance=true nodes=1`. The cost is told where the
+    query has class labels, on its inputs, with the parameters behind the last step.
+    """
+    from safetensors.torch import save_file
+
+    from explaind_track.pruning import evaluate_pruning, prune_masks, sparsity
+    from explaind_track.scores import parameter_scores
+
+    arguments = gathered(parameter_scores, task, run, settings, ("window", "part", "importance"))
+    trajectory = opened(run)
+    scores = parameter_scores(trajectory, **arguments, progress=not as_json)
+    sizes = {name: value.abs() for name, value in scores.items()}
+    masks = prune_masks(sizes, keep, by=by, unit=unit, exclude=exclude)
+    save_file({name: mask.contiguous() for name, mask in masks.items()}, out)
+    content: dict[str, Any] = {"out": str(out), "sparsity": sparsity(masks)}
+    model, query = arguments["model"], arguments["query"]
+    if query.is_classified:
+        model.load_state_dict(trajectory.state_dict(len(trajectory)))
+        content |= evaluate_pruning(model, masks, query.inputs, query.labels[0])
+    tell(as_json, content, ", ".join(f"{name} {value}" for name, value in content.items()))
+
+
+@click.command()
+@RUN
+@TASK
+@SETTINGS
+@out("similarity.safetensors")
+@AS_JSON
+@complained
+def similarity(run: str, task: str, settings: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Compare RUN's predictions for every two inputs of the query, by group, and save the matrices.
+
+    TASK as for `explain`, with its `sample_loss` and, unless the trajectory holds the batches themselves, `data`.
+    Settings: `window=[0,500] groups=1 nodes=1`.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from explaind_track.similarity import similarity as compare
+
+    arguments = gathered(compare, task, run, settings, ("window", "groups"))
+    found = compare(opened(run), **arguments, progress=not as_json)
+    groups = [str(name) for name in found["group"].values]
+    save_file({"similarity": torch.from_numpy(found.values.copy())}, out, {"groups": json.dumps(groups)})
+    content = {"out": str(out), "groups": groups, "queries": found.sizes["query"]}
+    tell(as_json, content, f"{out}: {found.sizes['query']} × {found.sizes['query']} for {', '.join(groups)}")
+
+
+def opened(run: str) -> Trajectory:
+    return Trajectory.open(run if run.startswith(PREFIX) else local_run(run))
+
+
+def load_task(task: str) -> Callable[[str], dict[str, Any]]:
+    """The function that `module:function` names; ValueError if there is none."""
+    module, _, name = task.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{task!r} names no function `module:function` that can be imported here: {error}") from None
+    return found  # type: ignore[no-any-return]
+
+
+def gathered(
+    function: Callable[..., Any], task: str, run: str, settings: tuple[str, ...], allowed: tuple[str, ...]
+) -> dict[str, Any]:
+    """The arguments of `function`: what the job says of those that it takes, and the settings over it."""
+    job = {
+        name: value for name, value in load_task(task)(run).items() if name in inspect.signature(function).parameters
+    }
+    return {**job, **_settings(settings, allowed)}
+
+
+def _settings(pairs: tuple[str, ...], allowed: tuple[str, ...]) -> dict[str, Any]:
+    """`key=value` as keyword arguments."""
+    from omegaconf import OmegaConf
+
+    from explaind_track.path import Quadrature
+
+    given: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs)))  # type: ignore[assignment]
+    unknown = sorted(set(given) - {*allowed, "nodes", "tolerance"})
+    if unknown:
+        raise click.UsageError(
+            f"there is no setting {', '.join(unknown)}; there are {', '.join(allowed)}, nodes, tolerance"
+        )
+    nodes, tolerance = given.pop("nodes", None), given.pop("tolerance", None)
+    if nodes is not None:
+        given["quadrature"] = Quadrature.fixed(nodes)
+    elif tolerance is not None:
+        given["quadrature"] = Quadrature(tolerance=tolerance)
+    if "window" in given:
+        given["window"] = tuple(given["window"])
+    return given

@@ -1,0 +1,69 @@
+"""A Tracker in `lightning.Trainer` (the `guests` extra).
+
+callback = TrackerCallback(queries={"test": Query.outputs(x_test, y_test)}, trajectory="runs/a")
+Trainer(callbacks=[callback]).fit(module, loader)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from explaind_track.guests.guest import Guest, active_run
+
+
+class TrackerCallback(Guest, Callback):
+    """Tracks every optimizer step of a module with one optimizer, in the main process. See `Guest`."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"the module has {len(trainer.optimizers)} optimizers; a Tracker watches one")
+        (optimizer,) = trainer.optimizers
+        runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        self.begin(pl_module, optimizer, runs[0] if runs else active_run())
+        self._taken = trainer.global_step
+        self._give_back = closure_first(optimizer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.is_global_zero:
+            self.open_step()
+            self.take(batch, batch, trainer.accumulate_grad_batches)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and trainer.global_step != self._taken:
+            self._taken = trainer.global_step
+            self.close_step()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._give_back()
+            self.end()
+
+
+def closure_first(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Lets `optimizer.step(closure)` call the closure before the step begins instead of as its first act, so that the
+    gradient is there when the step is looked at. Returns how to undo it."""
+    before = optimizer.__dict__.get("step")
+    take = optimizer.step
+
+    def step(closure: Callable[[], Any] | None = None) -> Any:
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        take()
+        return result
+
+    def undo() -> None:
+        del optimizer.step
+        if before is not None:
+            optimizer.__dict__["step"] = before
+
+    optimizer.step = step  # type: ignore[method-assign]
+    return undo

@@ -1,0 +1,55 @@
+"""A Tracker in `transformers.Trainer` (the `guests` extra).
+
+callback = TrackerCallback(queries={"test": Query.function(inputs, lambda output: output.logits)}, trajectory="runs/a")
+Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from explaind_track.guests.guest import Guest, active_run
+
+
+class TrackerCallback(Guest, TrainerCallback):
+    """Tracks every optimizer step of the Trainer, in its main process; skipped ones leave no trace. See `Guest`."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        optimizer = around["optimizer"]
+        self.begin(around["model"], getattr(optimizer, "optimizer", optimizer), active_run())  # Accelerate wraps it
+        self._parameter = next(around["model"].parameters())
+        self._hook = around["model"].register_forward_pre_hook(
+            lambda model, _, inputs: self._seen(model, inputs, args.gradient_accumulation_steps), with_kwargs=True
+        )
+
+    def _seen(self, model: nn.Module, inputs: dict[str, Any], accumulated: int) -> None:
+        """Before every forward pass; the Tracker's own run with other tensors in the parameters' place.
+
+        A model that is told the number of items in all accumulated batches is expected to divide by it: the Trainer
+        then leaves its loss as it is, also where the model ignores the number and takes the mean of each batch.
+        """
+        if self._open and next(model.parameters()) is self._parameter:
+            rows = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+            self.take(rows, inputs, 1 if inputs.get("num_items_in_batch") is not None else accumulated)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.open_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
+        if state.is_world_process_zero:
+            self.close_step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._hook.remove()
+            self.end()

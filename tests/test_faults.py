@@ -1,0 +1,204 @@
+"""What becomes of a run when W&B fails or the process dies: in the end nothing is missing, and nothing there twice."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from conftest import Server, make_job
+
+from explaind_track import Trajectory, TrajectoryError, open_run
+from explaind_track.panels import LoggingWarning, Panels
+from explaind_track.runs import is_running, read_rows
+from explaind_track.sync import sync
+
+pytestmark = pytest.mark.usefixtures("closing_wandb")
+
+
+def steps_at(server: Server, run: str) -> list[int]:
+    return [row["train/step"] for row in server.history(run)]
+
+
+def path_of(run: Any) -> str:
+    return f"dev/project/{run.id}"
+
+
+@pytest.mark.parametrize(("rows", "outages"), [(60, (0.5,)), pytest.param(1000, (5.0, 5.0), marks=pytest.mark.slow)])
+def test_rows_arrive_once_and_in_order_through_failures_and_outages(
+    rows: int, outages: tuple[float, ...], server: Server, tmp_path: Path
+) -> None:
+    retries = wandb.Settings(x_file_stream_retry_wait_min_seconds=0.2, x_file_transfer_retry_wait_min_seconds=0.2)
+    job, run = make_job(), open_run("project", tmp_path, settings=retries)
+    server.faults(fail_rate=0.3)
+    tracker = job.tracker(run=run, trajectory=tmp_path / "t")
+    longest = 0.0
+    for number in range(rows):
+        if any(number == (place + 1) * rows // 3 for place in range(len(outages))):
+            seconds = outages[number * len(outages) // rows]
+            server.faults(down=True)
+            threading.Timer(seconds, lambda: server.faults(down=False)).start()
+        started = time.monotonic()
+        job.run(tracker, 1)
+        longest = max(longest, time.monotonic() - started)
+        time.sleep(15 * (len(outages) > 1) / rows)
+    tracker.finish()
+    run.finish()
+    found = server.history(path_of(run))
+    assert [row["train/step"] for row in found] == list(range(rows))
+    for arrived, kept in zip(found, read_rows(tmp_path / "t"), strict=True):
+        assert {name: arrived[name] for name in kept} == kept
+    assert longest < 1
+    assert int(server.ask("stats")["faults"]["injected"]) > 0
+
+
+def test_an_outage_at_the_end_is_repaired(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explaind_track.artifacts.FINISH_SECONDS", 1.0)
+    job, run = make_job(), open_run("project", tmp_path, settings=wandb.Settings(finish_timeout=2))
+    tracker = job.tracker(run=run, trajectory=tmp_path / "t")
+    job.run(tracker, 5)
+    time.sleep(2)
+    server.faults(down=True)
+    job.run(tracker, 5)
+    with pytest.warns(LoggingWarning, match="explaind-track sync"):
+        tracker.finish()
+    run.finish()
+    wandb.teardown()
+    server.faults(down=False)
+    assert len(steps_at(server, path_of(run))) < 10
+    done = sync(tmp_path / "t", progress=False)
+    assert steps_at(server, path_of(run)) == list(range(10))
+    assert (done.rows, done.artifact_sent) == (10, True)
+    assert len(Trajectory.open(f"wandb:dev/project/trajectory-{run.id}:final")) == 10
+    again = sync(tmp_path / "t", progress=False)
+    assert (again.rows_sent, again.artifact_sent) == (0, False)
+    assert steps_at(server, path_of(run)) == list(range(10))
+
+
+def test_a_server_that_is_down_at_the_start_gets_the_run_afterwards(server: Server, tmp_path: Path) -> None:
+    server.faults(down=True)
+    with pytest.warns(LoggingWarning, match="logging offline"):
+        run = open_run("project", tmp_path, settings=wandb.Settings(init_timeout=2), config={"lr": 0.1})
+    job = make_job()
+    tracker = job.tracker(run=run, trajectory=tmp_path / "t", samples_every=3)
+    job.run(tracker, 7)
+    tracker.finish()
+    run.finish()
+    wandb.teardown()
+    server.faults(down=False)
+    assert sync(tmp_path / "t", progress=False).rows == 7
+    found = server.history(path_of(run))
+    assert [row["train/step"] for row in found] == list(range(7))
+    assert ["samples/most_influential" in row for row in found] == [number % 3 == 0 for number in range(7)]
+    assert wandb.Api().run(path_of(run)).config["lr"] == 0.1
+
+
+def test_rows_that_the_sdk_refused_are_told_of_and_sent_later(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, run = make_job(), open_run("project", tmp_path)
+    tracker = job.tracker(run=run, trajectory=tmp_path / "t")
+    log = run.log
+
+    def failing(row: dict[str, Any]) -> None:
+        if row["train/step"] in (2, 3):
+            raise OSError("no space left on device")
+        log(row)
+
+    monkeypatch.setattr(run, "log", failing)
+    with pytest.warns(LoggingWarning, match="no space left"):
+        job.run(tracker, 6)
+    with pytest.warns(LoggingWarning, match=r"2 rows .*explaind-track sync"):
+        tracker.finish()
+    run.finish()
+    assert steps_at(server, path_of(run)) == [0, 1, 4, 5]
+    assert sync(tmp_path / "t", progress=False).rows_sent == 2
+    assert sorted(steps_at(server, path_of(run))) == list(range(6))
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from conftest import make_job
+from explaind_track import open_run
+out = Path(sys.argv[2])
+modes = sys.argv[3:]
+children = []
+for number, mode in enumerate(modes):
+    if os.fork() == 0:
+        job = make_job()
+        run = open_run("project", out / str(number), mode=mode)
+        tracker = job.tracker(run=run, trajectory=out / str(number) / "t", keyframe_every=100)
+        (out / f"{number}.pid").write_text(str(os.getpid()))
+        job.run(tracker, 10**6)
+for _ in modes:
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_run_is_repaired_without_gaps_or_doubles(count: int, server: Server, tmp_path: Path) -> None:
+    """Processes are killed at random moments, most of them online, some offline; four at a time."""
+    generator = random.Random(count)
+    for first in range(0, count, 4):
+        modes = ["offline" if number % 3 == 1 else "online" for number in range(first, min(first + 4, count))]
+        out = tmp_path / f"from{first}"
+        for number in range(len(modes)):
+            (out / str(number)).mkdir(parents=True)
+        alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not beside our own
+        command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(out), *modes]
+        driver = subprocess.Popen(command, env=alone)
+        waiting = {number: generator.uniform(0, 2.5) for number in range(len(modes))}
+        started: dict[int, float] = {}
+        while waiting:
+            for number, seconds in list(waiting.items()):
+                pid = out / f"{number}.pid"
+                if pid.is_file() and pid.read_text():
+                    started.setdefault(number, time.monotonic())
+                    if time.monotonic() - started[number] > seconds:
+                        os.kill(int(pid.read_text()), signal.SIGKILL)
+                        del waiting[number]
+            time.sleep(0.01)
+        driver.wait()
+        for number in range(len(modes)):
+            record = out / str(number) / "t"
+            assert not is_running(record)
+            kept = [row["train/step"] for row in read_rows(record)]
+            assert kept == list(range(len(kept)))
+            done = sync(record, progress=False)
+            assert steps_at(server, done.run) == kept
+            if (record / "manifest.json").is_file():
+                name = f"wandb:dev/project/trajectory-{done.run.rsplit('/', 1)[1]}:final"
+                assert len(Trajectory.open(name)) == len(Trajectory.open(record))
+
+
+def test_what_cannot_be_synced_is_refused(tmp_path: Path) -> None:
+    job = make_job()
+    tracker = job.tracker(trajectory=tmp_path / "t")
+    job.run(tracker, 2)
+    assert is_running(tmp_path / "t")
+    with pytest.raises(TrajectoryError, match="belongs to no W&B run"):
+        sync(tmp_path / "t")
+    tracker.finish()
+    assert not is_running(tmp_path / "t")
+    run = open_run("project", tmp_path, mode="offline")
+    tracker = job.tracker(run=run, trajectory=tmp_path / "u")
+    with pytest.raises(TrajectoryError, match="another process is writing"):
+        sync(tmp_path / "u")
+    tracker.finish()
+
+
+def test_a_row_that_was_torn_is_left_out(tmp_path: Path) -> None:
+    panels = Panels(None, tmp_path / "history.jsonl", [])
+    for step in range(3):
+        panels.log({"train/step": step, "a": 1.5})
+    path = tmp_path / "history.jsonl"
+    path.write_text(path.read_text()[:-4])
+    assert [row["train/step"] for row in read_rows(tmp_path)] == [0, 1]
