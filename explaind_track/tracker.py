@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -18,10 +18,10 @@ from explaind_track import panels
 from explaind_track.artifacts import TrajectoryUpload
 from explaind_track.autodiff import SampleLoss
 from explaind_track.exits import before_exit
-from explaind_track.explain import Explainer
 from explaind_track.groups import GroupSpec, resolve_groups
 from explaind_track.influence import Influence
 from explaind_track.integrator import MEMORY, buffers_moved
+from explaind_track.live import LIVE_AXES, Live
 from explaind_track.path import Quadrature
 from explaind_track.queries import Query
 from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
@@ -29,14 +29,12 @@ from explaind_track.resume import cut_history
 from explaind_track.resume import resume as resume_run
 from explaind_track.runs import HISTORY, mark_finished, steps_logged, tie
 from explaind_track.samples import Samples, make_batch, random_state
-from explaind_track.scores import ParameterScores
-from explaind_track.step import PARTS, SHARES, Batch, State, Step, Stepper
+from explaind_track.step import Batch, State, Step, Stepper
 from explaind_track.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import wandb
 
-LIVE_AXES = (("step", "group"), ("query", "output"))
 CHECKED_STEPS = 3
 CHECK_EVERY = 500
 
@@ -102,25 +100,13 @@ class Tracker:
         that the model does not have, for groups that are no partition, and for a query that cannot be differentiated;
         FileExistsError for a trajectory directory that holds something; TrajectoryError where one cannot be written.
         """
-        if not queries:
-            raise ValueError("a Tracker needs at least one query, such as {'test': Query.outputs(x_test, y_test)}")
         self.model, self.optimizer, self.every, self.samples_every = model, optimizer, every, samples_every
         parameters = dict(model.named_parameters())
         self.groups = resolve_groups(groups, parameters)
         self._stepper = Stepper(optimizer, parameters)
-        rule = quadrature or Quadrature.fixed(1)
         self._auxiliary = dict(auxiliary or {})
-        self._refuse_part_names()
-        self._explainers = {
-            name: Explainer(model, query, self.groups, LIVE_AXES, self._parts(query), rule, memory=memory)
-            for name, query in queries.items()
-        }
-        if scores is not None and scores not in queries:
-            raise ValueError(f"scores names the query {scores!r}; there are {', '.join(queries)}")
-        self._scores = (
-            None if scores is None else ParameterScores(model, queries[scores], quadrature=rule, memory=memory)
-        )
-        self._losses = [name for name, query in queries.items() if query.is_loss]
+        rule = quadrature or Quadrature.fixed(1)
+        self._live = Live(model, queries, self.groups, list(self._auxiliary), rule, memory, scores)
         self._samples = Samples(model, sample_loss) if sample_loss is not None else None
         self._check_samples_wanted()
         self.number = 0
@@ -133,7 +119,7 @@ class Tracker:
         history = None if self._writer is None else self._writer.directory / HISTORY
         sections = ["kernel", "reg", "past", "D", "residual", "loss", "cost", "train", *queries]
         logged = set() if run is None or self._writer is None else steps_logged(self._writer.directory, run)
-        self._panels = panels.Panels(run, history, sections, self._configuration(queries, rule), logged)
+        self._panels = panels.Panels(run, history, sections, self._configuration(), logged)
         self.run = run
         self._upload = self._begin_upload()
         self._mark = on_nonfinite == "mark"
@@ -173,10 +159,9 @@ class Tracker:
         written = cut_history(record.directory, self.number)
         for step in tqdm(record.steps(), "catch up", len(record), unit="step"):
             if step.number % self.every == 0 and step.updates:
-                self._explain(step)
+                row, _ = self._live.add(step)
                 if step.number not in written:
-                    self._panels.log({panels.AXIS: step.number, **self._row})
-            self._row = {}
+                    self._panels.log({panels.AXIS: step.number, **row})
 
     # ------------------------------------------------------------- in the loop
 
@@ -260,20 +245,15 @@ class Tracker:
 
     def influence(self, query: str, keep: tuple[str, ...] = LIVE_AXES[0]) -> Influence:
         """The influences of the steps so far: over ("step", "group") or over ("query", "output")."""
-        if keep not in LIVE_AXES:
-            raise ValueError(f"live influences keep {LIVE_AXES[0]} or {LIVE_AXES[1]}, not {keep}; explain() the rest")
-        return self._explainers[query].results()[LIVE_AXES.index(keep)]
+        return self._live.influence(query, keep)
 
     def parameter_scores(self) -> dict[str, Tensor]:
         """Ψ_S(θ) of every parameter, of its shape, over the steps explained so far; see `scores.parameter_scores`."""
-        if self._scores is None:
-            raise ValueError("parameter scores were not asked for: pass scores= and a query's name to the Tracker")
-        own = self._scores.rows
-        return {n: own[n][0].clone() if n in own else torch.zeros_like(p) for n, p in self._stepper.parameters.items()}
+        return self._live.parameter_scores(self._stepper.parameters)
 
     def residual(self, query: str) -> float:
         """The residual of the last step that was explained."""
-        return self._explainers[query].residual
+        return self._live.explainers[query].residual
 
     def finish(self) -> None:
         """Ends the record, removes the hooks and logs the trajectory as an artifact of the run."""
@@ -364,40 +344,21 @@ class Tracker:
         self._stepper.settle()
 
     def _explain(self, step: Step) -> None:
-        for place, (name, explainer) in enumerate(self._explainers.items()):
-            row, _ = explainer.add(step)
-            query, parts = explainer.integrator.query, explainer.integrator.parts(step)
-            prefix = "" if place == 0 else f"{name}/"
-            if place == 0 or not query.is_loss:
-                self._row |= panels.importance_row(prefix, parts, list(self.groups), row)
-            if query.is_loss:
-                own = "loss" if name == self._losses[0] else name
-                scale = 1.0 if query.reduction == "mean" else 1.0 / query.size
-                self._row |= panels.change_row(own, parts, list(self.groups), row, scale)
-            self._row |= {f"{name}/{metric}": value for metric, value in explainer.metrics.items()}
-            self._row[f"residual/{name}"] = float(row["residual"])
-            self._watch_residual(name, explainer, row)
-            self._row["residual/nodes"] = explainer.nodes
-        if self._scores is not None:
-            self._scores.add(step)
+        row, doubts = self._live.add(step)
+        self._row |= row
+        for doubt in doubts:
+            self._panels.alert("Large residual", doubt)
         if self.samples_due and self._samples is not None and step.batches:
-            self._tabulate(step)
+            samples = self._live.tabulate(self._samples, step)
+            self._row["samples/own_step"] = -float(samples.influence.sum())
+            if self.run is not None:
+                self._row[panels.SAMPLES] = panels.sample_table(samples, self._norms)
 
-    def _watch_residual(self, name: str, explainer: Explainer, row: Mapping[str, Tensor]) -> None:
-        residual, rule = float(row["residual"]), explainer.integrator.quadrature
-        limit = max(rule.tolerance or panels.RESIDUAL_LIMIT, 2 * float(row["residual_floor"]))
-        if residual > limit and float(row["change"].abs().sum()) > 0:
-            rest = f"the split of '{name}' leaves {residual:.2g} of the change over, more than {limit:.2g}"
-            more = "Tracker(quadrature=Quadrature(tolerance=…, max_nodes=…)) takes more nodes"
-            self._panels.alert("Large residual", f"step {self.number}: {rest} ({explainer.nodes} nodes). {more}")
-
-    def _configuration(self, queries: Mapping[str, Query], rule: Quadrature) -> dict[str, Any]:
+    def _configuration(self) -> dict[str, Any]:
         """What was asked for, as W&B's configuration of the run has it."""
         settings = self.optimizer.param_groups[0].items()
         return {
-            "groups": {name: list(members) for name, members in self.groups.items()},
-            "queries": {name: {"targets": len(query), "loss": query.is_loss} for name, query in queries.items()},
-            "quadrature": asdict(rule),
+            **self._live.configuration(),
             "optimizer": {
                 "class": type(self.optimizer).__name__,
                 **{key: value for key, value in settings if isinstance(value, int | float | bool | tuple)},
@@ -406,15 +367,6 @@ class Tracker:
             "samples_every": self.samples_every,
             "parameters": sum(parameter.numel() for parameter in self._stepper.parameters.values()),
         }
-
-    def _tabulate(self, step: Step) -> None:
-        assert self._samples is not None  # the caller has looked
-        integrator = self._explainers[self._losses[0]].integrator
-        mean = integrator.for_query(replace(integrator.query, reduction="mean"))
-        samples = self._samples.influence(step, mean.gradient(step, integrator.nodes(step)))
-        self._row["samples/own_step"] = -float(samples.influence.sum())
-        if self.run is not None:
-            self._row[panels.SAMPLES] = panels.sample_table(samples, self._norms)
 
     def _log_row(self, more: Mapping[str, float]) -> None:
         self._panels.log({panels.AXIS: self.number, **self._row, **more})
@@ -440,23 +392,11 @@ class Tracker:
         told = bool(self._batches) and not any(batch.clipped for batch in self._batches)
         return due and told and self._samples is not None
 
-    def _refuse_part_names(self) -> None:
-        taken = set(self._auxiliary) & {*PARTS, *SHARES}
-        if taken:
-            raise ValueError(f"auxiliary losses cannot be called {sorted(taken)}: parts of a step have these names")
-
     def _check_samples_wanted(self) -> None:
         if not self.samples_every:
             return
-        if self._samples is None or not self._losses:
+        if self._samples is None or not self._live.losses:
             raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
-
-    def _parts(self, query: Query) -> tuple[str, ...]:
-        """The rounding is left to the remainder, which it cannot be told from (both are of the size of float rounding),
-        and a live step costs a tenth less. A loss is cheap to split (one gradient serves every part), so there the
-        momentum share is told as well."""
-        own = ("kernel", "regularization", *self._auxiliary, "past")
-        return ("kernel", "momentum", *own[1:]) if query.is_loss else own
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

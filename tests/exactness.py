@@ -23,8 +23,8 @@ PAGE = Path(__file__).with_name("README.md")
 HEAD = """# What is exact
 
 Written by `python tests/exactness.py` from the cases and loops that the tests run over (float64 unless said; the
-largest error of all steps, relative to the largest number). *Oracle*: the plain loops of `reference.py`, at equal nodes.
-*Residual*: what the refined split of a step leaves of the change of the prediction (tolerance 1e-9 for the loops).
+largest error of all steps, relative to the largest number). *Oracle*: the plain loops of `reference.py`, at equal
+nodes. *Residual*: what the refined split of a step leaves of the change of the prediction (tolerance 1e-9 for the loops).
 
 """
 REFUSED = {
