@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from explaind_track import storage
 from explaind_track.recorder import FORMAT, head_of
 from explaind_track.replay import Replay
-from explaind_track.runs import HISTORY, read_rows
+from explaind_track.runs import FINISHED, HISTORY, TIE, read_rows
 from explaind_track.samples import set_random_state
 from explaind_track.step import Stepper, same_bits
 from explaind_track.storage import Entry, TensorFile
@@ -69,7 +69,8 @@ def _only_begun(directory: Path) -> bool:
         if storage.read_manifest(directory, FORMAT)[1]:
             return False
         manifest.unlink()
-        (directory / HISTORY).unlink(missing_ok=True)
+        for name in (HISTORY, TIE, FINISHED):
+            (directory / name).unlink(missing_ok=True)
     for folder in ("keyframes", "steps"):
         if (directory / folder).is_dir() and not any((directory / folder).iterdir()):
             (directory / folder).rmdir()

@@ -22,7 +22,8 @@ from conftest import sample_loss
 from torch import nn
 
 from explaind_track import Influence, Query, Tracker, Trajectory, TrajectoryError
-from explaind_track.resume import ResumeWarning, history
+from explaind_track.resume import ResumeWarning
+from explaind_track.runs import read_rows
 
 STEPS = 23
 
@@ -80,7 +81,7 @@ def steps_of(directory: Path) -> list[dict[str, torch.Tensor]]:
 
 def rows_of(directory: Path) -> list[dict[str, float]]:
     """The rows of metrics, without what a clock said."""
-    return [{key: v for key, v in row.items() if not key.startswith("cost/")} for row in history(directory)]
+    return [{key: v for key, v in row.items() if not key.startswith("cost/")} for row in read_rows(directory)]
 
 
 class Whole:
