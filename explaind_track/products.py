@@ -5,7 +5,7 @@ did, and is exact under dropout and batch norm. Many: per-sample gradients once,
 matrix product with all directions; for models in which a sample's loss depends on that sample alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from einops import einsum
@@ -195,7 +195,3 @@ class SampleProducts:
                 return False
         tolerance = together.abs().clamp(min=1e-3) * torch.finfo(together.dtype).eps ** 0.5
         return bool((alone - together).abs() <= tolerance)
-
-
-def one_group(groups: Groups) -> dict[str, Sequence[str]]:
-    return {"all": [name for names in groups.values() for name in names]}
