@@ -15,7 +15,7 @@ from reference import copies
 from test_exactness import cases, check
 from torch import Tensor, nn
 
-from explaind_track import Batch, Influence, Quadrature, Query, Step, Stepper, Trajectory, explain
+from explaind_track import Batch, Influence, Quadrature, Query, Step, Stepper, Tracker, Trajectory, explain
 from explaind_track import products as products_module
 from explaind_track.autodiff import ForwardModeFallback
 from explaind_track.samples import SampleMismatch, random_state
@@ -268,3 +268,30 @@ def test_batches_without_names_are_refused(tmp_path: Path) -> None:
         explain(
             Trajectory.open(tmp_path / "t"), job.model, job.queries["loss"], keep=("sample",), sample_loss=sample_loss,
         )  # fmt: skip
+
+
+def test_a_record_holds_what_dropout_and_clipping_need(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = Dropped().double()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    x, y = torch.randn(9, 3, dtype=torch.float64), torch.randint(0, 3, (9,))
+    query = Query.outputs(torch.randn(2, 3, dtype=torch.float64))
+    tracker = Tracker(model, optimizer, queries={"q": query}, groups=1, trajectory=tmp_path / "t", keyframe_every=3)
+    for _ in range(7):
+        index = torch.randperm(9)[:5]
+        with tracker.step():
+            optimizer.zero_grad()
+            tracker.batch((x[index], y[index]), index=index)
+            sample_loss(model, (x[index], y[index])).mean().backward()
+            tracker.clip_grad_norm_(0.1)
+            optimizer.step()
+    tracker.finish()
+    options: dict[str, Any] = {"quadrature": Quadrature.fixed(1), "progress": False}
+    trajectory = Trajectory.open(tmp_path / "t")
+    found = explain(
+        trajectory, model, query, keep=("group", "query", "output", "sample"), sample_loss=sample_loss,
+        data=lambda index: (x[index], y[index]), **options,
+    ).data  # fmt: skip
+    assert float(found["mismatch"].max()) < 1e-7
+    groups = explain(trajectory, model, query, keep=("group", "query", "output"), **options).data["influence"]
+    check(found["influence"].sum("sample"), groups.sel(part="kernel").values, tolerance=1e-7)
