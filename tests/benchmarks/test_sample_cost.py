@@ -1,7 +1,7 @@
 """What influences of training samples cost as the data set grows, against the definition with a momentum buffer for
 every sample, in one run; and two processes against one.
 
-pytest -m slow tests/benchmarks/test_sample_axis.py -s
+pytest -m slow tests/benchmarks/test_sample_cost.py -s
 """
 
 import multiprocessing
