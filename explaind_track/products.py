@@ -73,6 +73,13 @@ class SampleProducts:
             return values
         return values.new_zeros(*values.shape[:2], parts[1]).index_add_(2, parts[0], values)
 
+    def gradient(self, step: Step, batch: Batch, share: Tensor | float, parameters: Tensors) -> dict[str, Tensor]:
+        """`Σ_k w_k share_k ∇L_k(θ_s)` of the whole batch, with respect to the parameters named."""
+        weight = weights_of(batch, next(iter(parameters.values()))) * share
+        all_of_them = torch.zeros(batch.size, dtype=torch.int64)
+        found = self._part_gradients(step.before, batch, weight, all_of_them, all_of_them[:1], parameters)
+        return {name: rows[0] for name, rows in found.items()}
+
     def stands_alone(self, step: Step, batch: Batch) -> bool:
         """Whether a sample's loss depends on that sample alone, as far as the first batch told."""
         if self._alone is None:

@@ -208,7 +208,7 @@ class SampleExplanation(Plan):
         for found in parallel.gather(notes):
             for values in found.values():
                 for number, value in values.items():
-                    mismatch[int(number)] = max(mismatch.get(int(number), 0.0), value)
+                    mismatch[int(number)] = max(value, mismatch.get(int(number), value))
         return self._result(target, kernel, mismatch, store)
 
     def _array(self, store: Store | None, name: str, axes: Sequence[str]) -> Array:
