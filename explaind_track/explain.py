@@ -158,8 +158,8 @@ def explain(
                  the axis, and are summed before the product (Cor. F.2).
 
     The sample axis's `influence` comes with `kernel`, what the optimizer's own state says of all samples together, and
-    `mismatch` (walked), by how much each step's samples miss the gradient which the optimizer saw; a SampleMismatch
-    warns of those that are not rounding.
+    `mismatch` (walked), by how much each step's samples miss the gradient which the optimizer saw (NaN where nobody
+    looked: with `samples`, every 50th step is compared); a SampleMismatch warns of those that are not rounding.
 
     Under `torchrun`, each process does its share, and all get the whole result.
 

@@ -2,8 +2,9 @@
 
     f_{θ_N}(x) = f_{θ_0}(x) − Σ_k Σ_i I_i(x, x_k) a_{i,k} − Σ_s φ_s^test(x) r_s,    a_{i,k} = ∂L(f_{θ_i}(x_k), y_k) / ∂f
 
-where I_i is what step i's gradient of the sample's *outputs* does, then and later. If a_{i,k} = a_k at all steps, as for
-log-probabilities and the negative log-likelihood, the model is the kernel machine Σ_k I(x, x_k) a_k with I = Σ_i I_i.
+where I_i is what step i's gradient of the sample's *outputs* does, then and later. If a_{i,k} = a_k at all steps, as
+for log-probabilities and the negative log-likelihood, the model is the kernel machine Σ_k I(x, x_k) a_k with
+I = Σ_i I_i.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -96,8 +97,8 @@ def kernel_view(
     keep:          some of "step", "seen", "group", "query", "output" (see `explain`).
 
     Returns `kernel` I (kept axes, sample, train_output); `loss_gradient` a_k (sample, train_output), from the last step
-    that saw the sample; `spread` (sample), the largest difference of a_{i,k} from it over the steps. Where the spread is
-    0, `prediction_change` (kept axes without seen), −Σ_k I(x, x_k) a_k, is all that the samples did. Costs one
+    that saw the sample; `spread` (sample), the largest difference of a_{i,k} from it over the steps. If that is 0,
+    `prediction_change` (kept axes without seen), −Σ_k I(x, x_k) a_k, is all that the samples did. Costs one
     forward-mode derivative for each target and group. Raises ValueError as `explain` does.
     """
     source = source_of(steps, model, window)

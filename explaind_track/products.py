@@ -5,7 +5,7 @@ did, and is exact under dropout and batch norm. Many: per-sample gradients once,
 matrix product with all directions; for models in which a sample's loss depends on that sample alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from einops import einsum
@@ -72,6 +72,13 @@ class SampleProducts:
         if parts is None:
             return values
         return values.new_zeros(*values.shape[:2], parts[1]).index_add_(2, parts[0], values)
+
+    def gradient(self, step: Step, batch: Batch, share: Tensor | float, parameters: Tensors) -> dict[str, Tensor]:
+        """`Σ_k w_k share_k ∇L_k(θ_s)` of the whole batch, with respect to the parameters named."""
+        weight = weights_of(batch, next(iter(parameters.values()))) * share
+        all_of_them = torch.zeros(batch.size, dtype=torch.int64)
+        found = self._part_gradients(step.before, batch, weight, all_of_them, all_of_them[:1], parameters)
+        return {name: rows[0] for name, rows in found.items()}
 
     def stands_alone(self, step: Step, batch: Batch) -> bool:
         """Whether a sample's loss depends on that sample alone, as far as the first batch told."""
@@ -195,7 +202,3 @@ class SampleProducts:
                 return False
         tolerance = together.abs().clamp(min=1e-3) * torch.finfo(together.dtype).eps ** 0.5
         return bool((alone - together).abs() <= tolerance)
-
-
-def one_group(groups: Groups) -> dict[str, Sequence[str]]:
-    return {"all": [name for names in groups.values() for name in names]}

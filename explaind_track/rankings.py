@@ -1,5 +1,5 @@
-"""Which steps matter: rankings, the decomposition that keeps only some steps (§4.2, G.2), and what checkpoints far apart
-leave out of the first moment (Remark F.3)."""
+"""Which steps matter: rankings, the decomposition that keeps only some steps (§4.2, G.2), and what checkpoints far
+apart leave out of the first moment (Remark F.3)."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -119,8 +119,8 @@ def accuracy_curve(influence: Influence, scores: xr.DataArray, fractions: Sequen
 
 
 def extrapolate_first_moment(explicit: xr.DataArray, beta: float, steps: int) -> xr.DataArray:
-    """What a batch's influence through its own step makes of all that it does within `steps` steps (its own among them),
-    where only one step in so many is recorded: times 1 + β + … + β^{steps−1} (Remark F.3).
+    """All that a batch does within `steps` steps (its own among them), from its influence through its own step, where
+    the others are not recorded: that times 1 + β + … + β^{steps−1} (Remark F.3).
 
     An estimate: exact where preconditioner, learning rate and test features stay the same over these steps. Raises
     ValueError unless 0 ≤ β < 1 and steps ≥ 1.

@@ -21,6 +21,9 @@ SAMPLE_AXES = ("step", "seen", "group", "query", "output", "sample")
 """The axes of sample influences in their order. `step`: at which the influence acts; `seen`: whose batch the sample was
 in, through whose gradient it acts then and later."""
 
+CHECK_EVERY = 50
+"""Where only some samples are asked for, their sum tells nothing, and whole gradients are compared so often."""
+
 Array = np.ndarray[Any, Any]
 
 Data = Callable[[Tensor], Any]
@@ -132,7 +135,22 @@ class SampleWalk:
             if not bool(chosen.all()) and self._products.stands_alone(step, batch):
                 batch, places = _rows(batch, chosen), places[chosen]
             total += self._add_batch(step, batch, places, share, directions, target)
-        return self._miss(step.number, total, expected, floor) if complete else float("nan")
+        if complete:
+            return self._miss(step.number, total, expected, floor)
+        due = not self.mismatch or step.number % CHECK_EVERY == 0
+        return self._gradient_miss(step, gradient) if due else float("nan")
+
+    def _gradient_miss(self, step: Step, gradient: Mapping[str, Tensor]) -> float:
+        """Where only some samples are asked for: the same of all of them, without influences."""
+        rest = {name: value * step.updates[name].sign for name, value in gradient.items()}
+        size = sum(float(value.square().sum()) for value in rest.values()) ** 0.5
+        for batch, _, share in self._samples.batches(step):
+            for name, value in self._products.gradient(step, batch, share, rest).items():
+                rest[name] = rest[name] - value
+        off = sum(float(value.square().sum()) for value in rest.values()) ** 0.5
+        if off > torch.finfo(next(iter(rest.values())).dtype).eps ** 0.4 * size:
+            self.wrong.append(step.number)
+        return float(off / size if size else off)
 
     def _add_batch(
         self,
@@ -144,13 +162,14 @@ class SampleWalk:
         target: Tensor,
     ) -> Tensor:
         """Returns what the batch's samples and all groups make of the gradient's influence together, (A·R,)."""
-        parts = (places, target.shape[-1]) if self._samples.partition else None
+        count = target.shape[-1]
+        chosen = places >= 0
+        parts = (torch.where(chosen, places, count), count + 1) if self._samples.partition else None
         values = self._products.of(step, batch, directions, parts)
         found = values.unflatten(1, (self._acting, *target.shape[2:4])).movedim(1, 0).to(target)  # (A, G, x, o, N)
         if parts is not None:
-            target += found
+            target += found[..., :count]
         else:
-            chosen = places >= 0
             target.index_add_(4, places[chosen], found if bool(chosen.all()) else found[..., chosen])
         return (values * share).sum((0, 2))
 

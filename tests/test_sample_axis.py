@@ -5,6 +5,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from reference import copies
 from test_exactness import cases, check
 from torch import Tensor, nn
 
-from explaind_track import Batch, Influence, Quadrature, Query, Step, Stepper, Trajectory, explain
+from explaind_track import Batch, Influence, Quadrature, Query, Step, Stepper, Tracker, Trajectory, explain
 from explaind_track import products as products_module
 from explaind_track.autodiff import ForwardModeFallback
 from explaind_track.samples import SampleMismatch, random_state
@@ -90,6 +91,9 @@ def test_parts_of_a_partition_are_sums_of_their_samples(case: Case) -> None:
             members = [k for k in single["sample"].values.tolist() if labels[k] == label]
             expected = single.sel(sample=members).sum(["sample", *(a for a in AXES[2:5] if a not in keep)])
             check(parts.sel(sample=label), expected, float(abs(single).max()))
+    some = of_samples(case, ("query", "sample"), partition=labels, samples=[1, 4, 5])["influence"]
+    wanted_ones = single.sum(["group", "output"])
+    check(some.sel(sample="a"), wanted_ones.sel(sample=[1, 5]).sum("sample"), float(abs(single).max()))
 
 
 @cases("adamw-weighted", "normalized-adamw")
@@ -97,6 +101,9 @@ def test_some_samples_are_pieces_of_all(case: Case) -> None:
     whole = of_samples(case, ("query", "sample"))["influence"]
     some = of_samples(case, ("query", "sample"), samples=[5, 1])["influence"]
     xr.testing.assert_allclose(some, whole.sel(sample=[5, 1]), rtol=1e-9)
+    told = of_samples(case, ("query", "sample"), samples=[5, 1])["mismatch"].values
+    assert np.isnan(told).any()
+    assert np.nanmax(told) < 1e-12
 
 
 @cases("sgd-full")
@@ -219,11 +226,12 @@ def test_an_undeclared_clip_is_told_of(tmp_path: Path) -> None:
             nn.utils.clip_grad_norm_(job.model.parameters(), 0.01)
             job.optimizer.step()
     tracker.finish()
-    with pytest.warns(SampleMismatch, match="at 3 of 3 steps.*clipped"):
-        explain(
-            Trajectory.open(tmp_path / "t"), job.model, job.queries["loss"], keep=("sample",), progress=False,
-            sample_loss=sample_loss, data=lambda index: (job.x[index], job.y[index]),
-        )  # fmt: skip
+    for samples, count in ((None, 3), ([0, 4], 2)):
+        with pytest.warns(SampleMismatch, match=f"at {count} of 3 steps.*clipped"):
+            explain(
+                Trajectory.open(tmp_path / "t"), job.model, job.queries["loss"], keep=("sample",), progress=False,
+                sample_loss=sample_loss, data=lambda index: (job.x[index], job.y[index]), samples=samples,
+            )  # fmt: skip
 
 
 def test_what_is_missing_is_said_before_work(tmp_path: Path) -> None:
@@ -268,3 +276,30 @@ def test_batches_without_names_are_refused(tmp_path: Path) -> None:
         explain(
             Trajectory.open(tmp_path / "t"), job.model, job.queries["loss"], keep=("sample",), sample_loss=sample_loss,
         )  # fmt: skip
+
+
+def test_a_record_holds_what_dropout_and_clipping_need(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = Dropped().double()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    x, y = torch.randn(9, 3, dtype=torch.float64), torch.randint(0, 3, (9,))
+    query = Query.outputs(torch.randn(2, 3, dtype=torch.float64))
+    tracker = Tracker(model, optimizer, queries={"q": query}, groups=1, trajectory=tmp_path / "t", keyframe_every=3)
+    for _ in range(7):
+        index = torch.randperm(9)[:5]
+        with tracker.step():
+            optimizer.zero_grad()
+            tracker.batch((x[index], y[index]), index=index)
+            sample_loss(model, (x[index], y[index])).mean().backward()
+            tracker.clip_grad_norm_(0.1)
+            optimizer.step()
+    tracker.finish()
+    options: dict[str, Any] = {"quadrature": Quadrature.fixed(1), "progress": False}
+    trajectory = Trajectory.open(tmp_path / "t")
+    found = explain(
+        trajectory, model, query, keep=("group", "query", "output", "sample"), sample_loss=sample_loss,
+        data=lambda index: (x[index], y[index]), **options,
+    ).data  # fmt: skip
+    assert float(found["mismatch"].max()) < 1e-7
+    groups = explain(trajectory, model, query, keep=("group", "query", "output"), **options).data["influence"]
+    check(found["influence"].sum("sample"), groups.sel(part="kernel").values, tolerance=1e-7)

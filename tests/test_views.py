@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from cases import Case
-from conftest import make_job, sample_loss
+from conftest import make_job
 from test_exactness import cases, check, full
 from test_sample_axis import lasting, of_samples
 from torch import Tensor, nn
 
 from explaind_track import (
     Quadrature,
-    Query,
     Trajectory,
     accuracy_curve,
     explain,
@@ -68,7 +67,7 @@ def test_with_log_probabilities_it_is_a_kernel_machine(case: Case) -> None:
         lambda outputs, batch: F.nll_loss(outputs, batch[1], reduction="none"),
         lambda model, batch: model(batch[0]).log_softmax(-1),
     )
-    x, y = case.sample_options()["data"](torch.arange(7))
+    _, y = case.sample_options()["data"](torch.arange(7))
     check(found["loss_gradient"], -F.one_hot(y, 3))
     influence = of_samples(case, ("query", "output", "sample"))["influence"]
     check(found["prediction_change"], -influence.sum("sample"))
@@ -122,11 +121,9 @@ def test_the_first_moment_is_extrapolated_exactly_where_nothing_changes() -> Non
     case = Case("linear", model=lambda: nn.Linear(3, 3), optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1, 0.6),
                 sample_loss=lambda model, x, y: model(x).gather(1, y[:, None])[:, 0])  # fmt: skip
     data = of_samples(case, ("step", "seen", "query", "output", "sample"))["influence"]
-    assert isinstance(case.query(), Query)
     count = data.sizes["step"]
     for seen in range(count):
         explicit = data.sel(step=seen, seen=seen)
         check(extrapolate_first_moment(explicit, 0.6, count - seen), data.sel(seen=seen).sum("step"))
     with pytest.raises(ValueError, match=r"beta=1\.0"):
         extrapolate_first_moment(data, 1.0, 3)
-    assert sample_loss is not None
