@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from explaind_track import Influence, Quadrature, Query, Tracker, how_to_look, open_run, plots
+from explaind_track import Influence, Quadrature, Query, Tracker, Trajectory, how_to_look, open_run, plots
 from explaind_track.artifacts import directory_mb
 from recipes.common import configure, output_directory, write_json
 from recipes.data import Split, modulo_addition
@@ -43,6 +43,17 @@ def build(config: DictConfig) -> tuple[ModuloTransformer, Split]:
     torch.manual_seed(config.seed)
     model = ModuloTransformer(tokens=config.modulus + 2).to(config.device)
     return model, modulo_addition(config.modulus, config.train, config.test, config.seed).to(config.device)
+
+
+def finished(directory: str) -> tuple[DictConfig, ModuloTransformer, Split, Trajectory]:
+    """The configuration, the model (as it was before training), the data and the record of a finished run of this
+    recipe; exits with a message if there is none."""
+    run = Path(directory)
+    if not (run / "config.yaml").is_file() or not (run / "trajectory").is_dir():
+        sys.exit(f"run={run} holds no run of recipes.modulo_addition: there is no config.yaml or no trajectory in it")
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)  # a mapping at the top
+    return config, *build(config), Trajectory.open(run / "trajectory")
 
 
 def held_out(config: DictConfig, data: Split) -> Query:
