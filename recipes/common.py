@@ -5,10 +5,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def configure(recipe: str, arguments: list[str]) -> DictConfig:
@@ -67,6 +70,13 @@ def output_directory(given: str | None, recipe: str) -> Path:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_figures(directory: Path, figures: Mapping[str, "Figure"]) -> None:
+    """Writes each figure as PNG into a new directory."""
+    directory.mkdir()
+    for name, figure in figures.items():
+        figure.savefig(directory / f"{name}.png", dpi=130)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
