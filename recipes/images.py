@@ -88,6 +88,16 @@ def train(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
     return Run(model, data, Trajectory.open(directory))
 
 
+def fit(config: DictConfig, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
+    """Trains a model on these samples as `train` does, without watching it."""
+    optimizer, schedule = make_optimizer(config, model, -(-len(y) // config.batch))
+    for index in batches(len(y), config, seed):
+        optimizer.zero_grad()
+        sample_loss(model, (x[index], y[index])).mean().backward()
+        optimizer.step()
+        schedule.step()
+
+
 def load(config: DictConfig) -> Split:
     """The data that the configuration names."""
     data = image_data(config.data.name, config.data.path, config.data.train, config.data.test)
