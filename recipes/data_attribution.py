@@ -8,7 +8,6 @@ and the trajectory.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ PAPER_CIFAR2 = {"path kernel": 0.06, "TracIn": 0.05, "TRAK": 0.05}
 
 
 def log_odds(output: Tensor, y: Tensor) -> Tensor:
-    """log p_y / (1 − p_y) of each row, (X, 1): the prediction that all methods attribute."""
+    """The log-odds log p_y / (1 − p_y) of each row, (X, 1): the prediction that all methods attribute."""
     right = output.gather(1, y[:, None])
     rest = output.scatter(1, y[:, None], float("-inf"))
     return right - rest.logsumexp(1, keepdim=True)
@@ -78,13 +77,15 @@ def baselines(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, C
     def tracin() -> Tensor:
         task = AttributionTask(loss, run.model, states, target_func=target)
         weights = torch.full((len(states),), float(config.optimizer.lr))
-        return -TracInAttributor(task, weights, normalized_grad=False, **options).attribute(samples, queries)
+        scores: Tensor = TracInAttributor(task, weights, normalized_grad=False, **options).attribute(samples, queries)
+        return -scores
 
     def trak() -> Tensor:
         task = AttributionTask(target, run.model, states[-1], target_func=target)
         attributor = TRAKAttributor(task, right, regularization=1e-3, **options)
         attributor.cache(samples)
-        return attributor.attribute(queries)
+        scores: Tensor = attributor.attribute(queries)
+        return scores
 
     return {"TracIn": tracin, "TRAK": trak}
 
@@ -154,7 +155,7 @@ def main(arguments: list[str]) -> None:
         rows.append(row)
 
     summary = {
-        "accuracy": images.compare(*[images.log_probabilities(run.model, data.x_test)] * 2, data.y_test)["accuracy"],
+        "accuracy": images.accuracy(run.model, data.x_test, data.y_test),
         "queries": len(y),
         "subsets": config.subsets,
         "rows": rows,

@@ -127,7 +127,7 @@ def _decoder_leads(phases: Phases) -> float:
 
 def _decoder_difference_peak(phases: Phases) -> float:
     difference = phases.smooth(phases.influence.relative_regularization().sel(group="decoder"))
-    return float(np.abs(difference).idxmax("step")) / phases.memorisation[1]
+    return float(abs(difference).idxmax("step")) / phases.memorisation[1]
 
 
 def _middle_before_decoder(phases: Phases) -> float:
@@ -145,7 +145,7 @@ def _late_growth(phases: Phases, groups: Sequence[str]) -> float:
 def _embedding_difference(phases: Phases) -> float:
     difference = phases.smooth(phases.influence.relative_regularization())
     late = phases.during(difference, (phases.memorisation[1], 10**9)).mean("step")
-    return float(late.sel(group="embedding") / np.abs(late).max())
+    return float(late.sel(group="embedding") / abs(late).max())
 
 
 CLAIMS = (

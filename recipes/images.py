@@ -53,7 +53,7 @@ def make_optimizer(config: DictConfig, model: nn.Module, steps_per_epoch: int) -
         if config.peak is None:
             return 1.0
         rise, all_steps = config.peak * steps_per_epoch, config.epochs * steps_per_epoch
-        return min((step + 1) / rise, (all_steps - step) / (all_steps - rise))
+        return float(min((step + 1) / rise, (all_steps - step) / (all_steps - rise)))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
@@ -108,6 +108,10 @@ def load(config: DictConfig) -> Split:
 def log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
     """The model's output on x, (X, classes), a thousand at a time."""
     return torch.cat([model(chunk) for chunk in x.split(1000)])
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return float((log_probabilities(model, x).argmax(-1) == y).float().mean())
 
 
 def compare(log_p: Tensor, log_q: Tensor, y: Tensor) -> Mapping[str, float]:

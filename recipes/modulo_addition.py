@@ -38,10 +38,15 @@ def sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.nll_loss(model(batch[0]), batch[1], reduction="none")
 
 
+def fresh_model(config: DictConfig, seed: int) -> ModuloTransformer:
+    """The model before training."""
+    torch.manual_seed(seed)
+    return ModuloTransformer(tokens=config.modulus + 2).to(config.device)
+
+
 def build(config: DictConfig) -> tuple[ModuloTransformer, Split]:
     """The model before training, and the data."""
-    torch.manual_seed(config.seed)
-    model = ModuloTransformer(tokens=config.modulus + 2).to(config.device)
+    model = fresh_model(config, config.seed)
     return model, modulo_addition(config.modulus, config.train, config.test, config.seed).to(config.device)
 
 

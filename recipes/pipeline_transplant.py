@@ -7,7 +7,6 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from explaind_track import Trajectory, resolve_groups
 from recipes.common import configure, output_directory, save_figures, table, write_json
 from recipes.data import Split
-from recipes.modulo_addition import GROUPS, accuracy, build, finished, make_optimizer
+from recipes.modulo_addition import GROUPS, accuracy, finished, fresh_model, make_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +78,7 @@ def transplants(
         for step, name in cases:
             donor, runs = trajectory.state_dict(step), []
             for seed in config.seeds:
-                model = build(OmegaConf.merge(recorded, {"seed": seed}))[0]
+                model = fresh_model(recorded, seed)
                 transplant(model, donor, PARTS[name])
                 runs.append(retrain(recorded, config, model, data))
                 bar.update()
