@@ -31,8 +31,7 @@ def recipe(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("recipe") / "run"
-    small = ("train=300", "test=100", "queries=10", "steps=12", "samples_every=5", "keyframe_every=5", "modulus=31")
-    done = recipe("modulo_addition", f"out={out}", *small)
+    done = recipe("modulo_addition", f"out={out}", "preset=smoke")
     assert done.returncode == 0, done.stderr
     assert "loss=" in done.stderr
     assert "residual=" in done.stderr
@@ -63,21 +62,22 @@ def test_per_sample_gradients_are_used_where_samples_are_shown(run: Path) -> Non
         assert min(norms) > 0
 
 
-def test_a_recorded_run_is_checked_offline(run: Path) -> None:
-    done = recipe("epk_validation", f"run={run}", "nodes=4")
+def test_a_recorded_run_is_checked_offline(run: Path, tmp_path: Path) -> None:
+    done = recipe("epk_validation", f"run={run}", "nodes=4", "tolerance=null", f"out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
-    result = json.loads((run / "epk_validation-4.json").read_text())
-    assert result["agreement"] == 1.0
-    assert result["kl"] < 1e-3
-    assert "EPK acc." in done.stdout
+    (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert row["agreement"] == 1.0
+    assert row["kl"] < 1e-3
+    assert "paper's KL" in done.stdout
 
 
 def test_what_cannot_be_run_is_refused_with_a_sentence(run: Path, tmp_path: Path) -> None:
     for name, arguments, message in (
         ("modulo_addition", ["stepz=3"], "Key 'stepz'"),
         ("modulo_addition", [f"out={run}"], "holds a run already"),
-        ("epk_validation", [], "say which run"),
+        ("modulo_addition", ["preset=tiny"], "no preset 'tiny', only smoke"),
         ("epk_validation", [f"run={tmp_path}"], "holds no run"),
+        ("epk_validation", ["data.path=/nowhere"], "data.name=digits, which needs neither"),
     ):
         done = recipe(name, *arguments)
         assert done.returncode != 0
