@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from explaind_track import Query, explain
+from explaind_track import Quadrature, Query, explain
 from recipes import images
 from recipes.common import configure, output_directory, save_figures, table, write_json
 from recipes.images import Run
@@ -38,18 +38,18 @@ def log_odds(output: Tensor, y: Tensor) -> Tensor:
     return right - rest.logsumexp(1, keepdim=True)
 
 
-def path_kernel(run: Run, x: Tensor, y: Tensor) -> Tensor:
+def path_kernel(run: Run, x: Tensor, y: Tensor, nodes: int) -> Tensor:
     """−Ψ(x_k, x), what each training sample added to each prediction, (samples, queries)."""
     influence = explain(
         run.trajectory,
         run.model,
         Query.function(x, log_odds, y),
         keep=("sample", "query"),
+        quadrature=Quadrature.fixed(nodes),
         sample_loss=images.sample_loss,
         data=run.batch,
     )
-    kernel = influence.data["influence"].sel(part="kernel").transpose("sample", "query")
-    return -torch.from_numpy(kernel.values)
+    return -torch.from_numpy(influence.data["influence"].transpose("sample", "query").values)
 
 
 def baselines(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -135,7 +135,10 @@ def main(arguments: list[str]) -> None:
 
     scores: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
-    for name, attribute in {"path kernel": lambda: path_kernel(run, x, y), **baselines(config, run, x, y)}.items():
+    for name, attribute in {
+        "path kernel": lambda: path_kernel(run, x, y, config.nodes),
+        **baselines(config, run, x, y),
+    }.items():
         started = perf_counter()
         scores[name] = attribute().detach().cpu()
         seconds[name] = round(perf_counter() - started, 1)

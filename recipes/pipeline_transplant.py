@@ -167,7 +167,7 @@ def draw_confusion(matrices: Mapping[tuple[int, str], Tensor]) -> "Figure":
     axes = figure.subplots(len(steps), len(names), squeeze=False)
     for (step, name), counts in matrices.items():
         axis = axes[steps.index(step), names.index(name)]
-        image = axis.imshow(counts, vmin=0, vmax=10, cmap="magma_r", interpolation="nearest")
+        image = axis.imshow(counts.numpy(), vmin=0, vmax=10, cmap="magma_r", interpolation="nearest")
         axis.set_title(f"step {step}, {name}", fontsize=9)
         axis.set_xlabel("predicted (a + b) mod p")
         axis.set_ylabel("right (a + b) mod p")

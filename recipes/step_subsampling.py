@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> None:
     for name, order in orders.items():
         curves[name] = []
         for fraction in config.kept:
-            chosen = order[: max(1, round(fraction * len(order)))]
+            chosen = order[: max(1, round(fraction * len(order)))].sort().values
             sparse = (initial[shown] + changes[chosen][:, shown].sum(0)).log_softmax(-1)
             fit = images.compare(final[shown], sparse, data.y_test[shown].cpu())
             curves[name].append({"kept": fraction, "steps": len(chosen), **fit})
