@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import xarray as xr
 from matplotlib.colors import SymLogNorm
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from explaind_track import Quadrature, Query, Trajectory, explain, plots
+from explaind_track import Quadrature, Query, Trajectory, explain, plots, sample_cosine
 from recipes.common import configure, output_directory, save_figures, table, write_json
 from recipes.data import Split
 from recipes.grokking_phases import CLAIMS, Phases
@@ -40,9 +41,9 @@ def by_sum(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order, sums[order]
 
 
-def maps(config: DictConfig, trajectory: Trajectory, model: torch.nn.Module, data: Split, end: int) -> Tensor:
+def maps(config: DictConfig, trajectory: Trajectory, model: torch.nn.Module, data: Split, end: int) -> xr.DataArray:
     """Ψ_S(Θ_layer, x_k, x), summed over the outputs, of the window S of steps that ends before `end`:
-    (layers, queries, samples), both ordered by a + b."""
+    (group, query, sample), the latter two ordered by a + b."""
     queries, _ = by_sum(data.x_test, config.queries)
     samples, _ = by_sum(data.x_train, config.samples)
     influence = explain(
@@ -57,26 +58,19 @@ def maps(config: DictConfig, trajectory: Trajectory, model: torch.nn.Module, dat
         data=lambda index: (data.x_train[index], data.y_train[index]),
         samples=samples.tolist(),
     )
-    values = influence.data["influence"].sel(sample=samples.numpy(), group=list(GROUPS))
-    return torch.from_numpy(values.transpose("group", "query", "sample").values)
+    return influence.data["influence"].sel(sample=samples.numpy()).transpose("group", "query", "sample")
 
 
-def cosines(rows: Tensor) -> Tensor:
-    """The cosine of every pair of queries' rows over the samples: (layers, queries, queries) from maps."""
-    unit = torch.nn.functional.normalize(rows, dim=-1)
-    return unit @ unit.mT
-
-
-def lasso(similarity: Tensor, sums: Tensor, modulus: int, alpha: float) -> dict[str, Any]:
+def lasso(similarity: xr.DataArray, sums: Tensor, modulus: int, alpha: float) -> dict[str, Any]:
     """Similarities (X, X) as a sparse sum of cosines and sines of the differences of the sums a + b.
 
-    `r2` is the share of the sum of squares. `coefficients` by period from 2 to 113 as in the paper; `harmonics` of the period p, cos(2πkd/p), which is every
-    function of d mod p that is even.
+    `coefficients` by period from 2 to 113 as in the paper; `harmonics` k of the period p, cos(2πkd/p), which make every
+    even function of d mod p; `r2` is the share of the sum of squares that a fit explains.
     """
     from sklearn.linear_model import Lasso
 
     difference = (sums[:, None] - sums[None]).flatten().double()
-    target = similarity.flatten().double().numpy()
+    target = similarity.fillna(0).values.flatten().astype(np.float64)
 
     def fit(angles: Tensor) -> tuple[Any, Any, float]:
         features = torch.cat([angles.cos(), angles.sin()], dim=1).numpy()
@@ -94,7 +88,7 @@ def lasso(similarity: Tensor, sums: Tensor, modulus: int, alpha: float) -> dict[
         "r2": score,
         "harmonics": _largest(zip(multiples.tolist(), harmonics, strict=True)),
         "harmonics_r2": harmonic_score,
-        "predicted": torch.from_numpy(predicted).reshape(similarity.shape),
+        "predicted": predicted.reshape(similarity.shape),
     }
 
 
@@ -103,12 +97,12 @@ def _largest(pairs: Any) -> dict[int, float]:
     return dict(sorted(found, key=lambda pair: -abs(pair[1])))
 
 
-def cyclic_share(rows: Tensor, query_sums: Tensor, sample_sums: Tensor, modulus: int) -> float:
+def cyclic_share(rows: xr.DataArray, query_sums: Tensor, sample_sums: Tensor, modulus: int) -> float:
     """How much of a map (queries, samples) depends on (a+b) − (a'+b') mod p alone: the share of its variance, once
     each sample's mean (its global influence) is taken out."""
-    centred = rows - rows.mean(0, keepdim=True)
+    centred = rows - rows.mean("query")
     residue = ((query_sums[:, None] - sample_sums[None]) % modulus).flatten()
-    values = centred.flatten().double()
+    values = torch.from_numpy(centred.values).flatten().double()
     count = torch.bincount(residue, minlength=modulus).clamp(min=1)
     mean = torch.bincount(residue, values, modulus) / count
     return float((mean[residue].square().sum()) / values.square().sum().clamp(min=1e-300))
@@ -137,9 +131,14 @@ def _ticks(axis: "Axes", sums: Tensor, modulus: int, along: str) -> None:
 
 
 def draw_matrices(
-    values: Mapping[int, Tensor], window: int, axes_sums: tuple[Tensor, Tensor], modulus: int, norm: Any, what: str
+    values: Mapping[int, xr.DataArray],
+    window: int,
+    axes_sums: tuple[Tensor, Tensor],
+    modulus: int,
+    norm: Any,
+    what: str,
 ) -> "Figure":
-    """A row for each layer and a column for each window: (layers, rows, columns) by the window's end."""
+    """A row for each layer and a column for each window: (group, rows, columns) by the window's end."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.1 * len(values) + 1, 2.6 * len(GROUPS)), layout="constrained")
@@ -147,7 +146,9 @@ def draw_matrices(
     for column, (end, matrices) in enumerate(values.items()):
         for row, layer in enumerate(GROUPS):
             axis = axes[row, column]
-            image = axis.imshow(matrices[row].numpy(), cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+            image = axis.imshow(
+                matrices.sel(group=layer), cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest"
+            )
             axis.set_title(f"{layer}, steps {max(0, end - window)}–{end}", fontsize=8)
             _ticks(axis, axes_sums[1], modulus, "x")
             _ticks(axis, axes_sums[0], modulus, "y")
@@ -156,14 +157,14 @@ def draw_matrices(
     return figure
 
 
-def draw_lasso(similarity: Tensor, fit: Mapping[str, Any], sums: Tensor, modulus: int, title: str) -> "Figure":
+def draw_lasso(similarity: xr.DataArray, fit: Mapping[str, Any], sums: Tensor, modulus: int, title: str) -> "Figure":
     """Fig. 12: the similarity, what the fit makes of it, and the fit's coefficients beside the paper's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for axis, values, name in ((left, similarity, title), (middle, fit["predicted"], f"Lasso, R² = {fit['r2']:.2f}")):
-        image = axis.imshow(values.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        image = axis.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_title(name, fontsize=9)
         _ticks(axis, sums, modulus, "x")
         _ticks(axis, sums, modulus, "y")
@@ -196,13 +197,13 @@ def main(arguments: list[str]) -> None:
     query_sums, sample_sums = by_sum(data.x_test, config.queries)[1], by_sum(data.x_train, config.samples)[1]
     ends = [max(1, round(fraction * len(trajectory))) for fraction in config.windows]
     shown = {end: maps(config, trajectory, model, data, end) for end in ends}
-    alike = {end: cosines(values) for end, values in shown.items()}
-    layer = list(GROUPS).index(config.lasso_layer)
-    fit = lasso(alike[ends[-1]][layer], query_sums, modulus, config.alpha)
+    alike = {end: sample_cosine(values) for end, values in shown.items()}
+    similarity = alike[ends[-1]].sel(group=config.lasso_layer)
+    fit = lasso(similarity, query_sums, modulus, config.alpha)
 
     cyclic = [
         {"steps": f"{max(0, end - config.window)}–{end}"}
-        | {name: cyclic_share(values[place], query_sums, sample_sums, modulus) for place, name in enumerate(GROUPS)}
+        | {name: cyclic_share(values.sel(group=name), query_sums, sample_sums, modulus) for name in GROUPS}
         for end, values in shown.items()
     ]
     summary = {
@@ -213,9 +214,11 @@ def main(arguments: list[str]) -> None:
         "lasso_paper": PAPER_LASSO,
     }
     write_json(out / "summary.json", summary)
-    save_file({f"{end}": values.contiguous() for end, values in shown.items()}, out / "maps.safetensors")
-    scale = max(float(values.abs().quantile(0.5)) for values in shown.values())
-    limit = max(float(values.abs().max()) for values in shown.values())
+    save_file(
+        {f"{end}": np.ascontiguousarray(values.values) for end, values in shown.items()}, out / "maps.safetensors"
+    )
+    scale = max(float(abs(values).quantile(0.5)) for values in shown.values())
+    limit = max(float(abs(values).max()) for values in shown.values())
     log = SymLogNorm(linthresh=scale, vmin=-limit, vmax=limit)
     title = f"{config.lasso_layer}, steps {max(0, ends[-1] - config.window)}–{ends[-1]}"
     save_figures(
@@ -228,7 +231,7 @@ def main(arguments: list[str]) -> None:
             "cosines": draw_matrices(
                 alike, config.window, (query_sums, query_sums), modulus, None, "cosine over the training samples"
             ),
-            "lasso": draw_lasso(alike[ends[-1]][layer], fit, query_sums, modulus, title),
+            "lasso": draw_lasso(similarity, fit, query_sums, modulus, title),
         },
     )
     report(out, claims, cyclic, fit)
