@@ -156,7 +156,9 @@ class SampleProducts:
         for group, names in enumerate(self._groups.values()):
             for name in names:
                 if name in directions:
-                    one, other = (value.reshape(len(value), -1) for value in (directions[name], gradients[name]))
+                    one, other = (
+                        _without_specks(value).reshape(len(value), -1) for value in (directions[name], gradients[name])
+                    )
                     result[group] += einsum(one, other, "r d, n d -> r n")
         return result
 
@@ -195,6 +197,17 @@ class SampleProducts:
                 return False
         tolerance = together.abs().clamp(min=1e-3) * torch.finfo(together.dtype).eps ** 0.5
         return bool((alone - together).abs() <= tolerance)
+
+
+def _without_specks(value: Tensor) -> Tensor:
+    """Zero where an entry is so far below the largest that its products may be subnormal numbers, which no sum in this
+    precision can see but a CPU multiplies a hundred times slower: the gradients of well-learned samples are full of them
+    (modulo-113 Transformer, step 1700, decoder, 200 × 1000 products: 12 s instead of 0.09 s)."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return value
+    low, high = value.aminmax()
+    largest = max(-float(low), float(high))
+    return nn.functional.hardshrink(value, torch.finfo(value.dtype).tiny ** 0.5 * largest)
 
 
 def one_group(groups: Groups) -> dict[str, Sequence[str]]:

@@ -109,7 +109,9 @@ def _correlation(phases: Phases) -> float:
         np.log(phases.during(phases.total(part), (phases.memorisation[0], 10**9)).values)
         for part in ("kernel", "regularization")
     )
-    return float(np.corrcoef(kernel, decay)[0, 1]) if kernel.std() * decay.std() > 0 else float("nan")
+    if min(kernel.std(), decay.std()) < 1e-9:  # a curve without a course
+        return float("nan")
+    return float(np.corrcoef(kernel, decay)[0, 1])
 
 
 def _peak_before_generalisation(phases: Phases) -> float:

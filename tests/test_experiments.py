@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import xarray as xr
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from explaind_track import Trajectory
-from recipes import images, step_subsampling
+from recipes import grokking_analysis, images, step_subsampling
 from recipes.common import configure
 from recipes.data import image_data
 from recipes.models import CNN, ResNet9
@@ -66,6 +67,46 @@ def test_layers_are_transplanted_and_swapped(smoke: Smoke, grokking: Path) -> No
     summary = smoke("pipeline_transplant", f"run={grokking}", figures=("transplant", "swaps", "confusion"))
     assert len(summary["transplants"]) == 4
     assert summary["swaps"]["step"] == [0, 6]
+
+
+def test_parameters_are_pruned(smoke: Smoke) -> None:
+    summary = smoke("pruning", figures=("pruning",))
+    ours, random = (summary["methods"][name] for name in ("path kernel", "random"))
+    assert ours["kl"][0] < random["kl"][0] / 2
+    assert ours["sparsity"] == pytest.approx([0.7, 0.9], abs=1e-3)
+    assert summary["seeds"] == 2
+
+
+def test_samples_foretell_retraining(smoke: Smoke) -> None:
+    summary = smoke("data_attribution", figures=("lds",))
+    assert [row["fraction"] for row in summary["rows"]] == [0.5, 0.9]
+    assert summary["seconds"].keys() == {"path kernel", "TracIn", "TRAK"}
+    assert all(-1 <= row[name] <= 1 for row in summary["rows"] for name in summary["seconds"])
+
+
+def test_a_run_that_grokked_is_analysed(smoke: Smoke, grokking: Path) -> None:
+    figures = ("phases", "maps", "cosines", "lasso")
+    summary = smoke("grokking_analysis", f"runs=[{grokking}]", figures=figures)
+    assert len(summary["claims"]) == 10
+    assert [row["steps"] for row in summary["cyclic_share"]] == ["3–6", "9–12"]
+
+
+def test_the_lasso_finds_the_period_it_was_given() -> None:
+    sums = torch.arange(0, 220, 3)
+    similarity = xr.DataArray(torch.cos(2 * torch.pi * (sums[:, None] - sums[None]) / 113).numpy())
+    fit = grokking_analysis.lasso(similarity, sums, 113, 1e-3)
+    assert next(iter(fit["coefficients"])) == 113
+    assert fit["r2"] > 0.99
+    assert next(iter(fit["harmonics"])) == 1
+
+
+def test_the_cyclic_share_of_a_map_that_is_cyclic_is_one() -> None:
+    queries, samples = torch.arange(60), torch.arange(7, 67)
+    cyclic = torch.cos(2 * torch.pi * 4 * (queries[:, None] - samples[None]) / 31)
+    influence = xr.DataArray(cyclic.numpy() + samples.numpy(), dims=("query", "sample"))  # with a global influence
+    assert grokking_analysis.cyclic_share(influence, queries, samples, 31) > 0.9
+    noise = xr.DataArray(torch.randn(60, 60, generator=torch.Generator().manual_seed(0)).numpy(), dims=influence.dims)
+    assert grokking_analysis.cyclic_share(noise, queries, samples, 31) < 0.05
 
 
 def test_a_transplant_moves_the_named_layers_only(grokking: Path) -> None:
