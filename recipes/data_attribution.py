@@ -27,6 +27,9 @@ from recipes.images import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BATCH = 1024
+"""Of the baselines: `dattri` takes the queries' gradients again for every batch of training samples."""
+
 PAPER_CIFAR2 = {"path kernel": 0.06, "TracIn": 0.05, "TRAK": 0.05}
 """The paper's scores on CIFAR-2 for the fraction 0.5; those on MNIST it only draws."""
 
@@ -68,8 +71,8 @@ def baselines(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, C
     def right(parameters: Any, sample: tuple[Tensor, Tensor]) -> Tensor:
         return torch.exp(-loss(parameters, sample))
 
-    samples = DataLoader(TensorDataset(run.data.x_train, run.data.y_train), batch_size=256)
-    queries = DataLoader(TensorDataset(x, y), batch_size=256)
+    samples = DataLoader(TensorDataset(run.data.x_train, run.data.y_train), batch_size=BATCH)
+    queries = DataLoader(TensorDataset(x, y), batch_size=BATCH)
     options = {"projector_kwargs": {"proj_dim": config.projection, "device": config.device}, "device": config.device}
     steps = [round(len(run.trajectory) * (place + 1) / config.checkpoints) for place in range(config.checkpoints)]
     states = [run.trajectory.state_dict(step) for step in steps]

@@ -109,7 +109,7 @@ def _correlation(phases: Phases) -> float:
         np.log(phases.during(phases.total(part), (phases.memorisation[0], 10**9)).values)
         for part in ("kernel", "regularization")
     )
-    if min(kernel.std(), decay.std()) < 1e-9:  # a curve without a course
+    if min(kernel.std(), decay.std()) < 1e-6:  # a curve without a course
         return float("nan")
     return float(np.corrcoef(kernel, decay)[0, 1])
 

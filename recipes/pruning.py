@@ -99,7 +99,7 @@ def draw(methods: Mapping[str, Mapping[str, Any]], sparsity: list[float]) -> "Fi
     """Fig. 2: mean and standard deviation over the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(12.5, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for name, values in methods.items():
         for axis, key in zip(axes, ("accuracy", "kl"), strict=True):
@@ -109,7 +109,7 @@ def draw(methods: Mapping[str, Mapping[str, Any]], sparsity: list[float]) -> "Fi
     for axis in axes:
         axis.set_xlabel("sparsity (fraction of parameters pruned, output layer aside)")
         axis.grid(alpha=0.2)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
