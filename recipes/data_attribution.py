@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> None:
     data = images.load(config)
     out = output_directory(config.out, "data_attribution")
     OmegaConf.save(config, out / "config.yaml")
-    run = images.train(config, data, config.seed, out / "trajectory")
+    run = images.obtain(config, data, config.seed, out / "trajectory")
     x, y = data.x_test[: config.queries], data.y_test[: config.queries]
 
     scores: dict[str, Tensor] = {}

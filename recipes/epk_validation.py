@@ -32,7 +32,7 @@ PAPER = {
 def subject(config: DictConfig, out: Path) -> tuple[str, nn.Module, Trajectory, Query]:
     """The name of the model, the model, the record of its training, and the queries to predict."""
     if config.run is None:
-        run = images.train(config, images.load(config), config.seed, out / "trajectory")
+        run = images.obtain(config, images.load(config), config.seed, out / "trajectory")
         x, y = run.data.x_test[: config.queries], run.data.y_test[: config.queries]
         return config.model, run.model, run.trajectory, Query.outputs(x, y)
     recorded, model, data, trajectory = modulo_addition.finished(config.run)
@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> None:
     out = output_directory(config.out, "epk_validation")
     OmegaConf.save(config, out / "config.yaml")
     name, model, trajectory, query = subject(config, out)
+    head = {"model": name, "steps": len(trajectory), "queries": len(query)}
     rows: list[dict[str, Any]] = []
     for nodes, rule in rules(config):
         started = perf_counter()
@@ -67,8 +68,7 @@ def main(arguments: list[str]) -> None:
                 "paper's KL": divergence,
             }
         )
-    summary = {"model": name, "steps": len(trajectory), "queries": len(query), "rows": rows}
-    write_json(out / "summary.json", summary)
+        write_json(out / "summary.json", {**head, "rows": rows})
     print(f"\n{name}, {len(trajectory)} steps, {len(query)} queries\n{table(rows)}\n{out / 'summary.json'}")
 
 

@@ -88,6 +88,16 @@ def train(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
     return Run(model, data, Trajectory.open(directory))
 
 
+def obtain(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
+    """The run of this seed: the one that `config.trajectory` holds, if it is of `config.seed`, or a new one."""
+    if config.trajectory is None or seed != config.seed:
+        return train(config, data, seed, directory)
+    model, trajectory = build(config, data, seed), Trajectory.open(config.trajectory)
+    trajectory.check_model(model)
+    model.load_state_dict(trajectory.state_dict(len(trajectory)))
+    return Run(model.eval(), data, trajectory)
+
+
 def fit(config: DictConfig, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
     """Trains a model on these samples as `train` does, without watching it."""
     optimizer, schedule = make_optimizer(config, model, -(-len(y) // config.batch))

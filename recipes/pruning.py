@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from explaind_track import Quadrature, Query, Trajectory, evaluate_pruning, parameter_scores, prune_masks
+from explaind_track import Quadrature, Query, evaluate_pruning, parameter_scores, prune_masks
 from recipes import images
 from recipes.common import configure, output_directory, save_figures, table, write_json
 from recipes.data import Split
@@ -78,12 +78,7 @@ def prune_filters(config: DictConfig, run: Run, seed: int) -> list[dict[str, flo
 
 def one_seed(config: DictConfig, data: Split, seed: int, out: Path) -> dict[str, list[dict[str, float]]]:
     """For each method its result at every sparsity."""
-    if config.trajectory is not None and seed == config.seeds[0]:
-        model, trajectory = images.build(config, data, seed), Trajectory.open(config.trajectory)
-        model.load_state_dict(trajectory.state_dict(len(trajectory)))
-        run = Run(model.eval(), data, trajectory)
-    else:
-        run = images.train(config, data, seed, out / f"trajectory-{seed}")
+    run = images.obtain(config, data, seed, out / f"trajectory-{seed}")
     spared = [f"{OUTPUT[config.model]}.*"]
     results: dict[str, list[dict[str, float]]] = {}
     for name, scores in rankings(config, run, seed).items():

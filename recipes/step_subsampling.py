@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     data = images.load(config)
     out = output_directory(config.out, "step_subsampling")
     OmegaConf.save(config, out / "config.yaml")
-    run = images.train(config, data, config.seed, out / "trajectory")
+    run = images.obtain(config, data, config.seed, out / "trajectory")
     influence = explain(
         run.trajectory,
         run.model,
