@@ -9,36 +9,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from omegaconf import OmegaConf
+import xarray as xr
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from explaind_track import Quadrature, Query, Trajectory, explain
+from explaind_track import Quadrature, Query, accuracy_curve, explain, step_scores
 from recipes import images
 from recipes.common import configure, output_directory, save_figures, table, write_json
+from recipes.images import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PARTS = ("kernel", "regularization")
+
 PAPER = "the paper: accurate with 60% of the steps, ranked by the change of the loss"
-
-
-def update_sizes(trajectory: Trajectory) -> Tensor:
-    """‖θ_{s+1} − θ_s‖ of every step, (S,)."""
-    squares = [
-        sum(float((update.after - update.before).square().sum()) for update in step.updates.values())
-        for step in trajectory.steps()
-    ]
-    return torch.tensor(squares).sqrt()
-
-
-def loss_changes(initial: Tensor, changes: Tensor, y: Tensor) -> Tensor:
-    """The change of the mean loss in every step, (S,), from the outputs before training, (X, O), and their changes in
-    every step, (S, X, O)."""
-    outputs = torch.cat([initial[None], initial + changes.cumsum(0)]).log_softmax(-1)
-    losses = -outputs.gather(-1, y[None, :, None].expand(len(outputs), -1, 1)).mean((1, 2))
-    return losses.diff()
 
 
 def greedy(changes: Tensor) -> Tensor:
@@ -56,19 +42,29 @@ def greedy(changes: Tensor) -> Tensor:
     return torch.tensor(order)
 
 
-def rankings(trajectory: Trajectory, initial: Tensor, changes: Tensor, y: Tensor, seed: int) -> dict[str, Tensor]:
-    """Orders of the steps, (S,) each, most important first; all that is known of predictions is known of the held-out
-    batch."""
-    total = changes.sum(0)
-    scores = {
-        "change of the loss (paper)": loss_changes(initial, changes, y).abs(),
-        "size of the update": update_sizes(trajectory),
-        "importance": changes.abs().sum((1, 2)),
-        "alignment with the whole change": (changes * total).sum((1, 2)),
-        "random": torch.rand(len(changes), generator=torch.Generator().manual_seed(seed)),
+def rankings(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, xr.DataArray]:
+    """Scores of the steps, (step) each, the most important ones largest; the held-out batch (x, y) is all they see of
+    predictions."""
+    rule = Quadrature.fixed(config.nodes)
+    outputs = explain(
+        run.trajectory, run.model, Query.outputs(x), keep=("step", "query", "output"), parts=PARTS, quadrature=rule
+    )
+    changes = -torch.from_numpy(outputs.total().transpose("step", "query", "output").values)
+    aligned = (changes * changes.sum(0)).sum((1, 2))
+    random = torch.rand(len(changes), generator=torch.Generator().manual_seed(config.seed))
+
+    def labelled(scores: Tensor) -> xr.DataArray:
+        return xr.DataArray(scores.numpy(), {"step": outputs.data["step"]}, ("step",))
+
+    loss = Query.loss(x, y).mean()
+    return {
+        "change of the loss (paper)": step_scores(run.trajectory, run.model, loss, by="loss"),
+        "size of the update": step_scores(run.trajectory, run.model, by="size"),
+        "importance": step_scores(run.trajectory, run.model, Query.outputs(x), by="influence"),
+        "alignment with the whole change": labelled(aligned),
+        "greedy": labelled(-greedy(changes).argsort().double()),
+        "random": labelled(random),
     }
-    orders = {name: score.argsort(descending=True) for name, score in scores.items()}
-    return {**orders, "greedy": greedy(changes)}
 
 
 def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
@@ -98,28 +94,21 @@ def main(arguments: list[str]) -> None:
     out = output_directory(config.out, "step_subsampling")
     OmegaConf.save(config, out / "config.yaml")
     run = images.obtain(config, data, config.seed, out / "trajectory")
+    held_out, shown = slice(-config.held_out, None), slice(None, -config.held_out)
     influence = explain(
         run.trajectory,
         run.model,
-        Query.outputs(data.x_test),
+        Query.outputs(data.x_test[shown]),
         keep=("step", "query", "output"),
+        parts=PARTS,
         quadrature=Quadrature.fixed(config.nodes),
     )
-    changes = -torch.from_numpy(influence.total().transpose("step", "query", "output").values)
-    initial = torch.from_numpy(influence.data["initial"].values)
-    final = torch.from_numpy(influence.data["final"].values).log_softmax(-1)
-    held_out, shown = slice(-config.held_out, None), slice(None, -config.held_out)
-
-    orders = rankings(run.trajectory, initial[held_out], changes[:, held_out], data.y_test[held_out].cpu(), config.seed)
+    kept = list(config.kept)
     curves: dict[str, list[dict[str, Any]]] = {}
-    for name, order in orders.items():
-        curves[name] = []
-        for fraction in config.kept:
-            chosen = order[: max(1, round(fraction * len(order)))].sort().values
-            sparse = (initial[shown] + changes[chosen][:, shown].sum(0)).log_softmax(-1)
-            fit = images.compare(final[shown], sparse, data.y_test[shown].cpu())
-            curves[name].append({"kept": fraction, "steps": len(chosen), **fit})
-
+    for name, scores in rankings(config, run, data.x_test[held_out], data.y_test[held_out]).items():
+        curve = accuracy_curve(influence, scores, kept)
+        values = zip(kept, curve["agreement"].values.tolist(), curve["kl"].values.tolist(), strict=True)
+        curves[name] = [{"kept": fraction, "agreement": one, "kl": other} for fraction, one, other in values]
     rows = [
         {"kept": fraction, **{name: curves[name][place]["agreement"] for name in curves}}
         for place, fraction in enumerate(config.kept)
@@ -127,12 +116,13 @@ def main(arguments: list[str]) -> None:
     needed = {
         name: next((row["kept"] for row in rows if row["agreement"] >= 0.9), None) for name, rows in curves.items()
     }
-    accuracy = float(np.mean((final[shown].argmax(-1) == data.y_test[shown].cpu()).numpy()))
-    summary = {"steps": len(changes), "accuracy": accuracy, "steps_for_90_percent": needed, "curves": curves}
+    accuracy = images.accuracy(run.model, data.x_test[shown], data.y_test[shown])
+    summary = {"steps": len(run.trajectory), "accuracy": accuracy, "steps_for_90_percent": needed, "curves": curves}
     write_json(out / "summary.json", summary)
     save_figures(out / "figures", {"steps": draw(curves)})
     print(
-        f"\nagreement of the sum over some of {len(changes)} steps with the model's decisions\n{table(rows)}\n{PAPER}"
+        f"\nagreement of the sum over some of {len(run.trajectory)} steps with the model's decisions\n{table(rows)}\n"
+        f"{PAPER}"
     )
     print(f"fraction of the steps needed for 90%: {needed}\n{out / 'summary.json'}\n{out / 'figures' / 'steps.png'}")
 

@@ -57,8 +57,8 @@ def test_the_path_kernel_stands_for_the_cnn(smoke: Smoke, capsys: pytest.Capture
 def test_steps_are_subsampled(smoke: Smoke) -> None:
     summary = smoke("step_subsampling", figures=("steps",))
     ends = [rows[-1] for rows in summary["curves"].values()]
-    assert all(row["steps"] == summary["steps"] for row in ends)
     assert len({row["kl"] for row in ends}) == 1  # all steps are the same steps in any order
+    assert summary["steps"] == 10
     assert ends[0]["agreement"] > 0.9
 
 
@@ -133,15 +133,6 @@ def test_the_greedy_order_takes_the_largest_part_of_the_sum_first() -> None:
     assert step_subsampling.greedy(changes).tolist() == [1, 2, 0, 3]
     opposed = torch.tensor([[9.0], [-9.0], [1.0]])[:, None]
     assert step_subsampling.greedy(opposed)[0] == 2  # the big ones cancel
-
-
-def test_loss_changes_add_up() -> None:
-    torch.manual_seed(0)
-    initial, changes, y = torch.randn(7, 4), torch.randn(5, 7, 4), torch.randint(4, (7,))
-    found = step_subsampling.loss_changes(initial, changes, y)
-    first, last = (nn.functional.cross_entropy(f, y) for f in (initial, initial + changes.sum(0)))
-    assert found.shape == (5,)
-    assert torch.allclose(found.sum(), last - first, atol=1e-6)
 
 
 def test_the_image_models_are_the_papers() -> None:
