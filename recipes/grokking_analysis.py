@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import xarray as xr
-from matplotlib.colors import SymLogNorm
+from matplotlib.colors import Normalize, SymLogNorm
 from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -154,6 +154,8 @@ def draw_matrices(
             _ticks(axis, axes_sums[0], modulus, "y")
     figure.colorbar(image, ax=axes, label=what, shrink=0.4)
     figure.supylabel("test sample: a+b (a+b mod p)", fontsize=9)
+    columns = "training" if matrices.dims[-1] == "sample" else "test"
+    figure.supxlabel(f"{columns} sample: a+b (a+b mod p)", fontsize=9)
     return figure
 
 
@@ -229,7 +231,12 @@ def main(arguments: list[str]) -> None:
                 shown, config.window, (query_sums, sample_sums), modulus, log, r"$\Psi_S(\Theta_{layer}, x_k, x)$"
             ),
             "cosines": draw_matrices(
-                alike, config.window, (query_sums, query_sums), modulus, None, "cosine over the training samples"
+                alike,
+                config.window,
+                (query_sums, query_sums),
+                modulus,
+                Normalize(-1, 1),
+                "cosine over the training samples",
             ),
             "lasso": draw_lasso(similarity, fit, query_sums, modulus, title),
         },
