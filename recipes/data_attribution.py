@@ -146,6 +146,13 @@ def main(arguments: list[str]) -> None:
         scores[name] = attribute().detach().cpu()
         seconds[name] = round(perf_counter() - started, 1)
 
+    head: dict[str, Any] = {
+        "accuracy": images.accuracy(run.model, data.x_test, data.y_test),
+        "queries": len(y),
+        "subsets": config.subsets,
+        "seconds": seconds,
+        "paper": PAPER_CIFAR2 if config.data.name == "cifar2" else None,
+    }
     generator = torch.Generator().manual_seed(config.seed)
     size = len(data.y_train)
     rows: list[dict[str, Any]] = []
@@ -159,17 +166,8 @@ def main(arguments: list[str]) -> None:
             correlation = lds(score, (truth, chosen))[0].nan_to_num()
             row |= {name: float(correlation.mean()), f"± {name}": float(correlation.std() / len(correlation) ** 0.5)}
         rows.append(row)
+        write_json(out / "summary.json", {**head, "rows": rows})
 
-    summary = {
-        "accuracy": images.accuracy(run.model, data.x_test, data.y_test),
-        "queries": len(y),
-        "subsets": config.subsets,
-        "rows": rows,
-        "seconds": seconds,
-    }
-    if config.data.name == "cifar2":
-        summary["paper"] = PAPER_CIFAR2
-    write_json(out / "summary.json", summary)
     save_figures(out / "figures", {"lds": draw(rows, list(scores))})
     print(f"\nlinear datamodeling score of {config.subsets} models for each fraction, {len(y)} queries\n{table(rows)}")
     print(f"seconds: {seconds} (the paper, on a GPU: path kernel 170, TRAK 114, TracIn 100)")
