@@ -79,6 +79,9 @@ def transplants(
             donor, runs = trajectory.state_dict(step), []
             for seed in config.seeds:
                 model = fresh_model(recorded, seed)
+                if config.deviation is not None:
+                    for parameter in model.parameters():
+                        nn.init.normal_(parameter, std=config.deviation)
                 transplant(model, donor, PARTS[name])
                 runs.append(retrain(recorded, config, model, data))
                 bar.update()
