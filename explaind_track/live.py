@@ -37,8 +37,6 @@ class Live:
 
         Raises ValueError for queries that cannot be differentiated, and for names that are taken or unknown.
         """
-        if not queries:
-            raise ValueError("a Tracker needs at least one query, such as {'test': Query.outputs(x_test, y_test)}")
         taken = set(auxiliary) & {*PARTS, *SHARES}
         if taken:
             raise ValueError(f"auxiliary losses cannot be called {sorted(taken)}: parts of a step have these names")

@@ -163,7 +163,9 @@ class SampleProducts:
         for group, names in enumerate(self._groups.values()):
             for name in names:
                 if name in directions:
-                    one, other = (value.reshape(len(value), -1) for value in (directions[name], gradients[name]))
+                    one, other = (
+                        _without_specks(value).reshape(len(value), -1) for value in (directions[name], gradients[name])
+                    )
                     result[group] += einsum(one, other, "r d, n d -> r n")
         return result
 
@@ -202,3 +204,14 @@ class SampleProducts:
                 return False
         tolerance = together.abs().clamp(min=1e-3) * torch.finfo(together.dtype).eps ** 0.5
         return bool((alone - together).abs() <= tolerance)
+
+
+def _without_specks(value: Tensor) -> Tensor:
+    """Zero where an entry is so far below the largest that its products may be subnormal numbers: no sum in this
+    precision sees those, but a CPU multiplies them a hundred times slower. Gradients of well-learned samples are full
+    of them (modulo-113 Transformer, step 1700, decoder, 200 × 1000 products: 12 s instead of 0.09 s)."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return value
+    low, high = value.aminmax()
+    largest = max(-float(low), float(high))
+    return nn.functional.hardshrink(value, torch.finfo(value.dtype).tiny ** 0.5 * largest)

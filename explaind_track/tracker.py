@@ -77,7 +77,8 @@ class Tracker:
         scores: str | None = None,
     ) -> None:
         """queries: by name. The first owns the plain panels (`kernel/decoder`), the others prefix theirs with their
-        name; losses are shown by their signed change (`loss/kernel/decoder` for the first of them).
+        name; losses are shown by their signed change (`loss/kernel/decoder` for the first of them). None at all: the
+        run is only recorded.
 
         groups:        see `resolve_groups`.
         sample_loss:   `(model, batch)` → unreduced losses (N,), needed for anything about single samples.
@@ -100,6 +101,11 @@ class Tracker:
         that the model does not have, for groups that are no partition, and for a query that cannot be differentiated;
         FileExistsError for a trajectory directory that holds something; TrajectoryError where one cannot be written.
         """
+        if not queries and trajectory is None:
+            raise ValueError(
+                "a Tracker needs at least one query, such as {'test': Query.outputs(x_test, y_test)}, or a trajectory= "
+                "to record, to be explained afterwards"
+            )
         self.model, self.optimizer, self.every, self.samples_every = model, optimizer, every, samples_every
         parameters = dict(model.named_parameters())
         self.groups = resolve_groups(groups, parameters)

@@ -1,9 +1,18 @@
 """The paper's data sets (Appendix E)."""
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+HUB = {"mnist": "ylecun/mnist", "cifar2": "uoft-cs/cifar10"}
+"""Where the images come from, unless there is a local copy."""
+
+CIFAR2 = ("cat", "dog")
+"""The classes of CIFAR-10 that make CIFAR-2."""
 
 
 @dataclass(frozen=True)
@@ -32,3 +41,64 @@ def modulo_addition(modulus: int, train: int, test: int, seed: int) -> Split:
     x = torch.stack([a, torch.full_like(a, modulus), b, torch.full_like(b, modulus + 1)], dim=1)
     y = (a + b) % modulus
     return Split(x[:train], y[:train], x[train : train + test], y[train : train + test])
+
+
+def image_data(name: str, path: str | None, train: int, test: int) -> Split:
+    """Images (N, channels, side, side), each channel standardised over the training images, and labels (N,).
+
+    name: "mnist", "cifar2" (through `datasets`, from `path` or from the hub), or scikit-learn's bundled "digits".
+    Exits with a sentence for data that cannot be had; ValueError if there are fewer samples than asked for.
+    """
+    if name == "digits":
+        parts = _digits(train)
+    elif name in HUB:
+        dataset = _load_dataset(name, path)
+        parts = [_images(dataset[split]) for split in ("train", "test")]
+    else:
+        sys.exit(f"there is no data '{name}': data.name is mnist, cifar2 or digits")
+    (x_train, y_train), (x_test, y_test) = parts
+    if train > len(y_train) or test > len(y_test):
+        raise ValueError(f"{name} has {len(y_train)} and {len(y_test)} samples, too few for train={train}, test={test}")
+    x_train, x_test = x_train[:train], x_test[:test]
+    mean, deviation = x_train.mean((0, 2, 3), keepdim=True), x_train.std((0, 2, 3), keepdim=True)
+    return Split((x_train - mean) / deviation, y_train[:train], (x_test - mean) / deviation, y_test[:test])
+
+
+def _digits(train: int) -> list[tuple[Tensor, Tensor]]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y = torch.from_numpy(digits.images).float()[:, None] / 16, torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
+    return [(x[:train], y[:train]), (x[train:], y[train:])]
+
+
+def _load_dataset(name: str, path: str | None) -> Any:
+    """A local copy, or the hub's. Whatever goes wrong there is for the reader of a sentence, not of a traceback."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(path or HUB[name])
+    except (OSError, ValueError) as error:  # without network, not on the hub, not a directory of images
+        where = f"data.path={path}" if path else f"{HUB[name]} on the Hugging Face hub"
+        reason = str(error).splitlines()[0]
+        sys.exit(
+            f"could not load {name} from {where}: {reason}\nTo go on, connect to the network, or say where a copy is "
+            "(data.path=DIRECTORY with train and test parquet files), or use data.name=digits, which needs neither"
+        )
+
+
+def _images(dataset: Any) -> tuple[Tensor, Tensor]:
+    """All images of one split in [0, 1], (N, channels, side, side), and their labels (N,)."""
+    names = dataset.features["label"].names
+    if len(names) == 10 and set(CIFAR2) <= set(names):
+        kept = [names.index(one) for one in CIFAR2]
+        dataset = dataset.filter(lambda label: label in kept, input_columns="label")
+        names = CIFAR2
+    else:
+        kept = list(range(len(names)))
+    column = next(one for one in dataset.column_names if one != "label")
+    x = torch.from_numpy(np.stack([np.asarray(image) for image in dataset[column]])).float() / 255
+    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
+    return x, torch.tensor([kept.index(label) for label in dataset["label"]])

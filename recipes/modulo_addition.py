@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from explaind_track import Influence, Quadrature, Query, Tracker, how_to_look, open_run, plots
+from explaind_track import Influence, Quadrature, Query, Tracker, Trajectory, how_to_look, open_run, plots
 from explaind_track.artifacts import directory_mb
 from recipes.common import configure, output_directory, write_json
 from recipes.data import Split, modulo_addition
@@ -38,11 +38,32 @@ def sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.nll_loss(model(batch[0]), batch[1], reduction="none")
 
 
+def fresh_model(config: DictConfig, seed: int) -> ModuloTransformer:
+    """The model before training."""
+    torch.manual_seed(seed)
+    return ModuloTransformer(tokens=config.modulus + 2).to(config.device)
+
+
 def build(config: DictConfig) -> tuple[ModuloTransformer, Split]:
     """The model before training, and the data."""
-    torch.manual_seed(config.seed)
-    model = ModuloTransformer(tokens=config.modulus + 2).to(config.device)
+    model = fresh_model(config, config.seed)
     return model, modulo_addition(config.modulus, config.train, config.test, config.seed).to(config.device)
+
+
+def make_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.AdamW:
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+
+
+def finished(directory: str) -> tuple[DictConfig, ModuloTransformer, Split, Trajectory]:
+    """The configuration, the model (as it was before training), the data and the record of a finished run of this
+    recipe; exits with a message if there is none."""
+    run = Path(directory)
+    if not (run / "config.yaml").is_file() or not (run / "trajectory").is_dir():
+        sys.exit(f"run={run} holds no run of recipes.modulo_addition: there is no config.yaml or no trajectory in it")
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)  # a mapping at the top
+    return config, *build(config), Trajectory.open(run / "trajectory")
 
 
 def held_out(config: DictConfig, data: Split) -> Query:
@@ -64,12 +85,14 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def train(config: DictConfig, tracker: Tracker, data: Split) -> dict[str, list[float]]:
-    """Trains until the test accuracy is 1, at most `config.steps` steps. Returns what Fig. 3(a) shows of accuracy."""
+    """Trains until the test accuracy is 1 and `config.go_on` steps more, at most `config.steps` in all. Returns what
+    Fig. 3(a) shows of accuracy."""
     model, optimizer = tracker.model, tracker.optimizer
     index = torch.arange(len(data.y_train))
     curve: dict[str, list[float]] = {"step": [], "train": [], "test": []}
-    with tqdm(total=config.steps, desc="train", unit="step") as bar:
-        while tracker.number < config.steps:
+    last = config.steps
+    with tqdm(total=last, desc="train", unit="step") as bar:
+        while tracker.number < last:
             with tracker.step():
                 optimizer.zero_grad()
                 tracker.batch((data.x_train, data.y_train), index=index)
@@ -81,7 +104,7 @@ def train(config: DictConfig, tracker: Tracker, data: Split) -> dict[str, list[f
                     tracker.log({"train/loss": loss.item()})
                 optimizer.step()
             bar.update()
-            if tracker.number % config.evaluate_every == 0 or tracker.number == config.steps:
+            if tracker.number % config.evaluate_every == 0 or tracker.number == last:
                 train_accuracy = accuracy(model, data.x_train, data.y_train)
                 test_accuracy = accuracy(model, data.x_test, data.y_test)
                 tracker.log({"train/accuracy": train_accuracy, "test/accuracy": test_accuracy})
@@ -94,7 +117,7 @@ def train(config: DictConfig, tracker: Tracker, data: Split) -> dict[str, list[f
                     residual=f"{tracker.residual('query'):.4f}",
                 )
                 if test_accuracy == 1.0:
-                    break
+                    last = min(last, tracker.number + config.go_on)
     return curve
 
 
@@ -129,9 +152,7 @@ def main(arguments: list[str]) -> None:
     out = output_directory(config.out, "modulo_addition")
     OmegaConf.save(config, out / "config.yaml")
     model, data = build(config)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay
-    )
+    optimizer = make_optimizer(config, model)
     run = open_run(config.project, out, name=out.name, config=OmegaConf.to_container(config))
     queries = {
         "query": held_out(config, data),

@@ -1,6 +1,7 @@
-"""A small training job that the tests of the Tracker and of the trajectory share."""
+"""What several tests share: a small training job, and one short run of the main recipe."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -153,3 +154,28 @@ def close_wandb() -> None:
 def closing_wandb() -> Iterator[None]:
     yield
     close_wandb()
+
+
+@dataclass(frozen=True)
+class MainJob:
+    """A finished run of `recipes.modulo_addition`, too short to learn anything."""
+
+    out: Path
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
+    """From its command line, as a user would start it."""
+    out = tmp_path_factory.mktemp("recipe") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.modulo_addition", "preset=smoke", f"out={out}"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return MainJob(out, done.stdout, done.stderr)

@@ -24,7 +24,7 @@ HEAD = """# What is exact
 
 Written by `python tests/exactness.py` from the cases and loops that the tests run over (float64 unless said; the
 largest error of all steps, relative to the largest number). *Oracle*: the plain loops of `reference.py`, at equal
-nodes. *Residual*: what the refined split of a step leaves of the change of the prediction (tolerance 1e-9 for the loops).
+nodes. *Residual*: what the refined split of a step leaves of the change of the prediction (1e-9 asked of the loops).
 
 """
 REFUSED = {

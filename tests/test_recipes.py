@@ -1,47 +1,31 @@
 """The recipes from their command lines, shortened."""
 
+import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import MainJob
 from safetensors import safe_open
 
 from explaind_track import Influence, Trajectory
+from recipes import epk_validation
 from recipes.data import modulo_addition
 from recipes.models import ModuloTransformer
 
-ROOT = Path(__file__).parents[1]
+
+@pytest.fixture
+def run(main_job: MainJob) -> Path:
+    return main_job.out
 
 
-def recipe(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"recipes.{name}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("recipe") / "run"
-    small = ("train=300", "test=100", "queries=10", "steps=12", "samples_every=5", "keyframe_every=5", "modulus=31")
-    done = recipe("modulo_addition", f"out={out}", *small)
-    assert done.returncode == 0, done.stderr
-    assert "loss=" in done.stderr
-    assert "residual=" in done.stderr
-    assert "wandb leet" in done.stdout
-    assert "wandb sync" in done.stdout
-    return out
-
-
-def test_the_main_job_leaves_what_it_says(run: Path) -> None:
+def test_the_main_job_leaves_what_it_says(main_job: MainJob) -> None:
+    run = main_job.out
+    assert "loss=" in main_job.stderr
+    assert "residual=" in main_job.stderr
+    assert "wandb leet" in main_job.stdout
+    assert "wandb sync" in main_job.stdout
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 12
     assert all(isinstance(value, int | float) for value in summary.values())
@@ -63,26 +47,32 @@ def test_per_sample_gradients_are_used_where_samples_are_shown(run: Path) -> Non
         assert min(norms) > 0
 
 
-def test_a_recorded_run_is_checked_offline(run: Path) -> None:
-    done = recipe("epk_validation", f"run={run}", "nodes=4")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((run / "epk_validation-4.json").read_text())
-    assert result["agreement"] == 1.0
-    assert result["kl"] < 1e-3
-    assert "EPK acc." in done.stdout
+def test_a_recorded_run_is_checked_offline(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    epk_validation.main([f"run={run}", "nodes=4", "tolerance=null", f"out={tmp_path / 'out'}"])
+    (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert row["agreement"] == 1.0
+    assert row["kl"] < 1e-3
+    assert "paper's KL" in capsys.readouterr().out
 
 
-def test_what_cannot_be_run_is_refused_with_a_sentence(run: Path, tmp_path: Path) -> None:
-    for name, arguments, message in (
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
         ("modulo_addition", ["stepz=3"], "Key 'stepz'"),
-        ("modulo_addition", [f"out={run}"], "holds a run already"),
-        ("epk_validation", [], "say which run"),
-        ("epk_validation", [f"run={tmp_path}"], "holds no run"),
-    ):
-        done = recipe(name, *arguments)
-        assert done.returncode != 0
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        ("modulo_addition", ["out={run}"], "holds a run already"),
+        ("modulo_addition", ["preset=tiny"], "no preset 'tiny', only smoke"),
+        ("epk_validation", ["run={empty}", "out={empty}/out"], "holds no run"),
+        ("epk_validation", ["data.path=/nowhere", "out={empty}/out"], "data.name=digits, which needs neither"),
+        ("pipeline_transplant", [], "say which run"),
+        ("grokking_analysis", [], "say which runs"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_a_sentence(
+    name: str, arguments: list[str], message: str, run: Path, tmp_path: Path
+) -> None:
+    given = [argument.format(run=run, empty=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit, match=message):
+        importlib.import_module(f"recipes.{name}").main(given)
 
 
 def test_the_transformer_is_the_papers() -> None:

@@ -1,0 +1,133 @@
+"""The image classifiers of the paper (E.1): model, data, and a training run under a Tracker."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from explaind_track import Tracker, Trajectory
+from recipes.data import Split, image_data
+from recipes.models import CNN, ResNet9
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model, its data, and the record of its training."""
+
+    model: nn.Module
+    data: Split
+    trajectory: Trajectory
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The training samples of these indices."""
+        return self.data.x_train[index], self.data.y_train[index]
+
+
+def sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def build(config: DictConfig, data: Split, seed: int) -> nn.Module:
+    """The model before training."""
+    torch.manual_seed(seed)
+    _, channels, side, _ = data.x_train.shape
+    classes = int(data.y_train.max()) + 1
+    model = CNN(side, channels, classes) if config.model == "cnn" else ResNet9(channels, classes)
+    return model.to(config.device)
+
+
+def make_optimizer(config: DictConfig, model: nn.Module, steps_per_epoch: int) -> tuple[Any, Any]:
+    """The optimizer, and the schedule of its learning rate (one triangle over all epochs, or none)."""
+    options = {name: value for name, value in config.optimizer.items() if value is not None and name != "name"}
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    optimizer = getattr(torch.optim, config.optimizer.name)(model.parameters(), **options)
+
+    def share(step: int) -> float:
+        if config.peak is None:
+            return 1.0
+        rise, all_steps = config.peak * steps_per_epoch, config.epochs * steps_per_epoch
+        return float(min((step + 1) / rise, (all_steps - step) / (all_steps - rise)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def batches(size: int, config: DictConfig, seed: int) -> Iterator[Tensor]:
+    """The indices of every step's batch: each epoch in a new random order."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(config.epochs):
+        yield from torch.randperm(size, generator=generator).split(config.batch)
+
+
+def train(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
+    """Trains a model and records it in `directory`."""
+    model = build(config, data, seed)
+    size = len(data.y_train)
+    steps_per_epoch = -(-size // config.batch)
+    optimizer, schedule = make_optimizer(config, model, steps_per_epoch)
+    tracker = Tracker(model, optimizer, queries={}, trajectory=directory)
+    with tqdm(batches(size, config, seed), "train", config.epochs * steps_per_epoch, unit="step") as bar:
+        for index in bar:
+            batch = data.x_train[index], data.y_train[index]
+            with tracker.step():
+                optimizer.zero_grad()
+                tracker.batch(batch, index=index)
+                loss = sample_loss(model, batch).mean()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    tracker.finish()
+    model.eval()
+    return Run(model, data, Trajectory.open(directory))
+
+
+def obtain(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
+    """The run of this seed: the one that `config.trajectory` holds, if it is of `config.seed`, or a new one."""
+    if config.trajectory is None or seed != config.seed:
+        return train(config, data, seed, directory)
+    model, trajectory = build(config, data, seed), Trajectory.open(config.trajectory)
+    trajectory.check_model(model)
+    model.load_state_dict(trajectory.state_dict(len(trajectory)))
+    return Run(model.eval(), data, trajectory)
+
+
+def fit(config: DictConfig, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
+    """Trains a model on these samples as `train` does, without watching it."""
+    optimizer, schedule = make_optimizer(config, model, -(-len(y) // config.batch))
+    for index in batches(len(y), config, seed):
+        optimizer.zero_grad()
+        sample_loss(model, (x[index], y[index])).mean().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def load(config: DictConfig) -> Split:
+    """The data that the configuration names."""
+    data = image_data(config.data.name, config.data.path, config.data.train, config.data.test)
+    return data.to(config.device)
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output on x, (X, classes), a thousand at a time."""
+    return torch.cat([model(chunk) for chunk in x.split(1000)])
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return float((log_probabilities(model, x).argmax(-1) == y).float().mean())
+
+
+def compare(log_p: Tensor, log_q: Tensor, y: Tensor) -> Mapping[str, float]:
+    """Model q beside model p, (X, classes) log-probabilities each: accuracy of q on y, agreement, KL(p ‖ q) in nats."""
+    return {
+        "accuracy": float((log_q.argmax(-1) == y).float().mean()),
+        "agreement": float((log_q.argmax(-1) == log_p.argmax(-1)).float().mean()),
+        "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
+    }

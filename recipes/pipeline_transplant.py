@@ -1,0 +1,232 @@
+"""Fig. 3(b), 10 and 11: training on grokked layers, and swapping them into checkpoints of the run they grew in.
+
+    python -m recipes.pipeline_transplant run=DIR [key=value …]
+
+`out` receives summary.json, config.yaml and figures/: transplant.png, swaps.png, confusion.png.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from explaind_track import Trajectory, resolve_groups
+from recipes.common import configure, output_directory, save_figures, table, write_json
+from recipes.data import Split
+from recipes.modulo_addition import GROUPS, accuracy, finished, fresh_model, make_optimizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PARTS = {
+    "attention + linear 1": ("att_encoder", "att_decoder", "linear1"),
+    "attention": ("att_encoder", "att_decoder"),
+    "embedding + linear 2 + decoder": ("embedding", "linear2", "decoder"),
+    "nothing": (),
+}
+"""The layers that are transplanted: the paper's, and none at all to compare with."""
+
+SWAPS = {
+    "unedited": (),
+    "embedding + linear 2 + decoder": ("embedding", "linear2", "decoder"),
+    "embedding + decoder": ("embedding", "decoder"),
+    "attention + linear 1": ("att_encoder", "att_decoder", "linear1"),
+}
+"""The layers of the final model that are swapped into its checkpoints."""
+
+
+def transplant(model: nn.Module, donor: Mapping[str, Tensor], groups: Sequence[str]) -> None:
+    """Puts the parameters of these groups, from the donor's state, in the place of the model's."""
+    members = resolve_groups(GROUPS, dict(model.named_parameters()))
+    model.load_state_dict({name: donor[name] for group in groups for name in members[group]}, strict=False)
+
+
+def retrain(recorded: DictConfig, config: DictConfig, model: nn.Module, data: Split) -> np.ndarray[Any, Any]:
+    """Trains as the run was trained. Returns train and test accuracy every so many steps, (evaluations, 2), the last
+    ones repeated once the test accuracy is 1."""
+    optimizer = make_optimizer(recorded, model)
+    curve: list[tuple[float, float]] = []
+    for step in range(config.steps + 1):
+        if step % config.evaluate_every == 0:
+            done = bool(curve) and curve[-1][1] == 1.0
+            curve.append(
+                curve[-1]
+                if done
+                else (accuracy(model, data.x_train, data.y_train), accuracy(model, data.x_test, data.y_test))
+            )
+        if curve[-1][1] < 1.0:
+            optimizer.zero_grad()
+            F.nll_loss(model(data.x_train), data.y_train).backward()
+            optimizer.step()
+    return np.array(curve)
+
+
+def transplants(
+    recorded: DictConfig, config: DictConfig, trajectory: Trajectory, data: Split
+) -> dict[tuple[int, str], np.ndarray[Any, Any]]:
+    """For every checkpoint and choice of layers the curves of all seeds, (seeds, evaluations, 2)."""
+    curves: dict[tuple[int, str], np.ndarray[Any, Any]] = {}
+    steps = [round(fraction * len(trajectory)) for fraction in config.checkpoints]
+    cases = [(step, name) for name in PARTS for step in (steps if PARTS[name] else steps[:1])]
+    with tqdm(total=len(cases) * len(config.seeds), desc="transplants", unit="run") as bar:
+        for step, name in cases:
+            donor, runs = trajectory.state_dict(step), []
+            for seed in config.seeds:
+                model = fresh_model(recorded, seed)
+                if config.deviation is not None:
+                    for parameter in model.parameters():
+                        nn.init.normal_(parameter, std=config.deviation)
+                transplant(model, donor, PARTS[name])
+                runs.append(retrain(recorded, config, model, data))
+                bar.update()
+            curves[step, name] = np.stack(runs)
+    return curves
+
+
+def swaps(config: DictConfig, model: nn.Module, trajectory: Trajectory, data: Split) -> dict[str, Any]:
+    """The test accuracy of the run's checkpoints, with layers of the final model in them; by step."""
+    final = trajectory.state_dict(len(trajectory))
+    steps = list(range(0, len(trajectory), config.swap_every))
+    curves: dict[str, Any] = {"step": steps, **{name: [] for name in SWAPS}}
+    for step in tqdm(steps, "swaps", unit="checkpoint"):
+        own = trajectory.state_dict(step)
+        for name, groups in SWAPS.items():
+            model.load_state_dict(own)
+            transplant(model, final, groups)
+            curves[name].append(accuracy(model, data.x_test, data.y_test))
+    return curves
+
+
+@torch.no_grad()
+def confusion(model: nn.Module, data: Split, modulus: int) -> Tensor:
+    """How many test samples of each class were taken for which: (right, predicted)."""
+    predicted = model(data.x_test)[:, :modulus].argmax(-1)
+    return torch.bincount(data.y_test * modulus + predicted, minlength=modulus**2).reshape(modulus, modulus)
+
+
+def systematic(counts: Tensor) -> float:
+    """The share of the test samples whose prediction is off by one of the five most common differences."""
+    modulus = len(counts)
+    right, predicted = torch.meshgrid(torch.arange(modulus), torch.arange(modulus), indexing="ij")
+    by_difference = torch.bincount(((predicted - right) % modulus).flatten(), counts.flatten().double(), modulus)[1:]
+    return float(by_difference.topk(min(5, modulus - 1)).values.sum() / counts.sum())
+
+
+def draw_transplants(curves: Mapping[tuple[int, str], np.ndarray[Any, Any]], every: int) -> "Figure":
+    """Fig. 11: a row for each checkpoint and a column for each choice of layers; mean and deviation over the seeds."""
+    from matplotlib.figure import Figure
+
+    steps, names = sorted({step for step, _ in curves}, reverse=True), [name for name in PARTS if PARTS[name]]
+    figure = Figure(figsize=(11, 2.4 * len(steps) + 0.6), layout="constrained")
+    axes = figure.subplots(len(steps), len(names), sharex=True, sharey=True, squeeze=False)
+    baseline = next(values for (_, name), values in curves.items() if not PARTS[name])
+    for row, step in enumerate(steps):
+        for axis, name in zip(axes[row], names, strict=True):
+            values = curves[step, name]
+            time = np.arange(values.shape[1]) * every
+            for place, label in enumerate(("train", "test")):
+                mean, deviation = values[..., place].mean(0), values[..., place].std(0)
+                axis.plot(time, mean, label=label)
+                axis.fill_between(time, mean - deviation, mean + deviation, alpha=0.25)
+            axis.plot(time, baseline[..., 1].mean(0), color="gray", linestyle=":", label="test, nothing transplanted")
+            axis.set_title(f"{name}, from step {step}", fontsize=9)
+            axis.grid(alpha=0.2)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy")
+    for axis in axes[-1]:
+        axis.set_xlabel("training step after the transplant")
+    axes[0, 0].legend(fontsize=8, loc="center right")
+    return figure
+
+
+def draw_swaps(curves: Mapping[str, Any]) -> "Figure":
+    """Fig. 10, left."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for name in SWAPS:
+        axis.plot(curves["step"], curves[name], label=name, color="black" if name == "unedited" else None)
+    axis.set_xlabel("training step of the checkpoint")
+    axis.set_ylabel("test accuracy")
+    axis.set_title("layers of the final model in earlier checkpoints", fontsize=10)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.2)
+    return figure
+
+
+def draw_confusion(matrices: Mapping[tuple[int, str], Tensor]) -> "Figure":
+    """Fig. 10, right: the difference of prediction and truth shows as a diagonal."""
+    from matplotlib.figure import Figure
+
+    steps, names = sorted({step for step, _ in matrices}), list(dict.fromkeys(name for _, name in matrices))
+    figure = Figure(figsize=(4.6 * len(names), 4.2 * len(steps)), layout="constrained")
+    axes = figure.subplots(len(steps), len(names), squeeze=False)
+    for (step, name), counts in matrices.items():
+        axis = axes[steps.index(step), names.index(name)]
+        image = axis.imshow(counts.numpy(), vmin=0, vmax=10, cmap="magma_r", interpolation="nearest")
+        axis.set_title(f"step {step}, {name}", fontsize=9)
+        axis.set_xlabel("predicted (a + b) mod p")
+        axis.set_ylabel("right (a + b) mod p")
+    figure.colorbar(image, ax=axes, label="test samples", shrink=0.6, extend="max")
+    return figure
+
+
+def main(arguments: list[str]) -> None:
+    config = configure("pipeline_transplant", arguments)
+    if OmegaConf.is_missing(config, "run"):
+        sys.exit("say which run to take layers from: python -m recipes.pipeline_transplant run=DIR")
+    recorded, model, data, trajectory = finished(config.run)
+    out = output_directory(config.out, "pipeline_transplant")
+    OmegaConf.save(config, out / "config.yaml")
+    swapped = swaps(config, model, trajectory, data)
+    matrices: dict[tuple[int, str], Tensor] = {}
+    outer = "embedding + linear 2 + decoder"
+    for step in (round(fraction * len(trajectory)) for fraction in config.confusion):
+        for name in ("unedited", outer):
+            model.load_state_dict(trajectory.state_dict(step))
+            transplant(model, trajectory.state_dict(len(trajectory)), SWAPS[name])
+            matrices[step, name] = confusion(model, data, recorded.modulus)
+    curves = transplants(recorded, config, trajectory, data)
+
+    rows = [
+        {
+            "transplanted": name,
+            "from step": step if PARTS[name] else None,
+            "test accuracy": float(values[:, -1, 1].mean()),
+            "±": float(values[:, -1, 1].std()),
+            "train accuracy": float(values[:, -1, 0].mean()),
+            "steps to 90% on test": _first(values[..., 1].mean(0) >= 0.9, config.evaluate_every),
+        }
+        for (step, name), values in curves.items()
+    ]
+    gain = np.array(swapped[outer]) - np.array(swapped["unedited"])
+    summary = {
+        "steps": config.steps,
+        "seeds": len(config.seeds),
+        "transplants": rows,
+        "swaps": swapped,
+        "swap_largest_gain": float(gain.max()),
+        "swap_largest_gain_step": swapped["step"][int(gain.argmax())],
+        "systematic_errors": {f"{name}, step {step}": systematic(m) for (step, name), m in matrices.items()},
+    }
+    write_json(out / "summary.json", summary)
+    figures = {"transplant": draw_transplants(curves, config.evaluate_every), "swaps": draw_swaps(swapped)}
+    save_figures(out / "figures", {**figures, "confusion": draw_confusion(matrices)})
+    print(f"\nafter at most {config.steps} steps, {len(config.seeds)} seeds\n{table(rows)}")
+    print(f"the outer layers swapped in: at most {gain.max():+.3f}, at step {summary['swap_largest_gain_step']}")
+    print(f"{out / 'summary.json'}\n{out / 'figures'}")
+
+
+def _first(found: np.ndarray[Any, Any], every: int) -> int | None:
+    return int(found.argmax()) * every if found.any() else None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,157 @@
+"""§4.1, Fig. 2: how well do the parameters that matter most by their scores stand for the whole model?
+
+    python -m recipes.pruning [key=value …]
+
+`out` receives summary.json, config.yaml, figures/pruning.png and a trajectory for each seed.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from explaind_track import Quadrature, Query, evaluate_pruning, parameter_scores, prune_masks
+from recipes import images
+from recipes.common import configure, output_directory, save_figures, table, write_json
+from recipes.data import Split
+from recipes.images import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OURS = "path kernel"
+FILTERS = "filters, retrained (Li et al.)"
+OUTPUT = {"cnn": "linear2", "resnet9": "linear"}
+"""The layer that nobody prunes."""
+
+
+def rankings(config: DictConfig, run: Run, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Scores of every parameter, by method; the largest are kept."""
+    x, y = run.data.x_train[: config.queries], run.data.y_train[: config.queries]
+    rule = Quadrature.fixed(config.nodes)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = dict(run.model.named_parameters())
+    return {
+        OURS: parameter_scores(run.trajectory, run.model, Query.outputs(x), importance=True, quadrature=rule),
+        f"{OURS}, signed, of the loss": parameter_scores(
+            run.trajectory, run.model, Query.loss(x, y).mean(), quadrature=rule
+        ),
+        "magnitude": {name: value.detach().abs() for name, value in parameters.items()},
+        "random": {name: torch.rand(value.shape, generator=generator) for name, value in parameters.items()},
+    }
+
+
+def prune_filters(config: DictConfig, run: Run, seed: int) -> list[dict[str, float]]:
+    """Li et al. (2017): at every sparsity in turn, the filters with the smallest L1 norm go, and the rest is trained
+    on. The sparsity that whole filters allow is told."""
+    model = images.build(config, run.data, seed)
+    model.load_state_dict(run.model.state_dict())
+    before = images.log_probabilities(run.model, run.data.x_test)
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and name != OUTPUT[config.model]
+    ]
+    retraining = OmegaConf.merge(config, {"epochs": config.retrain_epochs, "peak": None})
+    assert isinstance(retraining, DictConfig)  # of two mappings
+    results = []
+    for sparsity in sorted(config.sparsity):
+        for layer in layers:
+            filters = len(layer.weight)
+            gone = int((layer.weight.flatten(1).abs().sum(1) == 0).sum())
+            more = min(round(sparsity * filters), filters - 1) - gone
+            if more > 0:
+                prune.ln_structured(layer, "weight", more, n=1, dim=0)
+        images.fit(retraining, model, run.data.x_train, run.data.y_train, seed)
+        after = images.log_probabilities(model, run.data.x_test)
+        dropped = sum(int((layer.weight == 0).sum()) for layer in layers)
+        reached = dropped / sum(layer.weight.numel() for layer in layers)
+        results.append({**images.compare(before, after, run.data.y_test), "sparsity": reached})
+    return results
+
+
+def one_seed(config: DictConfig, data: Split, seed: int, out: Path) -> dict[str, list[dict[str, float]]]:
+    """For each method its result at every sparsity."""
+    run = images.obtain(config, data, seed, out / f"trajectory-{seed}")
+    spared = [f"{OUTPUT[config.model]}.*"]
+    results: dict[str, list[dict[str, float]]] = {}
+    for name, scores in rankings(config, run, seed).items():
+        results[name] = [
+            evaluate_pruning(run.model, prune_masks(scores, 1 - sparsity, exclude=spared), data.x_test, data.y_test)
+            for sparsity in sorted(config.sparsity)
+        ]
+    results[FILTERS] = prune_filters(config, run, seed)
+    return results
+
+
+def draw(methods: Mapping[str, Mapping[str, Any]], sparsity: list[float]) -> "Figure":
+    """Fig. 2: mean and standard deviation over the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for name, values in methods.items():
+        for axis, key in zip(axes, ("accuracy", "kl"), strict=True):
+            axis.errorbar(sparsity, values[key], values[f"± {key}"], marker=".", capsize=2, label=name)
+    axes[0].set_ylabel("test accuracy")
+    axes[1].set_ylabel("KL(whole model ‖ pruned), nats")
+    for axis in axes:
+        axis.set_xlabel("sparsity (fraction of parameters pruned, output layer aside)")
+        axis.grid(alpha=0.2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def main(arguments: list[str]) -> None:
+    config = configure("pruning", arguments)
+    data = images.load(config)
+    out = output_directory(config.out, "pruning")
+    OmegaConf.save(config, out / "config.yaml")
+    seeds = [one_seed(config, data, seed, out) for seed in config.seeds]
+
+    methods: dict[str, dict[str, Any]] = {}
+    for name in seeds[0]:
+        methods[name] = {}
+        for key in ("accuracy", "agreement", "kl", "sparsity"):
+            values = np.array([[row[key] for row in seed[name]] for seed in seeds])
+            methods[name] |= {key: values.mean(0).tolist(), f"± {key}": values.std(0).tolist()}
+    sparsity = sorted(config.sparsity)
+    rows = [
+        {
+            "sparsity": level,
+            **{name: f"{m['accuracy'][place]:.3f} / {m['kl'][place]:.3f}" for name, m in methods.items()},
+        }
+        for place, level in enumerate(sparsity)
+    ]
+    ours, filters = methods[OURS], methods[FILTERS]
+    closer = [one < other for one, other in zip(ours["kl"], filters["kl"], strict=True)]
+    as_good = [
+        filters["accuracy"][place] - ours["accuracy"][place] <= filters["± accuracy"][place] + ours["± accuracy"][place]
+        for place in range(len(sparsity))
+    ]
+    summary = {
+        "seeds": len(seeds),
+        "sparsity": sparsity,
+        "methods": methods,
+        "kl_below_filters": closer,
+        "accuracy_within_error_of_filters": as_good,
+    }
+    write_json(out / "summary.json", summary)
+    save_figures(out / "figures", {"pruning": draw(methods, sparsity)})
+    print(f"\ntest accuracy / KL to the whole model, mean over {len(seeds)} seeds\n{table(rows)}")
+    print("the paper: KL below the retrained filters' at every sparsity, accuracy comparable")
+    print(
+        f"here: KL below theirs at {sum(closer)} of {len(sparsity)} levels, accuracy within the error bars or better at"
+    )
+    print(f"{sum(as_good)}")
+    print(f"{out / 'summary.json'}\n{out / 'figures' / 'pruning.png'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

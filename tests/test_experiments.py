@@ -1,0 +1,213 @@
+"""The paper's experiments at their smallest setting, and the parts of them that can be right or wrong by themselves."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xarray as xr
+from conftest import MainJob
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from explaind_track import Trajectory
+from recipes import grokking_analysis, images, step_subsampling
+from recipes.common import configure
+from recipes.data import image_data
+from recipes.models import CNN, ResNet9
+from recipes.pipeline_transplant import systematic, transplant
+
+Smoke = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def smoke(tmp_path: Path) -> Smoke:
+    """Runs a recipe with `preset=smoke` and returns its summary; its figures are checked to be there."""
+
+    def run(name: str, *arguments: str, figures: tuple[str, ...] = ()) -> dict[str, Any]:
+        out = tmp_path / name
+        importlib.import_module(f"recipes.{name}").main(["preset=smoke", f"out={out}", *arguments])
+        found = {path.stem for path in (out / "figures").glob("*.png")}
+        assert found == set(figures)
+        summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+        assert OmegaConf.load(out / "config.yaml")["out"] == str(out)
+        return summary
+
+    return run
+
+
+@pytest.fixture
+def grokking(main_job: MainJob) -> Path:
+    """A run of the main job, too short to learn anything."""
+    return main_job.out
+
+
+def test_the_path_kernel_stands_for_the_cnn(smoke: Smoke, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = smoke("epk_validation")
+    one, four, refined = summary["rows"]
+    assert four["residual"] < one["residual"]
+    assert refined["residual"] < four["residual"]
+    assert refined["kl"] < 1e-3
+    assert "paper's accuracy" in capsys.readouterr().out
+
+
+def test_steps_are_subsampled(smoke: Smoke) -> None:
+    summary = smoke("step_subsampling", figures=("steps",))
+    ends = [rows[-1] for rows in summary["curves"].values()]
+    assert len({row["kl"] for row in ends}) == 1  # all steps are the same steps in any order
+    assert summary["steps"] == 10
+    assert ends[0]["agreement"] > 0.9
+
+
+def test_layers_are_transplanted_and_swapped(smoke: Smoke, grokking: Path) -> None:
+    summary = smoke("pipeline_transplant", f"run={grokking}", figures=("transplant", "swaps", "confusion"))
+    assert len(summary["transplants"]) == 4
+    assert summary["swaps"]["step"] == [0, 6]
+
+
+def test_parameters_are_pruned(smoke: Smoke) -> None:
+    summary = smoke("pruning", figures=("pruning",))
+    ours, random = (summary["methods"][name] for name in ("path kernel", "random"))
+    assert ours["kl"][0] < random["kl"][0] / 2
+    assert ours["sparsity"] == pytest.approx([0.7, 0.9], abs=1e-3)
+    assert summary["seeds"] == 2
+
+
+def test_samples_foretell_retraining(smoke: Smoke) -> None:
+    summary = smoke("data_attribution", figures=("lds",))
+    assert [row["fraction"] for row in summary["rows"]] == [0.5, 0.9]
+    assert summary["seconds"].keys() == {"path kernel", "TracIn", "TRAK"}
+    assert all(-1 <= row[name] <= 1 for row in summary["rows"] for name in summary["seconds"])
+
+
+def test_a_run_that_grokked_is_analysed(smoke: Smoke, grokking: Path) -> None:
+    figures = ("phases", "maps", "cosines", "lasso")
+    summary = smoke("grokking_analysis", f"runs=[{grokking}]", figures=figures)
+    assert len(summary["claims"]) == 10
+    assert [row["steps"] for row in summary["cyclic_share"]] == ["3–6", "9–12"]
+
+
+def test_the_lasso_finds_the_period_it_was_given() -> None:
+    sums = torch.arange(0, 220, 5)
+    similarity = xr.DataArray(torch.cos(2 * torch.pi * (sums[:, None] - sums[None]) / 113).numpy())
+    fit = grokking_analysis.lasso(similarity, sums, 113, 1e-3)
+    assert next(iter(fit["coefficients"])) == 113
+    assert fit["r2"] > 0.99
+    assert next(iter(fit["harmonics"])) == 1
+
+
+def test_the_cyclic_share_of_a_map_that_is_cyclic_is_one() -> None:
+    queries, samples = torch.arange(60), torch.arange(7, 67)
+    cyclic = torch.cos(2 * torch.pi * 4 * (queries[:, None] - samples[None]) / 31)
+    influence = xr.DataArray(cyclic.numpy() + samples.numpy(), dims=("query", "sample"))  # with a global influence
+    assert grokking_analysis.cyclic_share(influence, queries, samples, 31) > 0.9
+    noise = xr.DataArray(torch.randn(60, 60, generator=torch.Generator().manual_seed(0)).numpy(), dims=influence.dims)
+    assert grokking_analysis.cyclic_share(noise, queries, samples, 31) < 0.05
+
+
+def test_a_transplant_moves_the_named_layers_only(grokking: Path) -> None:
+    from recipes.modulo_addition import finished
+
+    _, model, _, trajectory = finished(str(grokking))
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    donor = trajectory.state_dict(len(trajectory))
+    transplant(model, donor, ("att_encoder", "linear1"))
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, own[name])}
+    assert moved == {"attention.encoder.weight", "linear1.weight", "linear1.bias"}
+    assert all(torch.equal(model.state_dict()[name], donor[name]) for name in moved)
+
+
+def test_systematic_errors_are_those_off_by_few_differences() -> None:
+    modulus, counts = 31, torch.eye(31)
+    assert systematic(counts) == 0
+    shifted = torch.roll(counts, 3, dims=1)
+    assert systematic(counts + shifted) == 0.5
+    assert systematic(torch.ones(modulus, modulus)) == pytest.approx(5 / 31)
+
+
+def test_the_greedy_order_takes_the_largest_part_of_the_sum_first() -> None:
+    changes = torch.tensor([[1.0, 0, 0], [0, 5.0, 0], [0, 0, 3.0], [0, 0.1, 0]])[:, None]
+    assert step_subsampling.greedy(changes).tolist() == [1, 2, 0, 3]
+    opposed = torch.tensor([[9.0], [-9.0], [1.0]])[:, None]
+    assert step_subsampling.greedy(opposed)[0] == 2  # the big ones cancel
+
+
+def test_the_image_models_are_the_papers() -> None:
+    cnn, resnet = CNN(), ResNet9()
+    assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in cnn.modules()) == 4
+    assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in resnet.modules()) == 9
+    assert torch.allclose(cnn(torch.randn(2, 1, 28, 28)).exp().sum(-1), torch.ones(2))
+    assert resnet(torch.randn(2, 3, 32, 32)).shape == (2, 2)
+
+
+def test_digits_need_no_download_and_no_sample_is_in_both_parts() -> None:
+    data = image_data("digits", None, 1000, 797)
+    assert data.x_train.shape == (1000, 1, 8, 8)
+    assert len(torch.unique(torch.cat([data.x_train, data.x_test]).flatten(1), dim=0)) > 1790
+    assert data.x_train.mean() == pytest.approx(0, abs=1e-5)
+    assert data.x_train.std() == pytest.approx(1, abs=1e-3)
+    with pytest.raises(ValueError, match="too few"):
+        image_data("digits", None, 1700, 200)
+
+
+def test_images_come_from_parquet_files_in_the_hubs_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten classes of which CIFAR-2 takes two; colours keep their order and the label theirs."""
+    import datasets
+    import numpy as np
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    red, blue = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32, 3), np.uint8)
+    red[..., 0], blue[..., 2] = 255, 255
+    rows = {"img": [red, blue, red, blue], "label": [3, 5, 0, 5]}
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    data = image_data("cifar2", str(tmp_path), 3, 3)
+    assert data.y_train.tolist() == [0, 1, 1]
+    assert data.x_train.shape == (3, 3, 32, 32)
+    assert bool((data.x_train[0, 0] > 0).all())
+    assert bool((data.x_train[1, 2] > 0).all())
+
+
+def image_config(*arguments: str) -> DictConfig:
+    return configure("images", ["preset=smoke", *arguments])
+
+
+def test_a_watched_run_and_a_plain_one_are_the_same(tmp_path: Path) -> None:
+    config = image_config("epochs=2", "peak=1")
+    data = images.load(config)
+    run = images.train(config, data, 0, tmp_path / "trajectory")
+    plain = images.build(config, data, 0)
+    images.fit(config, plain, data.x_train, data.y_train, 0)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, run.model.state_dict()[name])
+    assert len(Trajectory.open(tmp_path / "trajectory")) == 10
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls() -> None:
+    config = image_config("epochs=12", "peak=5", "optimizer.lr=0.1")
+    optimizer, schedule = images.make_optimizer(config, nn.Linear(2, 2), 10)
+    rates = []
+    for _ in range(120):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == pytest.approx(0.1)
+    assert rates.index(max(rates)) in (49, 50)
+    assert 0 < rates[-1] < 0.002
+    assert rates[0] == pytest.approx(0.002)
+
+
+def test_settings_come_from_the_base_the_file_the_preset_and_the_line() -> None:
+    config = configure("epk_validation", ["preset=cifar2", "queries=7"])
+    assert config.model == "resnet9"  # of the base's preset
+    assert config.data.train == 1280  # of the file's own preset, over the base's
+    assert config.queries == 7
+    assert config.batch == 256
+    assert "presets" not in config
+    with pytest.raises(SystemExit, match="no preset 'nope', only cifar2, digits, smoke"):
+        configure("epk_validation", ["preset=nope"])
