@@ -141,7 +141,9 @@ class Samples:
     def influence(self, step: Step, gradient: Tensors) -> SampleInfluence:
         """The influence of the step's samples on the target whose gradient φ_s^test is given, by one forward-mode
         derivative of the unreduced losses for each batch: `⟨μ, ∇L_k⟩` for all k at once."""
-        direction = {name: step.updates[name].adjoint(value)[None] for name, value in gradient.items()}
+        direction = {
+            name: step.updates[name].adjoint(value)[None] * step.updates[name].sign for name, value in gradient.items()
+        }
         primals = {name: step.before.parameters[name] for name in direction}
         rows: dict[str, list[Tensor]] = {"index": [], "influence": [], "loss": [], "weight": []}
         state = State(step.before.parameters, {name: value.clone() for name, value in step.before.buffers.items()})

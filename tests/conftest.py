@@ -70,6 +70,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "maximize": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, maximize=True),
     "plain": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
 }
 

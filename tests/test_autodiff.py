@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import ADAMW, LATE, MLP, QUERIES, RAGGED, TARGETS, Case, Target, encoder, mean
 from reference import flat
-from test_exactness import AXES, OWN_PARTS, cases, check, fixed, run, wanted_influence
+from test_exactness import AXES, OWN_PARTS, cases, check, fixed, parts_of, run, wanted_influence
 from torch import Tensor, nn
 
 from explaind_track import Quadrature, Query, State, explain, plans
@@ -24,13 +24,14 @@ either_plan = pytest.mark.parametrize("cost", [0, inf], ids=["reverse", "forward
 @cases()
 def test_plans_and_chunks_do_not_matter(case: Case, cost: float, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "REVERSE_COST", cost)
-    oracle, groups = case.reference(1), case.resolved_groups()
-    full, by_group = run(case, AXES, ("group",), memory=memory, **fixed(1))
-    wanted = wanted_influence(oracle, groups)
+    oracle, groups, parts = case.reference(1), case.resolved_groups(), parts_of(case)
+    full, by_group = run(case, AXES, ("group",), memory=memory, **fixed(1, parts))
+    wanted = wanted_influence(oracle, groups, parts)
     check(full.data["influence"], wanted)
     check(by_group.data["influence"], wanted.sum((1, 3, 4)), np.abs(wanted).max())
     check(full.data["initial"], oracle.before[0])
-    check(full.data["remainder"], oracle.between - oracle.before + oracle.influence(oracle.moved).sum(1), 1.0)
+    owned = sum(part for name, part in oracle.parts().items() if name not in ("momentum", "rounding"))
+    check(full.data["remainder"], oracle.between - oracle.before + oracle.influence(owned).sum(1), 1.0)
 
 
 @either_plan

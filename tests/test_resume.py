@@ -8,7 +8,6 @@ import resource
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -122,15 +121,14 @@ def in_child(action: Callable[[], Any]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(60)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        action()
+        with suppress(SystemExit):
+            action()
         code = 0
-    except SystemExit as error:
-        code = int(error.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    with suppress(BaseException):
-        atexit._run_exitfuncs()
-    os._exit(code)
+    finally:  # never back into the test, whatever happens
+        try:
+            atexit._run_exitfuncs()
+        finally:
+            os._exit(code)
 
 
 def full_disk(directory: Path, size: int) -> None:
