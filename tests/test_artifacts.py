@@ -160,6 +160,16 @@ def test_an_offline_run_that_goes_on_is_open_too(tmp_path: Path) -> None:
     tracker.finish()
 
 
+def test_a_run_is_gone_on_with_where_it_is(tmp_path: Path) -> None:
+    job = make_job()
+    tracker = job.tracker(trajectory=tmp_path / "out" / "trajectory")
+    job.run(tracker, 2)
+    tracker.finish()
+    assert len(Trajectory.open(tmp_path / "out")) == 2
+    with pytest.raises(ValueError, match="go on with that"):
+        make_job().tracker(trajectory=tmp_path / "out", resume=True)
+
+
 def test_results_are_artifacts_that_descend_from_the_trajectory(server: Server, tmp_path: Path) -> None:
     _, tracker, run = train(tmp_path, 4)
     influence = tracker.influence("query")

@@ -155,7 +155,7 @@ def test_a_killed_run_is_repaired_without_gaps_or_doubles(count: int, server: Se
         alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not beside our own
         command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(out), *modes]
         driver = subprocess.Popen(command, env=alone)
-        waiting = {number: generator.uniform(0, 2.5) for number in range(len(modes))}
+        waiting = {number: generator.uniform(0, 1.5) for number in range(len(modes))}
         started: dict[int, float] = {}
         while waiting:
             for number, seconds in list(waiting.items()):
