@@ -196,7 +196,7 @@ def test_a_slow_or_silent_server_holds_up_no_step(
         started = time.monotonic()
         job.run(tracker, 1)
         longest = max(longest, time.monotonic() - started)
-    assert longest < 1
+    assert longest < 2.5  # one that waited for an answer took 3 s at least
     with pytest.warns(LoggingWarning, match=r"explaind-track sync .*/t`"):
         tracker.finish()
     assert len(Trajectory.open(tmp_path / "t")) == 30
