@@ -96,6 +96,17 @@ class Live:
         mean = integrator.for_query(replace(integrator.query, reduction="mean"))
         return samples.influence(step, mean.gradient(step, integrator.nodes(step)))
 
+    def by_query(self, samples: Samples, step: Step, count: int) -> Tensor:
+        """The same on the first `count` inputs of that query, one by one, (queries, samples)."""
+        integrator = self.explainers[self.losses[0]].integrator
+        query, nodes = integrator.query, integrator.nodes(step)
+        device = next(iter(step.before.parameters.values())).device
+        rows = []
+        for place in range(min(count, query.size)):
+            single = integrator.for_query(replace(query.rows(place, place + 1, device), reduction="mean"))
+            rows.append(samples.influence(step, single.gradient(step, nodes)).influence)
+        return torch.stack(rows)
+
     def influence(self, query: str, keep: tuple[str, ...]) -> Influence:
         if keep not in LIVE_AXES:
             raise ValueError(f"live influences keep {LIVE_AXES[0]} or {LIVE_AXES[1]}, not {keep}; explain() the rest")

@@ -1,5 +1,6 @@
 """What Weights & Biases shows: the rows of metrics, their axis, and the tables of training samples."""
 
+import io
 import json
 import math
 import os
@@ -41,6 +42,7 @@ SUMMARIES = {
 """What W&B's table of runs shows of the metrics of a section; the last value, of those that are not named."""
 
 SAMPLES = "samples/most_influential"
+SAMPLE_MAP = "samples/map"
 SAMPLE_ROWS = 20
 
 
@@ -104,13 +106,21 @@ def change_row(
     return metrics
 
 
-def sample_table(samples: SampleInfluence, norms: Mapping[int, float]) -> "wandb.Table":
-    """The training samples that changed the query's loss most through this step's own gradient."""
+def most_influential(samples: SampleInfluence) -> Tensor:
+    """The places of the samples with the largest influences, the largest first."""
+    return samples.influence.abs().argsort(descending=True)[:SAMPLE_ROWS]
+
+
+def sample_table(
+    samples: SampleInfluence, norms: Mapping[int, float], render: Callable[[int], Any] | None = None
+) -> "wandb.Table":
+    """The training samples that changed the query's loss most through this step's own gradient. render: from a sample's
+    index to its image."""
     import wandb
 
-    order = samples.influence.abs().argsort(descending=True)[:SAMPLE_ROWS]
+    order = most_influential(samples)
     columns: list[str | int] = ["sample", "change of the query's loss", "weight", "loss", "gradient norm"]
-    rows = [
+    rows: list[list[Any]] = [
         [
             int(samples.index[place]),
             -float(samples.influence[place]),
@@ -120,7 +130,22 @@ def sample_table(samples: SampleInfluence, norms: Mapping[int, float]) -> "wandb
         ]
         for place in order.tolist()
     ]
+    if render is not None:
+        columns.append("image")
+        rows = [[*row, wandb.Image(render(row[0]))] for row in rows]
     return wandb.Table(columns=columns, data=rows)
+
+
+def sample_map(rows: Tensor, index: Tensor) -> "wandb.Image":
+    """How much the step's most influential samples changed the loss of single queries: rows (queries, samples)."""
+    import PIL.Image
+    import wandb
+
+    from explaind_track.plots import sample_map as draw
+
+    content = io.BytesIO()
+    draw(rows.numpy(), index.tolist()).savefig(content, format="png")
+    return wandb.Image(PIL.Image.open(content))
 
 
 def define_metrics(run: "wandb.Run", sections: Iterable[str]) -> None:
@@ -150,10 +175,10 @@ class Panels:
         self.unsent = 0
         """Rows that W&B's SDK refused to take."""
         if run is not None:
-            self._attempt("define the panels' axis", lambda: define_metrics(run, sections))
+            self.attempt("define the panels' axis", lambda: define_metrics(run, sections))
             if config is not None:
                 about = {"explaind_track": dict(config)}
-                self._attempt("tell W&B the configuration", lambda: run.config.update(about, allow_val_change=True))
+                self.attempt("tell W&B the configuration", lambda: run.config.update(about, allow_val_change=True))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Sends one row. Numbers that are not finite are left out, and `residual/nonfinite` counts them."""
@@ -163,19 +188,19 @@ class Panels:
         if bad:
             clean["residual/nonfinite"] = len(bad)
         if self._history is not None:
-            self._attempt("write the history", lambda: self._write(clean))
+            self.attempt("write the history", lambda: self._write(clean))
         if clean.get("residual/nonfinite"):
             named = f": {', '.join(bad[:10])}" if bad else " among the gradients"
             self.alert("Numbers that are not finite", f"step {row.get(AXIS)} has some{named}")
         if self._run is not None and row.get(AXIS) not in self._logged:
             run = self._run
-            self.unsent += not self._attempt("log to W&B", lambda: run.log(clean))
+            self.unsent += not self.attempt("log to W&B", lambda: run.log(clean))
 
     def alert(self, title: str, text: str) -> None:
         """Sends an alert, at most one of a kind in `ALERT_SECONDS`."""
         if self._run is not None:
             run = self._run
-            self._attempt("send an alert", lambda: run.alert(title, text, level="WARN", wait_duration=ALERT_SECONDS))
+            self.attempt("send an alert", lambda: run.alert(title, text, level="WARN", wait_duration=ALERT_SECONDS))
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._history is not None  # asked for only where there is one
@@ -183,7 +208,7 @@ class Panels:
         with self._history.open("a") as file:
             file.write(json.dumps(plain) + "\n")
 
-    def _attempt(self, what: str, action: Callable[[], None]) -> bool:
+    def attempt(self, what: str, action: Callable[[], None]) -> bool:
         """Whether it went well."""
         try:
             action()

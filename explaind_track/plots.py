@@ -1,13 +1,14 @@
 """Figures. Needs matplotlib (the `recipes` extra)."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
 from explaind_track.influence import Influence
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -40,6 +41,21 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]]) -> "
     axes[1, 1].axhline(0, color="gray", linewidth=0.5)
     for axis in axes[1]:
         axis.set_xlabel("training step")
+    return figure
+
+
+def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int]) -> "Figure":
+    """Heat map of how much training samples changed the loss of single queries: changes (queries, samples)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 0.35 * len(samples), 1.5 + 0.3 * len(changes)), layout="constrained")
+    axis = figure.subplots()
+    limit = float(abs(changes).max()) or 1.0
+    image = axis.imshow(changes, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axis.set_xticks(range(len(samples)), [str(sample) for sample in samples], rotation=90, fontsize=8)
+    axis.set_xlabel("training sample")
+    axis.set_ylabel("query")
+    figure.colorbar(image, label="change of the query's loss")
     return figure
 
 

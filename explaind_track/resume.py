@@ -41,6 +41,8 @@ def resume(directory: Path, model: nn.Module, stepper: Stepper, at: Literal[True
         if _only_begun(directory):
             return None
         trajectory = Trajectory.open(directory)
+        if trajectory.directory != directory:
+            raise ValueError(f"{directory} has its trajectory in {trajectory.directory}: go on with that")
         head = head_of(model, stepper)
         for key in ("optimizer", "parameters", "buffers", "aliases"):
             if head[key] != trajectory.head[key]:

@@ -28,7 +28,7 @@ from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
 from explaind_track.resume import cut_history
 from explaind_track.resume import resume as resume_run
 from explaind_track.runs import HISTORY, mark_finished, steps_logged, tie
-from explaind_track.samples import Samples, make_batch, random_state
+from explaind_track.samples import SampleInfluence, Samples, make_batch, random_state
 from explaind_track.step import Batch, State, Step, Stepper
 from explaind_track.trajectory import Trajectory
 
@@ -68,6 +68,8 @@ class Tracker:
         trajectory: str | PathLike[str] | None = None,
         every: int = 1,
         samples_every: int | None = None,
+        map_queries: int = 0,
+        render: Callable[[int], Any] | None = None,
         quadrature: Quadrature | None = None,
         keyframe_every: int = KEYFRAME_EVERY,
         memory: int = MEMORY,
@@ -86,6 +88,8 @@ class Tracker:
         trajectory:    a new or empty directory for the record; None: none is written.
         every:         explain every n-th step; the trajectory always holds all.
         samples_every: make a table of the most influential samples every n-th step, on the first loss query.
+        map_queries:   beside each table, a heat map of the samples' influences on so many single queries.
+        render:        from a training sample's index to its image (an array or a PIL image), for the tables.
         quadrature:    None: one node a step, which costs least; the residual tells what it leaves out.
         memory:        see `explain`.
         on_nonfinite:  what to do before a step whose gradient is not finite: raise NonFiniteError, or mark the step
@@ -114,6 +118,7 @@ class Tracker:
         rule = quadrature or Quadrature.fixed(1)
         self._live = Live(model, queries, self.groups, list(self._auxiliary), rule, memory, scores)
         self._samples = Samples(model, sample_loss) if sample_loss is not None else None
+        self._map_queries, self._render = map_queries, render
         self._check_samples_wanted()
         self.number = 0
         """The number of the next step."""
@@ -358,7 +363,14 @@ class Tracker:
             samples = self._live.tabulate(self._samples, step)
             self._row["samples/own_step"] = -float(samples.influence.sum())
             if self.run is not None:
-                self._row[panels.SAMPLES] = panels.sample_table(samples, self._norms)
+                self._panels.attempt("draw the samples", lambda: self._show(step, samples))
+
+    def _show(self, step: Step, samples: SampleInfluence) -> None:
+        self._row[panels.SAMPLES] = panels.sample_table(samples, self._norms, self._render)
+        if self._map_queries and self._samples is not None:
+            order = panels.most_influential(samples)
+            changes = -self._live.by_query(self._samples, step, self._map_queries)[:, order]
+            self._row[panels.SAMPLE_MAP] = panels.sample_map(changes, samples.index[order])
 
     def _configuration(self) -> dict[str, Any]:
         """What was asked for, as W&B's configuration of the run has it."""

@@ -160,6 +160,16 @@ def test_an_offline_run_that_goes_on_is_open_too(tmp_path: Path) -> None:
     tracker.finish()
 
 
+def test_a_run_is_gone_on_with_where_it_is(tmp_path: Path) -> None:
+    job = make_job()
+    tracker = job.tracker(trajectory=tmp_path / "out" / "trajectory")
+    job.run(tracker, 2)
+    tracker.finish()
+    assert len(Trajectory.open(tmp_path / "out")) == 2
+    with pytest.raises(ValueError, match="go on with that"):
+        make_job().tracker(trajectory=tmp_path / "out", resume=True)
+
+
 def test_results_are_artifacts_that_descend_from_the_trajectory(server: Server, tmp_path: Path) -> None:
     _, tracker, run = train(tmp_path, 4)
     influence = tracker.influence("query")
@@ -186,7 +196,7 @@ def test_a_slow_or_silent_server_holds_up_no_step(
         started = time.monotonic()
         job.run(tracker, 1)
         longest = max(longest, time.monotonic() - started)
-    assert longest < 1
+    assert longest < 2.5  # one that waited for an answer took 3 s at least
     with pytest.warns(LoggingWarning, match=r"explaind-track sync .*/t`"):
         tracker.finish()
     assert len(Trajectory.open(tmp_path / "t")) == 30

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import wandb
 from conftest import Server, make_job
 
-from explaind_track import Quadrature, Trajectory, how_to_look, open_run
+from explaind_track import Quadrature, Trajectory, how_to_look, open_run, panels
 from explaind_track.panels import LoggingWarning, Panels
 from explaind_track.resume import ResumeWarning
 from explaind_track.runs import read_rows
@@ -119,6 +120,38 @@ def test_large_residuals_and_numbers_that_are_none_raise_an_alert() -> None:
     job = make_job()
     job.run(job.tracker(run=calm), 3)
     assert calm.alerts == []
+
+
+def test_samples_are_shown_with_images_and_a_map(server: Server, tmp_path: Path) -> None:
+    job, run = make_job(), open_run("project", tmp_path)
+    tracker = job.tracker(
+        run=run, samples_every=2, map_queries=3, render=lambda index: np.full((2, 2), index * 10, dtype=np.uint8)
+    )
+    maps: list[tuple[torch.Tensor, torch.Tensor]] = []
+    draw = panels.sample_map
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(panels, "sample_map", lambda rows, index: maps.append((rows, index)) or draw(rows, index))
+        job.run(tracker, 3)
+    tracker.finish()
+    run.finish()
+    rows = server.history(f"{run.entity}/project/{run.id}")
+    assert [row.get("samples/map", {}).get("_type") for row in rows] == ["image-file", None, "image-file"]
+    columns = json.loads(next((tmp_path / "wandb").rglob("*.table.json")).read_text())["columns"]
+    assert columns[-1] == "image"
+    assert [tuple(values.shape) for values, _ in maps] == [(3, 8), (3, 5)]
+    assert all(len(set(index.tolist())) == len(index) for _, index in maps)
+
+
+def test_the_map_is_of_single_queries() -> None:
+    """Over all queries, the map's rows add up to the table's column."""
+    job, run = make_job(), Listening()
+    found: dict[str, torch.Tensor] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(panels, "sample_map", lambda rows, _: found.update(map=rows))
+        patch.setattr(panels, "sample_table", lambda samples, *_: found.update(table=samples.influence))
+        job.run(job.tracker(run=run, samples_every=1, map_queries=99), 1)
+    order = found["table"].abs().argsort(descending=True)
+    assert torch.allclose(found["map"].mean(0), -found["table"][order], rtol=1e-9, atol=1e-15)
 
 
 def test_steps_that_are_taken_again_are_not_logged_twice(server: Server, tmp_path: Path) -> None:
