@@ -1,5 +1,6 @@
 """Influence: labelled arrays of summed influences, and the sums of the paper's §4 by their names."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from explaind_track.step import SHARES
 AXES = ("step", "group", "query", "output")
 """What an influence can be kept over; the axes that are not kept are summed over."""
 
-FORMAT = "explaind_track influence 1"
+FORMAT = "explaind_track influence 2"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Influence:
         tensors = {
             str(name): torch.from_numpy(np.array(array.values, order="C")) for name, (_, array) in numbers.items()
         }
+        header["sha256"] = _digest(header, tensors)
         save_file(tensors, path, metadata={"explaind_track": json.dumps(header)})
 
     @classmethod
@@ -125,20 +127,30 @@ class Influence:
             from explaind_track.store import load
 
             return load(Path(path))
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("explaind_track", "{}"))
-            if header.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} holds no influence of this format ({FORMAT!r}): found {header.get('format')!r}"
-                )
-            variables: dict[str, Any] = {
-                name: (dims, file.get_tensor(name).numpy()) for name, dims in header["dims"].items()
-            }
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("explaind_track", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} holds no influence, or is damaged: {error}") from None
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} holds no influence of this format ({FORMAT!r}): found {header.get('format')!r}")
+        if header.pop("sha256", None) != _digest(header, tensors):
+            raise ValueError(f"{path} is damaged: the influence in it is not the one that was written")
+        variables: dict[str, Any] = {name: (dims, tensors[name].numpy()) for name, dims in header["dims"].items()}
         variables |= {name: (dims, np.array(values, dtype=object)) for name, (dims, values) in header["words"].items()}
         dims = {dim for names, _ in variables.values() for dim in names}
         return cls(
             xr.Dataset(variables, attrs=header["attrs"]).set_coords([name for name in variables if name in dims])
         )
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Accumulator:

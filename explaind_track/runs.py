@@ -73,7 +73,10 @@ def tie(directory: Path, run: "wandb.Run") -> Tie:
 def read_tie(directory: Path) -> Tie | None:
     """The W&B run of the trajectory, if it has one."""
     path = directory / TIE
-    return Tie(**json.loads(path.read_bytes())) if path.is_file() else None
+    try:
+        return Tie(**json.loads(path.read_bytes())) if path.is_file() else None
+    except (ValueError, TypeError):
+        raise TrajectoryError(f"{path} is damaged: it does not say which W&B run this is; remove it to go on") from None
 
 
 def steps_logged(directory: Path, run: "wandb.Run") -> set[int]:
@@ -116,7 +119,9 @@ def mark_finished(directory: Path, steps: int) -> None:
 def is_finished(directory: Path, steps: int) -> bool:
     """Whether the run was ended, and not gone on with since: it still has the steps that it had then."""
     path = directory / FINISHED
-    return path.is_file() and json.loads(path.read_bytes())["steps"] == steps
+    with suppress(ValueError, KeyError, TypeError):  # a damaged file says nothing
+        return path.is_file() and bool(json.loads(path.read_bytes())["steps"] == steps)
+    return False
 
 
 def is_running(directory: Path) -> bool:

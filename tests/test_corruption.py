@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import make_job
 
-from explaind_track import Trajectory, TrajectoryError
+from explaind_track import Influence, Trajectory, TrajectoryError
 from explaind_track.storage import _digest
 
 
@@ -55,7 +55,7 @@ DAMAGE: list[Callable[[bytearray, random.Random], None]] = [flip, overwrite, tru
 
 def damage(directory: Path, count: int, seed: int) -> None:
     chance = random.Random(seed)
-    files = [path for path in sorted(directory.rglob("*")) if path.suffix in (".json", ".safetensors")]
+    files = [directory / "manifest.json", *sorted(directory.rglob("*.safetensors"))]
     contents = {path: path.read_bytes() for path in files}
     for trial in range(count):
         path = chance.choice(files)
@@ -83,6 +83,23 @@ def test_random_damage_is_found(recorded: Path, tmp_path: Path) -> None:
 def test_ten_thousand_damages_are_found(recorded: Path, tmp_path: Path) -> None:
     shutil.copytree(recorded, tmp_path / "t")
     damage(tmp_path / "t", 10_000, 1)
+
+
+def test_a_damaged_influence_is_found(tmp_path: Path) -> None:
+    chance, path = random.Random(3), tmp_path / "influence.safetensors"
+    job = make_job()
+    tracker = job.tracker()
+    job.run(tracker, 3)
+    tracker.influence("query", ("query", "output")).save(path)
+    content = path.read_bytes()
+    for _ in range(200):
+        damaged = bytearray(content)
+        chance.choice(DAMAGE)(damaged, chance)
+        if bytes(damaged) == content:
+            continue
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="influence"):
+            Influence.load(path)
 
 
 def forge(directory: Path, path: Path) -> None:
