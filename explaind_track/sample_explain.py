@@ -27,7 +27,7 @@ from explaind_track.plans import size_in_bytes
 from explaind_track.queries import Query
 from explaind_track.sample_axis import SAMPLE_AXES, Array, Samples, SampleWalk
 from explaind_track.samples import CHUNK_BYTES, SampleMismatch
-from explaind_track.sources import Source, cuts, fingerprint, query_digest, reach
+from explaind_track.sources import Source, cuts, fingerprint, function_digest, query_digest, reach
 from explaind_track.step import Step
 from explaind_track.store import Store
 
@@ -291,6 +291,7 @@ class SampleExplanation(Plan):
             "window": [self.first, self.last],
             "groups": {group: list(names) for group, names in self.groups.items()},
             "samples": fingerprint(self.samples.labels, sorted(self.samples.place.items())),
+            "sample_loss": function_digest(self.samples.loss),
             "query": query_digest(self.query),
             "targets": [len(self.query), self.outputs],
             "trajectory": self._source.fingerprint,

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sized
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -157,8 +158,26 @@ def _tensor_digest(tensor: Tensor) -> str:
 
 
 def query_digest(query: Query) -> str:
-    """Tells one query's inputs and labels from others'."""
-    return fingerprint(*map(_tensor_digest, tree_tensors((query.inputs, query.labels))), query.reduction, query.module)
+    """Tells one query from others: by its inputs and labels, and by what its target computes."""
+    own = map(_tensor_digest, tree_tensors((query.inputs, query.labels)))
+    return fingerprint(*own, query.reduction, query.module, function_digest(query.target))
+
+
+def function_digest(function: Any) -> str:
+    """Tells one function from others by its code, its constants and what it has closed over."""
+    code: CodeType | None = getattr(function, "__code__", None)
+    if code is None:
+        return fingerprint(type(function).__qualname__, getattr(function, "__qualname__", ""))
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return fingerprint(code.co_code, code.co_names, *map(_content, (*code.co_consts, *cells)))
+
+
+def _content(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _tensor_digest(value)
+    if isinstance(value, CodeType):
+        return fingerprint(value.co_code, value.co_names, *map(_content, value.co_consts))
+    return function_digest(value) if callable(value) else repr(value)
 
 
 def cuts(start: int, stop: int, size: int) -> list[slice]:

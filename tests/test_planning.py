@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from conftest import Job, make_job, sample_loss
 
-from explaind_track import Influence, Quadrature, Trajectory, explain, plan_explanation, planning
+from explaind_track import Influence, Quadrature, Query, Trajectory, explain, plan_explanation, planning
+from explaind_track.sources import query_digest
 
 KEEPS = [
     ("step", "group"),
@@ -157,3 +159,16 @@ def _environment(root: Path) -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+
+def test_queries_are_told_apart_by_what_they_compute() -> None:
+    x, y = torch.ones(2, 3), torch.tensor([0, 1])
+    made = [
+        lambda: Query.logit(x, 1), lambda: Query.logit(x, 2), lambda: Query.logit(x, y), lambda: Query.outputs(x),
+        lambda: Query.loss(x, y), lambda: Query.loss(x, y).mean(), lambda: Query.projection(x, torch.eye(3)),
+        lambda: Query.projection(x, 2 * torch.eye(3)), lambda: Query.entropy(x), lambda: Query.activation(x, "first"),
+        lambda: Query.function(x, lambda output: output * 2), lambda: Query.function(x, lambda output: output * 3),
+    ]  # fmt: skip
+    first, second = ([query_digest(make()) for make in made] for _ in range(2))
+    assert first == second
+    assert len(set(first)) == len(made)
