@@ -12,7 +12,8 @@ from explaind_track.rankings import accuracy_curve, extrapolate_first_moment, sp
 from explaind_track.rules import Rule, update_rule
 from explaind_track.scores import parameter_scores
 from explaind_track.similarity import sample_cosine, similarity
-from explaind_track.step import Batch, State, Step, Stepper, UnexplainedUpdate, Update
+from explaind_track.step import Batch, State, Step, Update
+from explaind_track.stepper import Stepper, UnexplainedUpdate
 from explaind_track.storage import TrajectoryError
 from explaind_track.tracker import NonFiniteError, Tracker
 from explaind_track.trajectory import Trajectory

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from explaind_track import storage
 from explaind_track.samples import random_state
-from explaind_track.step import Batch, Step, Stepper, Tensors
+from explaind_track.step import Batch, Step, Tensors
+from explaind_track.stepper import Stepper
 from explaind_track.storage import Entry
 from explaind_track.trees import tree_map
 

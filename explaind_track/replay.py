@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from explaind_track.recorder import qualified
 from explaind_track.rules import update_rule
-from explaind_track.step import Batch, Step, Stepper, Tensors, same_bits
+from explaind_track.step import Batch, Step, Tensors
+from explaind_track.stepper import Stepper, same_bits
 from explaind_track.storage import TensorFile, TrajectoryError
 
 REPLAY_TOLERANCE = 1e-4

@@ -14,7 +14,7 @@ from explaind_track.recorder import FORMAT, head_of
 from explaind_track.replay import Replay
 from explaind_track.runs import FINISHED, HISTORY, TIE, read_rows
 from explaind_track.samples import set_random_state
-from explaind_track.step import Stepper, same_bits
+from explaind_track.stepper import Stepper, same_bits
 from explaind_track.storage import Entry, TensorFile
 from explaind_track.trajectory import Trajectory
 

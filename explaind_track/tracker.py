@@ -29,7 +29,8 @@ from explaind_track.resume import cut_history
 from explaind_track.resume import resume as resume_run
 from explaind_track.runs import HISTORY, mark_finished, steps_logged, tie
 from explaind_track.samples import SampleInfluence, Samples, make_batch, random_state
-from explaind_track.step import Batch, State, Step, Stepper
+from explaind_track.step import Batch, State, Step
+from explaind_track.stepper import Stepper
 from explaind_track.trajectory import Trajectory
 
 if TYPE_CHECKING:

@@ -260,7 +260,7 @@ def test_a_replay_that_misses_its_keyframe_says_so(
 
         return replayed
 
-    monkeypatch.setattr("explaind_track.step.Stepper._prove", lambda *_: None)
+    monkeypatch.setattr("explaind_track.stepper.Stepper._prove", lambda *_: None)
     monkeypatch.setattr(torch.optim.AdamW, "step", inexact(1e-9))
     with pytest.warns(ReplayWarning, match="other bits"):
         list(trajectory.steps())
