@@ -16,6 +16,7 @@ from explaind_track.samples import SampleInfluence
 
 if TYPE_CHECKING:
     import wandb  # a second to import: only where a run is opened or a table made
+    from matplotlib.figure import Figure
 
 AXIS = "train/step"
 """The metric that all panels are drawn over: the number of the training step."""
@@ -43,6 +44,7 @@ SUMMARIES = {
 
 SAMPLES = "samples/most_influential"
 SAMPLE_MAP = "samples/map"
+QUERY_COSINES = "samples/query_cosines"
 SAMPLE_ROWS = 20
 
 
@@ -138,13 +140,25 @@ def sample_table(
 
 def sample_map(rows: Tensor, index: Tensor) -> "wandb.Image":
     """How much the step's most influential samples changed the loss of single queries: rows (queries, samples)."""
+    from explaind_track import plots
+
+    return _image(plots.sample_map(rows.numpy(), index.tolist()))
+
+
+def cosine_map(rows: Tensor) -> "wandb.Image":
+    """How alike the step's samples changed the losses of two queries: the cosines of rows (queries, samples)."""
+    from explaind_track import plots
+
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    return _image(plots.cosine_map((unit @ unit.T).numpy()))
+
+
+def _image(figure: "Figure") -> "wandb.Image":
     import PIL.Image
     import wandb
 
-    from explaind_track.plots import sample_map as draw
-
     content = io.BytesIO()
-    draw(rows.numpy(), index.tolist()).savefig(content, format="png")
+    figure.savefig(content, format="png")
     return wandb.Image(PIL.Image.open(content))
 
 

@@ -59,6 +59,19 @@ def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int]) -> "Figu
     return figure
 
 
+def cosine_map(cosines: "np.ndarray[Any, Any]") -> "Figure":
+    """Heat map of how alike the training samples' influences on two queries are: cosines (queries, queries)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.5 + 0.3 * len(cosines), 1.5 + 0.3 * len(cosines)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+    axis.set_xlabel("query")
+    axis.set_ylabel("query")
+    figure.colorbar(image, label="cosine over the step's samples")
+    return figure
+
+
 def _curves(axis: "Axes", values: xr.DataArray, along: str, title: str, unit: str) -> None:
     """One curve over the steps for each label of the axis `along`."""
     for label in values[along].values:

@@ -89,7 +89,8 @@ class Tracker:
         trajectory:    a new or empty directory for the record; None: none is written.
         every:         explain every n-th step; the trajectory always holds all.
         samples_every: make a table of the most influential samples every n-th step, on the first loss query.
-        map_queries:   beside each table, a heat map of the samples' influences on so many single queries.
+        map_queries:   beside each table, a heat map of the samples' influences on so many single queries, and one of
+                       these queries' cosines.
         render:        from a training sample's index to its image (an array or a PIL image), for the tables.
         quadrature:    None: one node a step, which costs least; the residual tells what it leaves out.
         memory:        see `explain`.
@@ -370,8 +371,9 @@ class Tracker:
         self._row[panels.SAMPLES] = panels.sample_table(samples, self._norms, self._render)
         if self._map_queries and self._samples is not None:
             order = panels.most_influential(samples)
-            changes = -self._live.by_query(self._samples, step, self._map_queries)[:, order]
-            self._row[panels.SAMPLE_MAP] = panels.sample_map(changes, samples.index[order])
+            changes = -self._live.by_query(self._samples, step, self._map_queries)
+            self._row[panels.SAMPLE_MAP] = panels.sample_map(changes[:, order], samples.index[order])
+            self._row[panels.QUERY_COSINES] = panels.cosine_map(changes)
 
     def _configuration(self) -> dict[str, Any]:
         """What was asked for, as W&B's configuration of the run has it."""

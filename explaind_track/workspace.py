@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from explaind_track.panels import AXIS, SAMPLE_MAP, SAMPLES
+from explaind_track.panels import AXIS, QUERY_COSINES, SAMPLE_MAP, SAMPLES
 
 if TYPE_CHECKING:
     import wandb_workspaces.workspaces as ws
@@ -57,7 +57,7 @@ def make_workspace(entity: str, project: str) -> "ws.Workspace":
     panels: dict[str, list[Any]] = {
         name: [LinePlot(x=AXIS, **panel) for panel in given] for name, given in SECTIONS.items()
     }
-    panels["Samples"] = [MediaBrowser(media_keys=[SAMPLES, SAMPLE_MAP])]
+    panels["Samples"] = [MediaBrowser(media_keys=[SAMPLES, SAMPLE_MAP, QUERY_COSINES])]
     sections = [
         ws.Section(name=name, is_open=True, panels=drawn, panel_settings=axis) for name, drawn in panels.items()
     ]

@@ -82,6 +82,27 @@ def test_an_outage_at_the_end_is_repaired(server: Server, tmp_path: Path, monkey
     assert steps_at(server, path_of(run)) == list(range(10))
 
 
+def test_a_key_that_expires_on_the_way_is_repaired(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("explaind_track.artifacts.FINISH_SECONDS", 1.0)
+    job, run = make_job(), open_run("project", tmp_path, settings=wandb.Settings(finish_timeout=2))
+    tracker = job.tracker(run=run, trajectory=tmp_path / "t")
+    job.run(tracker, 5)
+    time.sleep(2)
+    server.faults(fail_rate=1.0, fail_status=401)
+    started = time.monotonic()
+    job.run(tracker, 5)
+    assert time.monotonic() - started < 5  # training has not waited
+    with pytest.warns(LoggingWarning, match="explaind-track sync"):
+        tracker.finish()
+    run.finish()
+    wandb.teardown()
+    server.faults(fail_rate=0.0)
+    sync(tmp_path / "t", progress=False)
+    assert steps_at(server, path_of(run)) == list(range(10))
+
+
 def test_a_server_that_is_down_at_the_start_gets_the_run_afterwards(server: Server, tmp_path: Path) -> None:
     server.faults(down=True)
     with pytest.warns(LoggingWarning, match="logging offline"):
