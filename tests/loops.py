@@ -332,6 +332,32 @@ def with_mappings(run: Run) -> None:
             run.optimizer.step()
 
 
+@dataclass
+class Answer:
+    logits: Tensor
+    hidden: Tensor
+
+
+class Structured(nn.Module):
+    """Answers with a dataclass, or with a tuple."""
+
+    def __init__(self, kind: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.head, self.kind = nn.Linear(4, 4), nn.Linear(4, 3), kind
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.tanh(self.body(x))
+        return self.kind(self.head(hidden), hidden)
+
+
+def of_answer(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]).logits, batch[1], reduction="none")
+
+
+def of_pair(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0])[0], batch[1], reduction="none")
+
+
 def of_logits(x: Tensor, y: Tensor) -> Query:
     return Query.function((x, x.flip(1)), lambda output: output["logits"])
 
@@ -372,5 +398,9 @@ LOOPS = [
     Loop("module used twice", model=Twice),
     Loop("mappings as batches and outputs, two inputs", with_mappings, Answers, sample_loss=answered, query=of_logits,
          data=lambda x, y: {"one": x, "two": x.flip(1), "label": y}),
+    Loop("dataclass as output", model=lambda: Structured(Answer), sample_loss=of_answer,
+         query=lambda x, _: Query.function(x, lambda output: output.logits)),
+    Loop("tuple as output", model=lambda: Structured(lambda *both: both), sample_loss=of_pair,
+         query=lambda x, _: Query.function(x, lambda output: output[0])),
     Loop("float32", dtype=torch.float32),
 ]  # fmt: skip
