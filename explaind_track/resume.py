@@ -79,11 +79,6 @@ def _only_begun(directory: Path) -> bool:
     return not any(directory.iterdir())
 
 
-def _tensors(replay: Replay) -> dict[str, Tensor]:
-    own = {f"parameter {name}": value.detach() for name, value in replay.parameters.items()}
-    return own | {f"buffer {name}": value for name, value in replay.buffers.items()}
-
-
 @torch.no_grad()
 def _load(replay: Replay, model: nn.Module, stepper: Stepper) -> None:
     for name, parameter in stepper.parameters.items():
@@ -107,7 +102,8 @@ def _place(value: Tensor, parameter: Tensor) -> torch.device:
 def _compare(replay: Replay, model: nn.Module, stepper: Stepper, at: int) -> None:
     found = {f"parameter {name}": value.detach() for name, value in stepper.parameters.items()}
     found |= {f"buffer {name}": value for name, value in model.named_buffers()}
-    wanted = _tensors(replay)
+    wanted = {f"parameter {name}": value.detach() for name, value in replay.parameters.items()}
+    wanted |= {f"buffer {name}": value for name, value in replay.buffers.items()}
     for name, parameter in stepper.parameters.items():
         for key, value in replay.optimizer.state.get(replay.parameters[name], {}).items():
             if isinstance(value, Tensor):

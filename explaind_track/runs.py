@@ -5,7 +5,9 @@ In its directory are
 manifest.json, keyframes/, steps/   the trajectory
 history.jsonl                       every row of the panels, flushed as it is logged
 run.json                            the W&B run that the rows and the trajectory go to
-.lock                               held while the run goes on, by whatever process trains
+finished.json                       the step at which the run was ended
+
+While a process trains, it holds the lock of the directory.
 """
 
 import json

@@ -143,7 +143,7 @@ def with_replacement(run: Run) -> None:
 
 def summed(run: Run) -> None:
     for index in batches():
-        run.step(index, weight="sum", before=lambda: None)
+        run.step(index, weight="sum")
 
 
 CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
