@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 BATCH = 1024
 """Of the baselines: `dattri` takes the queries' gradients again for every batch of training samples."""
 
+RESAMPLES = 30
+"""For the error of a score."""
+
 PAPER_CIFAR2 = {"path kernel": 0.06, "TracIn": 0.05, "TRAK": 0.05}
 """The paper's scores on CIFAR-2 for the fraction 0.5; those on MNIST it only draws."""
 
@@ -107,6 +110,28 @@ def retrain(config: DictConfig, run: Run, x: Tensor, y: Tensor, subsets: Sequenc
     return torch.stack(values)
 
 
+def datamodeling_score(
+    scores: Tensor, truth: Tensor, subsets: Tensor, generator: torch.Generator
+) -> tuple[float, float]:
+    """The linear datamodeling score, a mean over the queries, and its standard error by `RESAMPLES` resamplings of the
+    subsets and of the queries: all queries share the subsets' models.
+
+    scores: (samples, queries). truth: (subsets, queries). subsets: (subsets, samples in each).
+    """
+    from dattri.metric import lds
+
+    def correlations(rows: Tensor) -> Tensor:
+        found: Tensor = lds(scores, (truth[rows], subsets[rows]))[0]
+        return found.nan_to_num()  # a prediction that is the same for all subsets
+
+    count, queries = truth.shape
+    means = []
+    for _ in range(RESAMPLES):
+        rows, columns = (torch.randint(size, (size,), generator=generator) for size in (count, queries))
+        means.append(correlations(rows)[columns].mean())
+    return float(correlations(torch.arange(count)).mean()), float(torch.stack(means).std())
+
+
 def draw(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> "Figure":
     """Fig. 7."""
     from matplotlib.figure import Figure
@@ -127,8 +152,6 @@ def draw(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> "Figure":
 
 
 def main(arguments: list[str]) -> None:
-    from dattri.metric import lds
-
     config = configure("data_attribution", arguments)
     data = images.load(config)
     out = output_directory(config.out, "data_attribution")
@@ -163,8 +186,7 @@ def main(arguments: list[str]) -> None:
         truth = retrain(config, run, x, y, chosen.unbind()).cpu()
         row: dict[str, Any] = {"fraction": fraction}
         for name, score in scores.items():
-            correlation = lds(score, (truth, chosen))[0].nan_to_num()
-            row |= {name: float(correlation.mean()), f"± {name}": float(correlation.std() / len(correlation) ** 0.5)}
+            row[name], row[f"± {name}"] = datamodeling_score(score, truth, chosen, generator)
         rows.append(row)
         write_json(out / "summary.json", {**head, "rows": rows})
 

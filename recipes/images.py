@@ -38,8 +38,8 @@ def build(config: DictConfig, data: Split, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     _, channels, side, _ = data.x_train.shape
     classes = int(data.y_train.max()) + 1
-    model = CNN(side, channels, classes) if config.model == "cnn" else ResNet9(channels, classes)
-    return model.to(config.device, memory_format=torch.channels_last)
+    model: nn.Module = CNN(side, channels, classes) if config.model == "cnn" else ResNet9(channels, classes)
+    return model.to(config.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def make_optimizer(config: DictConfig, model: nn.Module, steps_per_epoch: int) -> tuple[Any, Any]:
