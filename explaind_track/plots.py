@@ -33,11 +33,11 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]]) -> "
     _label(axes[0, 0], "accuracy", "fraction correct")
     total = influence.total_importance()
     unit = r"$\bar{\Psi}_s(\Theta)$, $\bar{\Psi}^{reg}_s(\Theta)$"
-    _curves(axes[1, 0], total, "part", "importance of kernel and regularization", unit)
+    curves(axes[1, 0], total, "part", "importance of kernel and regularization", unit)
     kernel = influence.importance().sel(part="kernel")
-    _curves(axes[0, 1], kernel, "group", "importance of the kernel, by layer", r"$\bar{\Psi}_s(\Theta_{layer})$")
+    curves(axes[0, 1], kernel, "group", "importance of the kernel, by layer", r"$\bar{\Psi}_s(\Theta_{layer})$")
     difference = influence.relative_regularization()
-    _curves(axes[1, 1], difference, "group", "kernel minus regularization, by layer", r"$D_s(\Theta_{layer})$")
+    curves(axes[1, 1], difference, "group", "kernel minus regularization, by layer", r"$D_s(\Theta_{layer})$")
     axes[1, 1].axhline(0, color="gray", linewidth=0.5)
     for axis in axes[1]:
         axis.set_xlabel("training step")
@@ -72,7 +72,7 @@ def cosine_map(cosines: "np.ndarray[Any, Any]") -> "Figure":
     return figure
 
 
-def _curves(axis: "Axes", values: xr.DataArray, along: str, title: str, unit: str) -> None:
+def curves(axis: "Axes", values: xr.DataArray, along: str, title: str, unit: str) -> None:
     """One curve over the steps for each label of the axis `along`."""
     for label in values[along].values:
         one = values.sel({along: label})

@@ -2,8 +2,8 @@
 
     python -m recipes.grokking_analysis runs=[DIR,…] [key=value …]
 
-`out` receives summary.json, config.yaml, maps.safetensors and figures/: phases.png (Fig. 3(a)), maps.png (Fig. 4, 9),
-cosines.png (Fig. 5, 13), lasso.png (Fig. 12, Table 2).
+`out` receives summary.json, config.yaml, maps.safetensors and figures/: phases.png (Fig. 3(a)), balance.png,
+maps.png (Fig. 4, 9), cosines.png (Fig. 5, 13), lasso.png (Fig. 12, Table 2).
 """
 
 import sys
@@ -111,14 +111,30 @@ def cyclic_share(rows: xr.DataArray, query_sums: Tensor, sample_sums: Tensor, mo
 def draw_phases(phases: Phases) -> "Figure":
     """Fig. 3(a) with the phases marked."""
     figure = plots.training(phases.influence, phases.curve)
-    colors = dict(
-        zip(("memorisation", "circuit formation", "cleanup"), ("tab:blue", "tab:red", "tab:gray"), strict=True)
-    )
     for axis in figure.axes:
-        for name, (start, stop) in phases.spans().items():
-            axis.axvspan(start, stop, color=colors[name], alpha=0.1, label=name if axis is figure.axes[0] else None)
-    figure.axes[0].legend(fontsize=8)
+        _mark_phases(axis, phases, labelled=axis is figure.axes[0])
     return figure
+
+
+def draw_balance(phases: Phases) -> "Figure":
+    """Which of kernel and regularization is the larger in each layer, with the phases marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    unit = r"$\bar{\Psi}_s(\Theta_{layer}) - \bar{\Psi}^{reg}_s(\Theta_{layer})$"
+    plots.curves(axis, phases.balance(), "group", "importance of the kernel minus that of the regularization", unit)
+    _mark_phases(axis, phases, labelled=True)
+    axis.axhline(0, color="gray", linewidth=0.5)
+    axis.set_xlabel("training step")
+    return figure
+
+
+def _mark_phases(axis: "Axes", phases: Phases, labelled: bool) -> None:
+    colors = {"memorisation": "tab:blue", "circuit formation": "tab:red", "cleanup": "tab:gray"}
+    for name, (start, stop) in phases.spans().items():
+        axis.axvspan(start, stop, color=colors[name], alpha=0.1, label=name if labelled else None)
+    axis.legend(fontsize=8)
 
 
 def _ticks(axis: "Axes", sums: Tensor, modulus: int, along: str) -> None:
@@ -227,6 +243,7 @@ def main(arguments: list[str]) -> None:
         out / "figures",
         {
             "phases": draw_phases(phases[str(runs[0])]),
+            "balance": draw_balance(phases[str(runs[0])]),
             "maps": draw_matrices(
                 shown, config.window, (query_sums, sample_sums), modulus, log, r"$\Psi_S(\Theta_{layer}, x_k, x)$"
             ),

@@ -1,4 +1,9 @@
-"""The learning phases of §5.1: where they begin and end, and each of the paper's claims about them as a number."""
+"""The learning phases of §5.1: where they begin and end, and each of the paper's claims about them as a number.
+
+Claims about D(Θ) are tested twice. D as §4 defines it, Ψ − Ψ^reg summed with its signs, cannot tell which of two
+opposed influences is larger: kernel and regularization pull in opposite directions, so their sizes add. What can, and
+what the authors' scripts draw under that name, is a difference of absolute influences: here the *balance* Ψ̄ − Ψ̄^reg.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +81,15 @@ class Phases:
     def total(self, part: str) -> xr.DataArray:
         return self.smooth(self.influence.total_importance().sel(part=part))
 
+    def difference(self) -> xr.DataArray:
+        """D_s(Θ) by group, as §4 defines it; smoothed."""
+        return self.smooth(self.influence.relative_regularization())
+
+    def balance(self) -> xr.DataArray:
+        """Ψ̄_s(Θ) − Ψ̄^reg_s(Θ) by group: negative where the regularization dominates; smoothed."""
+        importance = self.influence.importance()
+        return self.smooth(importance.sel(part="kernel") - importance.sel(part="regularization"))
+
     def end(self, values: xr.DataArray) -> xr.DataArray:
         """The mean over the last steps of the run."""
         return values.isel(step=slice(-max(1, round(END * values.sizes["step"])), None)).mean("step")
@@ -127,9 +141,8 @@ def _decoder_leads(phases: Phases) -> float:
     return float((kernel.idxmax("group") == "decoder").mean())
 
 
-def _decoder_difference_peak(phases: Phases) -> float:
-    difference = phases.smooth(phases.influence.relative_regularization().sel(group="decoder"))
-    return float(abs(difference).idxmax("step")) / phases.memorisation[1]
+def _decoder_peak(phases: Phases, values: xr.DataArray) -> float:
+    return float(abs(values.sel(group="decoder")).idxmax("step")) / phases.memorisation[1]
 
 
 def _middle_before_decoder(phases: Phases) -> float:
@@ -144,9 +157,8 @@ def _late_growth(phases: Phases, groups: Sequence[str]) -> float:
     return float((phases.end(kernel) / peak).sel(group=list(groups)).max())
 
 
-def _embedding_difference(phases: Phases) -> float:
-    difference = phases.smooth(phases.influence.relative_regularization())
-    late = phases.during(difference, (phases.memorisation[1], 10**9)).mean("step")
+def _embedding(phases: Phases, values: xr.DataArray) -> float:
+    late = phases.during(values, (phases.memorisation[1], 10**9)).mean("step")
     return float(late.sel(group="embedding") / abs(late).max())
 
 
@@ -184,7 +196,13 @@ CLAIMS = (
     Claim(
         "The decoder's D peaks with the memorisation",
         "step of its largest |D| over the memorisation's end (at most 1)",
-        _decoder_difference_peak,
+        lambda phases: _decoder_peak(phases, phases.difference()),
+        lambda value: value <= 1,
+    ),
+    Claim(
+        "The decoder's D peaks with the memorisation, by the balance",
+        "step of its largest |Ψ̄ − Ψ̄^reg| over the memorisation's end (at most 1)",
+        lambda phases: _decoder_peak(phases, phases.balance()),
         lambda value: value <= 1,
     ),
     Claim(
@@ -208,7 +226,13 @@ CLAIMS = (
     Claim(
         "The regularization dominates in the embedding",
         "its mean D after the memorisation, relative to the largest |D| of a layer (below 0)",
-        _embedding_difference,
+        lambda phases: _embedding(phases, phases.difference()),
+        lambda value: value < 0,
+    ),
+    Claim(
+        "The regularization dominates in the embedding, by the balance",
+        "its mean Ψ̄ − Ψ̄^reg after the memorisation, relative to the largest such of a layer (below 0)",
+        lambda phases: _embedding(phases, phases.balance()),
         lambda value: value < 0,
     ),
 )

@@ -84,9 +84,9 @@ def test_samples_foretell_retraining(smoke: Smoke) -> None:
 
 
 def test_a_run_that_grokked_is_analysed(smoke: Smoke, grokking: Path) -> None:
-    figures = ("phases", "maps", "cosines", "lasso")
+    figures = ("phases", "balance", "maps", "cosines", "lasso")
     summary = smoke("grokking_analysis", f"runs=[{grokking}]", figures=figures)
-    assert len(summary["claims"]) == 10
+    assert len(summary["claims"]) == 12
     assert [row["steps"] for row in summary["cyclic_share"]] == ["3–6", "9–12"]
 
 
