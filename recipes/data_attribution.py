@@ -7,6 +7,7 @@ and the trajectory.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -119,10 +120,13 @@ def datamodeling_score(
     scores: (samples, queries). truth: (subsets, queries). subsets: (subsets, samples in each).
     """
     from dattri.metric import lds
+    from scipy.stats import ConstantInputWarning
 
     def correlations(rows: Tensor) -> Tensor:
-        found: Tensor = lds(scores, (truth[rows], subsets[rows]))[0]
-        return found.nan_to_num()  # a prediction that is the same for all subsets
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConstantInputWarning)
+            found: Tensor = lds(scores, (truth[rows], subsets[rows]))[0]
+        return found.nan_to_num()  # what is the same for all subsets tells nothing
 
     count, queries = truth.shape
     means = []

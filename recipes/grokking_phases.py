@@ -58,6 +58,11 @@ class Phases:
         """99% of the test set."""
         return self.reaches("test", 0.99)
 
+    @property
+    def rise(self) -> tuple[int, int]:
+        """From 5% to 99% of the test set."""
+        return self.reaches("test", 0.05), self.generalised
+
     def spans(self) -> dict[str, tuple[int, int]]:
         """The phases by name; the last one ends with the run. Empty ones are left out."""
         start, memorised = self.memorisation
@@ -142,7 +147,8 @@ def _decoder_leads(phases: Phases) -> float:
 
 
 def _decoder_peak(phases: Phases, values: xr.DataArray) -> float:
-    return float(abs(values.sel(group="decoder")).idxmax("step")) / phases.memorisation[1]
+    decoder = phases.during(values.sel(group="decoder"), (phases.memorisation[0], 10**9))
+    return float(abs(decoder).idxmax("step")) / phases.memorisation[1]
 
 
 def _middle_before_decoder(phases: Phases) -> float:
@@ -158,8 +164,8 @@ def _late_growth(phases: Phases, groups: Sequence[str]) -> float:
 
 
 def _embedding(phases: Phases, values: xr.DataArray) -> float:
-    late = phases.during(values, (phases.memorisation[1], 10**9)).mean("step")
-    return float(late.sel(group="embedding") / abs(late).max())
+    rise = phases.during(values, phases.rise).mean("step")
+    return float(rise.sel(group="embedding") / abs(rise).max())
 
 
 CLAIMS = (
@@ -195,13 +201,13 @@ CLAIMS = (
     ),
     Claim(
         "The decoder's D peaks with the memorisation",
-        "step of its largest |D| over the memorisation's end (at most 1)",
+        "step of its largest |D|, once that has begun, over the memorisation's end (at most 1)",
         lambda phases: _decoder_peak(phases, phases.difference()),
         lambda value: value <= 1,
     ),
     Claim(
         "The decoder's D peaks with the memorisation, by the balance",
-        "step of its largest |Ψ̄ − Ψ̄^reg| over the memorisation's end (at most 1)",
+        "step of its largest |Ψ̄ − Ψ̄^reg|, once that has begun, over the memorisation's end (at most 1)",
         lambda phases: _decoder_peak(phases, phases.balance()),
         lambda value: value <= 1,
     ),
@@ -224,14 +230,14 @@ CLAIMS = (
         lambda value: value < 1,
     ),
     Claim(
-        "The regularization dominates in the embedding",
-        "its mean D after the memorisation, relative to the largest |D| of a layer (below 0)",
+        "The regularization dominates in the embedding during circuit formation",
+        "its mean D while the test accuracy rises, relative to the largest |D| of a layer (below 0)",
         lambda phases: _embedding(phases, phases.difference()),
         lambda value: value < 0,
     ),
     Claim(
-        "The regularization dominates in the embedding, by the balance",
-        "its mean Ψ̄ − Ψ̄^reg after the memorisation, relative to the largest such of a layer (below 0)",
+        "The regularization dominates in the embedding during circuit formation, by the balance",
+        "its mean Ψ̄ − Ψ̄^reg while the test accuracy rises, relative to the largest such of a layer (below 0)",
         lambda phases: _embedding(phases, phases.balance()),
         lambda value: value < 0,
     ),
