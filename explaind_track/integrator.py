@@ -15,6 +15,10 @@ from explaind_track.step import PARTS, SHARES, State, Step, Tensors
 MEMORY = 2**28
 """Bytes that one pass over queries × directions may take, unless the caller says otherwise."""
 
+CPU_PASS = 2**26
+"""On a CPU, passes are no larger than this: one that does not find its memory again in the allocator faults it in page
+by page. Measured on the MNIST CNN (1,024 queries, one thread): 0.85 s a step instead of 1.8 s."""
+
 
 class Integrator:
     """For one query and one set of groups; steps go through it one by one."""
@@ -152,6 +156,8 @@ class Integrator:
             one = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
             self._activation_bytes = max(1, activation_bytes(self.functional, step.before, one))
         room = max(self.memory - held, self.memory // 2)
+        if next(iter(step.before.parameters.values())).device.type == "cpu":
+            room = min(room, CPU_PASS)
         chunks = -(-self.query.size // max(1, room // (self._activation_bytes * (rows + 1))))
         return -(-self.query.size // chunks)
 
