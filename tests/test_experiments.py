@@ -205,7 +205,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls() -> None:
 def test_settings_come_from_the_base_the_file_the_preset_and_the_line() -> None:
     config = configure("epk_validation", ["preset=cifar2", "queries=7"])
     assert config.model == "resnet9"  # of the base's preset
-    assert config.nodes == [1, 4]  # of the file's own preset, over its defaults
+    assert config.nodes == [1, 10]  # of the file's own preset, over its defaults
     assert config.data.train == 10_000  # of the base's preset, over the base's defaults
     assert config.queries == 7
     assert config.batch == 256
