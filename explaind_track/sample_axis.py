@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from explaind_track import parallel
 from explaind_track.adjoint import Adjoint, inner
 from explaind_track.autodiff import Functional, SampleLoss
 from explaind_track.features import Features
@@ -68,19 +69,22 @@ class SampleWalk:
         query: Query,
         groups: Groups,
         samples: Samples,
+        products: SampleProducts,
         first: int,
         last: int,
         apart: bool,
         nodes: Callable[[Step], int],
         memory: int,
+        shared: bool,
     ) -> None:
-        """query: reduced to the targets that are kept. apart: whether the acting steps are kept apart."""
-        self._groups, self._samples, self._nodes = groups, samples, nodes
+        """query: reduced to the targets that are kept. apart: whether the acting steps are kept apart. shared: whether
+        all processes do this walk together, each for its share of every batch's samples."""
+        self._groups, self._samples, self._nodes, self._shared = groups, samples, nodes, shared
         self._first, self._last = first, last
         self._acting = last - first if apart else 1
         self._adjoint = Adjoint(self._acting)
         self._features = Features(Functional(model), query, memory)
-        self._products = SampleProducts(model, samples.loss, groups, memory, samples.alone)
+        self._products = products
         self.mismatch: dict[int, float] = {}
         """By step: by how much the samples' influences miss the gradient's, relative to it."""
         self.wrong: list[int] = []
@@ -96,7 +100,7 @@ class SampleWalk:
                 break
             slot = step.number - self._first if inside and self._acting > 1 else 0
             features = self._features.of(step, self._nodes(step)) if inside and step.updates else None
-            if features:
+            if features and not (self._shared and parallel.rank()):
                 kernel[slot] += self._kernel(step, features).reshape(kernel.shape[1:]).numpy()
             directions = self._adjoint.back(step, features, slot)
             if directions:
@@ -128,13 +132,17 @@ class SampleWalk:
         total = torch.zeros_like(expected)
         complete = True
         for batch, places, share in self._samples.batches(step):
+            complete &= bool((places >= 0).all())
+            if self._shared:
+                places = _own_share(places)
             chosen = places >= 0
-            complete &= bool(chosen.all())
             if not bool(chosen.any()):
                 continue
             if not bool(chosen.all()) and self._products.stands_alone(step, batch):
                 batch, places = _rows(batch, chosen), places[chosen]
             total += self._add_batch(step, batch, places, share, directions, target)
+        if complete and self._shared:
+            parallel.add_up(total)
         if complete:
             return self._miss(step.number, total, expected, floor)
         due = not self.mismatch or step.number % CHECK_EVERY == 0
@@ -178,6 +186,12 @@ class SampleWalk:
         if off > torch.finfo(expected.dtype).eps ** 0.4 * size + floor:
             self.wrong.append(number)
         return off / size if size else off
+
+
+def _own_share(places: Tensor) -> Tensor:
+    """The places of the samples that this process does; −1 for all others."""
+    own = (places >= 0).nonzero()[parallel.rank() :: parallel.processes(), 0]
+    return torch.full_like(places, -1).index_copy(0, own, places[own])
 
 
 def _rows(batch: Batch, chosen: Tensor) -> Batch:

@@ -24,6 +24,7 @@ from explaind_track.integrator import Integrator
 from explaind_track.path import Quadrature
 from explaind_track.planning import Plan
 from explaind_track.plans import size_in_bytes
+from explaind_track.products import SampleProducts
 from explaind_track.queries import Query
 from explaind_track.sample_axis import SAMPLE_AXES, Array, Samples, SampleWalk
 from explaind_track.samples import CHUNK_BYTES, SampleMismatch
@@ -74,6 +75,7 @@ class SampleExplanation(Plan):
         self.groups = groups if "group" in keep else {"all": [name for names in groups.values() for name in names]}
         self.model, self.samples, self.memory = model, samples, memory
         self.query = kept_targets(query, keep)
+        self.products = SampleProducts(model, samples.loss, self.groups, memory, samples.alone)
         self._source = source
         self._integrator = Integrator(model, query, self.groups, (), quadrature, memory)
         self._nodes: dict[int, int] = {}
@@ -144,7 +146,7 @@ class SampleExplanation(Plan):
         kernel, bar = np.zeros((apart, len(self.groups), *rows), self.dtype), tqdm(disable=True)
         found = (0.0, 0.0)
         for _ in range(2):  # the first pays for what is only done once
-            one = self.walk(walk)
+            one = self.walk(walk, shared=False)
             times = [perf_counter()]
             for tried in (step, replace(step, number=-1)):
                 one.walk([tried], target, kernel, bar)
@@ -164,10 +166,25 @@ class SampleExplanation(Plan):
         """Targets in flight that the memory allows."""
         return max(1, self.memory // (COPIES * size_in_bytes(dict(self.model.named_parameters()))))
 
-    def walks(self) -> list[Walk]:
-        """Walks that cover the result, each with as many targets in flight as the memory allows, but at least one, and
-        at least one walk for each process."""
+    @cached_property
+    def shared(self) -> bool:
+        """Whether processes share the samples of every walk, and not the walks: where there are fewer walks than
+        processes, and a step's samples, whose gradients every walk takes, are more than the targets, whose features
+        every process then takes."""
         spread = parallel.processes()
+        if spread == 1 or len(self._cut(1)) >= spread:
+            return False
+        (step,) = self._source.steps_back(self.last - 1, self.last, self.memory)
+        batches = list(self.samples.batches(step))
+        alone = all(self.products.stands_alone(step, batch) for batch, *_ in batches)
+        return alone and sum(int((places >= 0).sum()) for _, places, _ in batches) > len(self.query) * self.outputs
+
+    def walks(self) -> list[Walk]:
+        """Walks that cover the result, each with as many targets in flight as the memory allows, but at least one; at
+        least one for each process, unless processes share the walks' samples."""
+        return self._cut(1 if self.shared else parallel.processes())
+
+    def _cut(self, spread: int) -> list[Walk]:
         outputs = min(self.outputs, self.copies)
         rows = min(-(-len(self.query) // spread), max(1, self.copies // outputs))
         acting = self.last - self.first
@@ -191,7 +208,9 @@ class SampleExplanation(Plan):
         target = self._array(store, "influence", SAMPLE_AXES)
         kernel = self._array(store, "kernel", CELLS)
         notes: dict[str, Any] = {} if store is None else store.notes
-        walks = parallel.share([walk for walk in self.walks() if walk.name not in notes])
+        walks: Sequence[Walk] = [walk for walk in self.walks() if walk.name not in notes]
+        if not self.shared:
+            walks = parallel.share(walks)
         total = sum(self._length(walk) for walk in walks)
         told = False
         with tqdm(total=total, desc="samples", unit="step", disable=not progress) as bar:
@@ -229,22 +248,22 @@ class SampleExplanation(Plan):
         """The first step whose gradient can be told from 0 in the window."""
         return reach(self._source, self.first, self.last, self.memory)
 
-    def walk(self, walk: Walk) -> SampleWalk:
+    def walk(self, walk: Walk, shared: bool) -> SampleWalk:
         query = self.query
         if not query.reduction:
             query = query.rows(walk.rows.start, walk.rows.stop, next(self.model.parameters()).device)
         if walk.outputs != slice(0, self.outputs):
             query = some_outputs(query, walk.outputs.start, walk.outputs.stop)
         return SampleWalk(
-            self.model, query, self.groups, self.samples, walk.steps.start, walk.steps.stop, "step" in self.keep,
-            self.nodes_of, self.memory,
+            self.model, query, self.groups, self.samples, self.products, walk.steps.start, walk.steps.stop,
+            "step" in self.keep, self.nodes_of, self.memory, shared,
         )  # fmt: skip
 
     def steps_back(self, last: int) -> Iterator[Step]:
         return self._source.steps_back(0, last, self.memory)
 
     def _walk(self, walk: Walk, target: Array, kernel: Array, bar: Any, fresh: bool) -> SampleWalk:
-        one, apart = self.walk(walk), "step" in self.keep
+        one, apart = self.walk(walk, self.shared), "step" in self.keep
         acting = slice(walk.steps.start - self.first, walk.steps.stop - self.first) if apart else slice(0, 1)
         cell = target[acting, :, :, walk.rows, walk.outputs]
         own = kernel[acting, :, walk.rows, walk.outputs]
