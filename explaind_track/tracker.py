@@ -24,11 +24,12 @@ from explaind_track.integrator import MEMORY, buffers_moved
 from explaind_track.live import LIVE_AXES, Live
 from explaind_track.path import Quadrature
 from explaind_track.queries import Query
+from explaind_track.ranks import Ranks
 from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
 from explaind_track.resume import cut_history
 from explaind_track.resume import resume as resume_run
 from explaind_track.runs import HISTORY, mark_finished, steps_logged, tie
-from explaind_track.samples import SampleInfluence, Samples, make_batch, random_state
+from explaind_track.samples import SampleInfluence, Samples, compare_gradients, make_batch, random_state
 from explaind_track.step import Batch, State, Step
 from explaind_track.stepper import Stepper
 from explaind_track.trajectory import Trajectory
@@ -79,7 +80,11 @@ class Tracker:
         resume: bool | int = False,
         scores: str | None = None,
     ) -> None:
-        """queries: by name. The first owns the plain panels (`kernel/decoder`), the others prefix theirs with their
+        """model: the module that is trained, or the DistributedDataParallel around it; then every process makes a
+        Tracker, with the same arguments, and the one of rank zero explains, shows and records for all: `run`,
+        `trajectory` and what the Tracker is asked for count there alone.
+
+        queries: by name. The first owns the plain panels (`kernel/decoder`), the others prefix theirs with their
         name; losses are shown by their signed change (`loss/kernel/decoder` for the first of them). None at all: the
         run is only recorded.
 
@@ -112,6 +117,8 @@ class Tracker:
                 "a Tracker needs at least one query, such as {'test': Query.outputs(x_test, y_test)}, or a trajectory= "
                 "to record, to be explained afterwards"
             )
+        self._ranks = Ranks(model)
+        model, first = self._ranks.model, self._ranks.own == 0
         self.model, self.optimizer, self.every, self.samples_every = model, optimizer, every, samples_every
         parameters = dict(model.named_parameters())
         self.groups = resolve_groups(groups, parameters)
@@ -120,13 +127,17 @@ class Tracker:
         rule = quadrature or Quadrature.fixed(1)
         self._live = Live(model, queries, self.groups, list(self._auxiliary), rule, memory, scores)
         self._samples = Samples(model, sample_loss) if sample_loss is not None else None
-        self._map_queries, self._render = map_queries, render
+        if sample_loss is not None:
+            self._ranks.refuse_common_statistics()
+        self._render = render
         self._check_samples_wanted()
         self.number = 0
         """The number of the next step."""
         record = self._take_up(trajectory, resume)
         self._writer = None
-        if trajectory is not None:
+        run = run if first else None
+        self._map_queries = map_queries if self._ranks.gather(run is not None)[0] else 0
+        if trajectory is not None and first:
             entries = None if record is None else record.entries
             self._writer = TrajectoryWriter(trajectory, model, self._stepper, keyframe_every, entries)
         history = None if self._writer is None else self._writer.directory / HISTORY
@@ -146,7 +157,9 @@ class Tracker:
         """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
         self._open = self._taken = False
         self._batches: list[Batch] = []
+        self._every_batch: tuple[Batch, ...] = ()
         self._norms: dict[int, float] = {}
+        self._loss: float | None = None
         self._row: dict[str, Any] = {}
         self._buffers: dict[str, Tensor] = {}
         self._nonfinite: list[str] = []
@@ -162,6 +175,14 @@ class Tracker:
             return None
         if directory is None:
             raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
+        if at is True and self._ranks.count > 1:
+            raise ValueError(
+                "resume=True puts back the random state of rank zero alone; load your own checkpoint in every process, "
+                "and pass the number of its step: resume=1500"
+            )
+        if self._ranks.own > 0:
+            self.number = at
+            return None
         record = resume_run(Path(directory), self.model, self._stepper, at)
         if record is not None:
             self.number = len(record)
@@ -184,10 +205,12 @@ class Tracker:
         optimizer takes no step (a skipped one) leaves no trace."""
         if self._open:
             raise RuntimeError("tracker.step() is open already; close it before the next step")
+        self._ranks.refuse_uneven_steps()
         self._buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
         if self._writer is not None:
             self._writer.begin()
-        self._batches, self._norms, self._open, self._taken, self._clip = [], {}, True, False, 1.0
+        self._batches, self._norms, self._loss, self._clip = [], {}, None, 1.0
+        self._open, self._taken = True, False
         own = self.seconds["influence"] + self.seconds["trajectory"]
         started = time.perf_counter()
         try:
@@ -214,7 +237,8 @@ class Tracker:
         self._batches.append(make_batch(batch, index, weight, device))
 
     def backward(self) -> Tensor:
-        """The gradient of the last batch from per-sample gradients, added to the parameters' `.grad`.
+        """The gradient of the last batch from per-sample gradients, added to the parameters' `.grad`; averaged over the
+        ranks where DistributedDataParallel would.
 
         Returns the batch's loss `Σ_k w_k L_k`. Raises ValueError without a sample_loss or a batch, or if a sample's
         loss depends on the others (batch norm in training mode).
@@ -227,10 +251,11 @@ class Tracker:
         gradient, losses, norms = self._samples.gradient(state, batch)
         for name, parameter in trained.items():
             parameter.grad = gradient[name] if parameter.grad is None else parameter.grad + gradient[name]
+        self._ranks.average([parameter.grad for parameter in trained.values() if parameter.grad is not None])
         if batch.index is not None:
             self._norms |= dict(zip(batch.index.tolist(), norms.tolist(), strict=True))
         loss = (losses * batch.weight).sum()
-        self._row["train/loss"] = self._row.get("train/loss", 0.0) + float(loss)
+        self._loss = (self._loss or 0.0) + float(loss)
         return loss
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -258,14 +283,17 @@ class Tracker:
 
     def influence(self, query: str, keep: tuple[str, ...] = LIVE_AXES[0]) -> Influence:
         """The influences of the steps so far: over ("step", "group") or over ("query", "output")."""
+        self._ranks.refuse_others()
         return self._live.influence(query, keep)
 
     def parameter_scores(self) -> dict[str, Tensor]:
         """Ψ_S(θ) of every parameter, of its shape, over the steps explained so far; see `scores.parameter_scores`."""
+        self._ranks.refuse_others()
         return self._live.parameter_scores(self._stepper.parameters)
 
     def residual(self, query: str) -> float:
         """The residual of the last step that was explained."""
+        self._ranks.refuse_others()
         return self._live.explainers[query].residual
 
     def finish(self) -> None:
@@ -275,11 +303,13 @@ class Tracker:
         self._exit()
         if self._row:
             self._panels.log({panels.AXIS: self.number, **self._row})
+        if self._writer is not None:
+            with self._timed("trajectory"):
+                self._writer.close(self.number)
+                mark_finished(self._writer.directory, self.number)
+        self._ranks.gather(None)  # from here on, every rank finds the trajectory complete
         if self._writer is None:
             return
-        with self._timed("trajectory"):
-            self._writer.close(self.number)
-            mark_finished(self._writer.directory, self.number)
         if self._upload is not None:
             self.staging_mb = self._upload.finish()
         if self._panels.unsent:
@@ -312,13 +342,9 @@ class Tracker:
             )
         self._forget_unused_randomness()
         self._auxiliary_now = self._auxiliary_gradients(gradients)
+        self._tell_each_other()
         if self._check_due() and not self._nonfinite:
-            state = State({n: p.detach() for n, p in self._stepper.parameters.items()}, self._buffers)
-            rest = {name: value.clone() for name, value in gradients.items()}
-            for own in self._auxiliary_now.values():
-                for name, value in own.items():
-                    rest[name] -= value
-            self._samples.check(state, tuple(self._batches), rest, self.number)  # type: ignore[union-attr]
+            self._check_samples(gradients)
         self._stepper.before(self._buffers, self._auxiliary_now)
         with self._timed("trajectory"):
             if self._writer is not None:
@@ -332,6 +358,29 @@ class Tracker:
             if all(torch.equal(start[name], end[name]) for name in start):
                 self._batches[place] = replace(self._batches[place], random_state={})
 
+    def _tell_each_other(self) -> None:
+        """Brings the batches of all ranks together, with their weights in the step, and what `backward` has seen."""
+        self._batches = [replace(batch, weight=batch.weight / self._ranks.count) for batch in self._batches]
+        self._every_batch = self._ranks.batches(self._batches)
+        seen = self._ranks.gather((self._norms, self._loss))
+        self._norms = {index: norm for norms, _ in seen for index, norm in norms.items()}
+        losses = [loss for _, loss in seen if loss is not None]
+        if losses:
+            self._row["train/loss"] = sum(losses) / len(losses)
+
+    def _check_samples(self, gradients: Mapping[str, Tensor]) -> None:
+        """Whether all ranks' samples make up the gradient, once the auxiliary losses are taken out of it."""
+        assert self._samples is not None  # else no check is due
+        state = State({name: p.detach() for name, p in self._stepper.parameters.items()}, self._buffers)
+        rest = {name: value.clone() for name, value in gradients.items()}
+        for own in self._auxiliary_now.values():
+            for name, value in own.items():
+                rest[name] -= value
+        total = self._samples.total_gradient(state, self._batches, rest)
+        self._ranks.add_up(total.values())
+        if self._ranks.own == 0:
+            compare_gradients(total, rest, self.number)
+
     def _auxiliary_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The gradient of every auxiliary loss, clipped as the whole was."""
         moving = {name: self._stepper.parameters[name] for name in gradients}
@@ -344,7 +393,7 @@ class Tracker:
 
     def _after(self) -> None:
         now = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
-        step = self._stepper.after(self.number, now, tuple(self._batches))
+        step = self._stepper.after(self.number, now, self._every_batch)
         with self._timed("trajectory"):
             if self._writer is not None:
                 self._writer.record(step, buffers_moved(step), self._auxiliary_now)
@@ -357,21 +406,29 @@ class Tracker:
         self._stepper.settle()
 
     def _explain(self, step: Step) -> None:
-        row, doubts = self._live.add(step)
-        self._row |= row
-        for doubt in doubts:
-            self._panels.alert("Large residual", doubt)
+        if self._ranks.own == 0:
+            row, doubts = self._live.add(step)
+            self._row |= row
+            for doubt in doubts:
+                self._panels.alert("Large residual", doubt)
         if self.samples_due and self._samples is not None and step.batches:
-            samples = self._live.tabulate(self._samples, step)
-            self._row["samples/own_step"] = -float(samples.influence.sum())
-            if self.run is not None:
-                self._panels.attempt("draw the samples", lambda: self._show(step, samples))
+            self._explain_samples(self._samples, replace(step, batches=tuple(self._batches)))
 
-    def _show(self, step: Step, samples: SampleInfluence) -> None:
+    def _explain_samples(self, known: Samples, step: Step) -> None:
+        """step: with this rank's batches alone; every rank does its own."""
+        samples = SampleInfluence.together(self._ranks.gather(self._live.tabulate(known, step)))
+        self._row["samples/own_step"] = -float(samples.influence.sum())
+        changes = None
+        if self._map_queries:
+            rows = self._ranks.gather(self._live.by_query(known, step, self._map_queries))
+            changes = -torch.cat(rows, dim=1)
+        if self.run is not None:
+            self._panels.attempt("draw the samples", lambda: self._show(samples, changes))
+
+    def _show(self, samples: SampleInfluence, changes: Tensor | None) -> None:
         self._row[panels.SAMPLES] = panels.sample_table(samples, self._norms, self._render)
-        if self._map_queries and self._samples is not None:
+        if changes is not None:
             order = panels.most_influential(samples)
-            changes = -self._live.by_query(self._samples, step, self._map_queries)
             self._row[panels.SAMPLE_MAP] = panels.sample_map(changes[:, order], samples.index[order])
             self._row[panels.QUERY_COSINES] = panels.cosine_map(changes)
 
@@ -410,7 +467,7 @@ class Tracker:
 
     def _check_due(self) -> bool:
         due = self.number < CHECKED_STEPS or self.number % CHECK_EVERY == 0
-        told = bool(self._batches) and not any(batch.clipped for batch in self._batches)
+        told = bool(self._every_batch) and not any(batch.clipped for batch in self._every_batch)
         return due and told and self._samples is not None
 
     def _check_samples_wanted(self) -> None:

@@ -19,7 +19,7 @@ from recipes.modulo_addition import sample_loss
 
 pytestmark = pytest.mark.slow
 
-STEPS, QUERIES, SAMPLES = 16, 200, 1000
+STEPS, QUERIES, SAMPLES = 48, 200, 1000
 SCRIPT = f"""
 import sys
 from time import perf_counter
