@@ -4,8 +4,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +20,7 @@ from explaind_track.groups import GroupSpec, resolve_groups
 from explaind_track.influence import Influence
 from explaind_track.integrator import MEMORY, buffers_moved
 from explaind_track.live import LIVE_AXES, Live
+from explaind_track.live_samples import LiveSamples
 from explaind_track.path import Quadrature
 from explaind_track.queries import Query
 from explaind_track.ranks import Ranks
@@ -29,16 +28,14 @@ from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
 from explaind_track.resume import cut_history
 from explaind_track.resume import resume as resume_run
 from explaind_track.runs import HISTORY, mark_finished, steps_logged, tie
-from explaind_track.samples import SampleInfluence, Samples, compare_gradients, make_batch, random_state
-from explaind_track.step import Batch, State, Step
+from explaind_track.samples import make_batch
+from explaind_track.step import State, Step
 from explaind_track.stepper import Stepper
+from explaind_track.told import Told
 from explaind_track.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import wandb
-
-CHECKED_STEPS = 3
-CHECK_EVERY = 500
 
 
 class NonFiniteError(FloatingPointError):
@@ -126,17 +123,17 @@ class Tracker:
         self._auxiliary = dict(auxiliary or {})
         rule = quadrature or Quadrature.fixed(1)
         self._live = Live(model, queries, self.groups, list(self._auxiliary), rule, memory, scores)
-        self._samples = Samples(model, sample_loss) if sample_loss is not None else None
-        if sample_loss is not None:
-            self._ranks.refuse_common_statistics()
-        self._render = render
-        self._check_samples_wanted()
+        if samples_every and (sample_loss is None or not self._live.losses):
+            raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
+        run = run if first else None
+        mapped = map_queries if self._ranks.gather(run is not None)[0] else 0
+        self._samples = (
+            None if sample_loss is None else LiveSamples(model, sample_loss, self._live, self._ranks, mapped, render)
+        )
         self.number = 0
         """The number of the next step."""
         record = self._take_up(trajectory, resume)
         self._writer = None
-        run = run if first else None
-        self._map_queries = map_queries if self._ranks.gather(run is not None)[0] else 0
         if trajectory is not None and first:
             entries = None if record is None else record.entries
             self._writer = TrajectoryWriter(trajectory, model, self._stepper, keyframe_every, entries)
@@ -156,14 +153,10 @@ class Tracker:
         self.staging_mb = 0.0
         """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
         self._open = self._taken = False
-        self._batches: list[Batch] = []
-        self._every_batch: tuple[Batch, ...] = ()
-        self._norms: dict[int, float] = {}
-        self._loss: float | None = None
+        self._told = Told()
         self._row: dict[str, Any] = {}
         self._buffers: dict[str, Tensor] = {}
         self._nonfinite: list[str] = []
-        self._clip = 1.0
         self._auxiliary_now: dict[str, dict[str, Tensor]] = {}
         if record is not None:
             self._catch_up(record)
@@ -209,8 +202,7 @@ class Tracker:
         self._buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
         if self._writer is not None:
             self._writer.begin()
-        self._batches, self._norms, self._loss, self._clip = [], {}, None, 1.0
-        self._open, self._taken = True, False
+        self._told, self._open, self._taken = Told(), True, False
         own = self.seconds["influence"] + self.seconds["trajectory"]
         started = time.perf_counter()
         try:
@@ -234,7 +226,7 @@ class Tracker:
         if index is None and self.samples_every:
             raise ValueError("tables of samples were asked for (samples_every), so every batch needs its index=")
         device = next(self.model.parameters()).device
-        self._batches.append(make_batch(batch, index, weight, device))
+        self._told.own.append(make_batch(batch, index, weight, device))
 
     def backward(self) -> Tensor:
         """The gradient of the last batch from per-sample gradients, added to the parameters' `.grad`; averaged over the
@@ -243,34 +235,28 @@ class Tracker:
         Returns the batch's loss `Σ_k w_k L_k`. Raises ValueError without a sample_loss or a batch, or if a sample's
         loss depends on the others (batch norm in training mode).
         """
-        if self._samples is None or not self._batches:
+        if self._samples is None or not self._told.own:
             raise ValueError("tracker.backward() needs the Tracker's sample_loss=, and tracker.batch(…) before it")
-        batch = self._batches[-1]
         trained = {name: p for name, p in self._stepper.parameters.items() if p.requires_grad}
         state = State({name: p.detach() for name, p in trained.items()}, dict(self.model.named_buffers()))
-        gradient, losses, norms = self._samples.gradient(state, batch)
+        gradient, loss = self._samples.gradient(state, self._told)
         for name, parameter in trained.items():
             parameter.grad = gradient[name] if parameter.grad is None else parameter.grad + gradient[name]
         self._ranks.average([parameter.grad for parameter in trained.values() if parameter.grad is not None])
-        if batch.index is not None:
-            self._norms |= dict(zip(batch.index.tolist(), norms.tolist(), strict=True))
-        loss = (losses * batch.weight).sum()
-        self._loss = (self._loss or 0.0) + float(loss)
         return loss
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` on the model, with its factor as part of the samples' weights. Call it where
         that one would be called. Returns the norm before."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        self._clip = min(1.0, max_norm / (float(norm) + 1e-6))
-        self._batches = [replace(batch, weight=batch.weight * self._clip) for batch in self._batches]
+        self._told.clip_by_norm(min(1.0, max_norm / (float(norm) + 1e-6)))
         return norm
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """`torch.nn.utils.clip_grad_value_` on the model. What it leaves is no sum over samples any more: influences of
         groups stay exact, those of this step's samples are refused."""
         nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
-        self._batches = [replace(batch, clipped=True) for batch in self._batches]
+        self._told.clip_by_value()
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the row of the current step; between steps, to that of the next, which starts from there."""
@@ -340,46 +326,18 @@ class Tracker:
                 f"the gradient of step {self.number} is not finite in {', '.join(self._nonfinite)}; the parameters "
                 'are still those before the step. Tracker(on_nonfinite="mark") goes on and marks such steps'
             )
-        self._forget_unused_randomness()
+        self._told.forget_unused_randomness(next(self.model.parameters()).device)
+        self._told.exchange(self._ranks)
+        if self._told.loss is not None:
+            self._row["train/loss"] = self._told.loss
         self._auxiliary_now = self._auxiliary_gradients(gradients)
-        self._tell_each_other()
-        if self._check_due() and not self._nonfinite:
-            self._check_samples(gradients)
+        if self._samples is not None and not self._nonfinite:
+            state = State({name: p.detach() for name, p in self._stepper.parameters.items()}, self._buffers)
+            self._samples.check(self._told, self.number, state, gradients, self._auxiliary_now)
         self._stepper.before(self._buffers, self._auxiliary_now)
         with self._timed("trajectory"):
             if self._writer is not None:
                 self._writer.before(self.number, self._buffers)
-
-    def _forget_unused_randomness(self) -> None:
-        """A batch during whose passes nothing random was drawn needs no random state."""
-        states = [batch.random_state for batch in self._batches]
-        states.append(random_state(next(self.model.parameters()).device))
-        for place, (start, end) in enumerate(pairwise(states)):
-            if all(torch.equal(start[name], end[name]) for name in start):
-                self._batches[place] = replace(self._batches[place], random_state={})
-
-    def _tell_each_other(self) -> None:
-        """Brings the batches of all ranks together, with their weights in the step, and what `backward` has seen."""
-        self._batches = [replace(batch, weight=batch.weight / self._ranks.count) for batch in self._batches]
-        self._every_batch = self._ranks.batches(self._batches)
-        seen = self._ranks.gather((self._norms, self._loss))
-        self._norms = {index: norm for norms, _ in seen for index, norm in norms.items()}
-        losses = [loss for _, loss in seen if loss is not None]
-        if losses:
-            self._row["train/loss"] = sum(losses) / len(losses)
-
-    def _check_samples(self, gradients: Mapping[str, Tensor]) -> None:
-        """Whether all ranks' samples make up the gradient, once the auxiliary losses are taken out of it."""
-        assert self._samples is not None  # else no check is due
-        state = State({name: p.detach() for name, p in self._stepper.parameters.items()}, self._buffers)
-        rest = {name: value.clone() for name, value in gradients.items()}
-        for own in self._auxiliary_now.values():
-            for name, value in own.items():
-                rest[name] -= value
-        total = self._samples.total_gradient(state, self._batches, rest)
-        self._ranks.add_up(total.values())
-        if self._ranks.own == 0:
-            compare_gradients(total, rest, self.number)
 
     def _auxiliary_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The gradient of every auxiliary loss, clipped as the whole was."""
@@ -388,12 +346,12 @@ class Tracker:
         for part, loss in self._auxiliary.items():
             with torch.enable_grad():
                 rows = torch.autograd.grad(loss(self.model), list(moving.values()), allow_unused=True)
-            found[part] = {n: g.detach() * self._clip for n, g in zip(moving, rows, strict=True) if g is not None}
+            found[part] = {n: g.detach() * self._told.clip for n, g in zip(moving, rows, strict=True) if g is not None}
         return found
 
     def _after(self) -> None:
         now = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
-        step = self._stepper.after(self.number, now, self._every_batch)
+        step = self._stepper.after(self.number, now, self._told.every)
         with self._timed("trajectory"):
             if self._writer is not None:
                 self._writer.record(step, buffers_moved(step), self._auxiliary_now)
@@ -412,25 +370,13 @@ class Tracker:
             for doubt in doubts:
                 self._panels.alert("Large residual", doubt)
         if self.samples_due and self._samples is not None and step.batches:
-            self._explain_samples(self._samples, replace(step, batches=tuple(self._batches)))
+            self._explain_samples(self._samples, step)
 
-    def _explain_samples(self, known: Samples, step: Step) -> None:
-        """step: with this rank's batches alone; every rank does its own."""
-        samples = SampleInfluence.together(self._ranks.gather(self._live.tabulate(known, step)))
+    def _explain_samples(self, known: LiveSamples, step: Step) -> None:
+        samples, changes = known.influences(self._told, step)
         self._row["samples/own_step"] = -float(samples.influence.sum())
-        changes = None
-        if self._map_queries:
-            rows = self._ranks.gather(self._live.by_query(known, step, self._map_queries))
-            changes = -torch.cat(rows, dim=1)
         if self.run is not None:
-            self._panels.attempt("draw the samples", lambda: self._show(samples, changes))
-
-    def _show(self, samples: SampleInfluence, changes: Tensor | None) -> None:
-        self._row[panels.SAMPLES] = panels.sample_table(samples, self._norms, self._render)
-        if changes is not None:
-            order = panels.most_influential(samples)
-            self._row[panels.SAMPLE_MAP] = panels.sample_map(changes[:, order], samples.index[order])
-            self._row[panels.QUERY_COSINES] = panels.cosine_map(changes)
+            self._panels.attempt("draw the samples", lambda: self._row.update(known.draw(self._told, samples, changes)))
 
     def _configuration(self) -> dict[str, Any]:
         """What was asked for, as W&B's configuration of the run has it."""
@@ -464,17 +410,6 @@ class Tracker:
                 stacklevel=3,
             )
             return None
-
-    def _check_due(self) -> bool:
-        due = self.number < CHECKED_STEPS or self.number % CHECK_EVERY == 0
-        told = bool(self._every_batch) and not any(batch.clipped for batch in self._every_batch)
-        return due and told and self._samples is not None
-
-    def _check_samples_wanted(self) -> None:
-        if not self.samples_every:
-            return
-        if self._samples is None or not self._live.losses:
-            raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
