@@ -66,7 +66,10 @@ class SampleExplanation(Plan):
         samples: Samples,
         quadrature: Quadrature | None,
         memory: int,
+        progress: bool,
+        out: str | PathLike[str] | None = None,
     ) -> None:
+        super().__init__(progress, out)
         unknown = set(keep) - set(SAMPLE_AXES)
         if unknown:
             raise ValueError(f"keep takes some of {SAMPLE_AXES} with samples, got {tuple(keep)}")
@@ -200,11 +203,11 @@ class SampleExplanation(Plan):
             for some in cuts(0, self.outputs, outputs)
         ]
 
-    def run(self, progress: bool = True, out: str | PathLike[str] | None = None) -> Influence:
-        """Computes it: in memory, or in a directory, where it goes on with the walks that are not done."""
-        if out is not None and parallel.processes() > 1:
+    def compute(self) -> Influence:
+        """In memory, or in a directory, where it goes on with the walks that are not done."""
+        if self.out is not None and parallel.processes() > 1:
             raise ValueError("out= is for one process; in several, keep fewer axes, or give each its own samples")
-        store = None if out is None else Store(out, self._request())
+        store = None if self.out is None else Store(self.out, self._request())
         target = self._array(store, "influence", SAMPLE_AXES)
         kernel = self._array(store, "kernel", CELLS)
         notes: dict[str, Any] = {} if store is None else store.notes
@@ -213,7 +216,7 @@ class SampleExplanation(Plan):
             walks = parallel.share(walks)
         total = sum(self._length(walk) for walk in walks)
         told = False
-        with tqdm(total=total, desc="samples", unit="step", disable=not progress) as bar:
+        with tqdm(total=total, desc="samples", unit="step", disable=not self.progress) as bar:
             for walk in walks:
                 one = self._walk(walk, target, kernel, bar, fresh=store is None)
                 notes[walk.name] = {str(number): value for number, value in one.mismatch.items()}

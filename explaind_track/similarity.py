@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from explaind_track.autodiff import Functional, SampleLoss
-from explaind_track.explain import check_query
-from explaind_track.features import Features, output_count, some_outputs
+from explaind_track.features import Features, check_query, output_count, some_outputs
 from explaind_track.groups import GroupSpec, resolve_groups
 from explaind_track.integrator import MEMORY, Integrator
 from explaind_track.path import Quadrature

@@ -43,9 +43,10 @@ def options_of(job: Job, keep: tuple[str, ...]) -> dict[str, Any]:
 @pytest.mark.parametrize("keep", KEEPS, ids="+".join)
 def test_a_plan_tells_the_shape_and_does_it(recorded: tuple[Job, Path], keep: tuple[str, ...]) -> None:
     job, directory = recorded
-    plan = plan_explanation(Trajectory.open(directory), job.model, job.queries["query"], **options_of(job, keep))
+    options = {**options_of(job, keep), "progress": False}
+    plan = plan_explanation(Trajectory.open(directory), job.model, job.queries["query"], **options)
     words = plan.describe()
-    found = plan.run(progress=False).data["influence"]
+    found = plan.run().data["influence"]
     assert found.sizes == plan.shape
     assert plan.result_bytes >= found.nbytes
     for axis, size in plan.shape.items():
