@@ -85,7 +85,7 @@ class Trajectory:
         if expected != found:
             names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
             detail = "; ".join(f"{n}: recorded {expected.get(n)}, model {found.get(n)}" for n in names[:5])
-            raise ValueError(f"the model is not the one of {self.directory}. {detail}")
+            raise ValueError(f"the model is not the one that {self.directory} records: pass that one. {detail}")
 
     def steps(self, first: int = 0, last: int | None = None, lasting: bool = False) -> Iterator[Step]:
         """Steps first ≤ s < last, replayed from the last keyframe before them, in order; each is valid until the next,
