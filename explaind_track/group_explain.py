@@ -14,9 +14,10 @@ from explaind_track.features import output_count
 from explaind_track.influence import Influence
 from explaind_track.planning import Plan, timed
 from explaind_track.plans import size_in_bytes
-from explaind_track.sources import StepStream, cuts, query_digest
+from explaind_track.sources import StepStream, query_digest
 from explaind_track.store import Store
 from explaind_track.trajectory import Trajectory
+from explaind_track.walks import cuts
 
 
 class GroupExplanation(Plan):

@@ -1,5 +1,6 @@
 """Influences of single training samples, by reverse replay: Ψ_S(Θ_g, x_k, x)_j for any of its axes (§4, Thm. 3.1)."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +16,10 @@ from explaind_track.features import Features
 from explaind_track.groups import Groups
 from explaind_track.products import SampleProducts
 from explaind_track.queries import Query
+from explaind_track.samples import SampleMismatch
 from explaind_track.step import Batch, Step
 from explaind_track.trees import tree_map, tree_rows
+from explaind_track.walks import Walk
 
 SAMPLE_AXES = ("step", "seen", "group", "query", "output", "sample")
 """The axes of sample influences in their order. `step`: at which the influence acts; `seen`: whose batch the sample was
@@ -70,18 +73,16 @@ class SampleWalk:
         groups: Groups,
         samples: Samples,
         products: SampleProducts,
-        first: int,
-        last: int,
-        apart: bool,
+        walk: Walk,
         nodes: Callable[[Step], int],
         memory: int,
         shared: bool,
     ) -> None:
-        """query: reduced to the targets that are kept. apart: whether the acting steps are kept apart. shared: whether
-        all processes do this walk together, each for its share of every batch's samples."""
+        """query: the walk's, reduced to the targets that are kept. shared: whether all processes do this walk together,
+        each for its share of every batch's samples."""
         self._groups, self._samples, self._nodes, self._shared = groups, samples, nodes, shared
-        self._first, self._last = first, last
-        self._acting = last - first if apart else 1
+        self._first, self._last = walk.steps.start, walk.steps.stop
+        self._acting = walk.acting if walk.apart else 1
         self._adjoint = Adjoint(self._acting)
         self._features = Features(Functional(model), query, memory)
         self._products = products
@@ -107,6 +108,19 @@ class SampleWalk:
                 place = step.number if target.shape[1] > 1 else 0
                 self.mismatch[step.number] = self._add(step, directions, torch.from_numpy(target[:, place]))
             bar.update()
+
+    def tell_of_mismatch(self) -> None:
+        """Warns of the steps that are wrong."""
+        worst = max(self.wrong, key=self.mismatch.__getitem__)
+        warnings.warn(
+            f"at {len(self.wrong)} of {len(self.mismatch)} steps, the samples' influences do not add up to that of the "
+            f"gradient which the optimizer saw (at step {worst} they miss it by {self.mismatch[worst]:.2g} of its "
+            "size), and are wrong there. Tell tracker.batch of every batch with the weights of its samples (a clipped "
+            "gradient's factor among them), put the model into the mode that it was trained in, and see that "
+            "data(index) gives what it gave then",
+            SampleMismatch,
+            stacklevel=5,
+        )
 
     def _kernel(self, step: Step, features: Mapping[str, Tensor]) -> Tensor:
         """⟨φ^test, u_s⟩ by group, (G, R)."""

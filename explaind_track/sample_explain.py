@@ -1,9 +1,8 @@
 """Plans and runs the walks that give influences of single training samples: `explain` where "sample" is kept."""
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from os import PathLike
@@ -27,29 +26,17 @@ from explaind_track.plans import size_in_bytes
 from explaind_track.products import SampleProducts
 from explaind_track.queries import Query
 from explaind_track.sample_axis import SAMPLE_AXES, Array, Samples, SampleWalk
-from explaind_track.samples import CHUNK_BYTES, SampleMismatch
-from explaind_track.sources import Source, cuts, fingerprint, function_digest, query_digest, reach
+from explaind_track.samples import CHUNK_BYTES
+from explaind_track.sources import Source, fingerprint, function_digest, query_digest, reach
 from explaind_track.step import Step
 from explaind_track.store import Store
+from explaind_track.walks import Walk, cut_walks
 
 CELLS = tuple(axis for axis in SAMPLE_AXES if axis not in ("seen", "sample"))
 """What the influence of all samples together is kept over."""
 
 COPIES = 3
 """Of the parameters for each target in flight: the adjoint, the test feature, and the direction."""
-
-
-@dataclass(frozen=True)
-class Walk:
-    """What one walk is for: acting steps, rows of the query, and outputs."""
-
-    steps: slice
-    rows: slice
-    outputs: slice
-
-    @property
-    def name(self) -> str:
-        return "x".join(f"{part.start}-{part.stop}" for part in (self.steps, self.rows, self.outputs))
 
 
 class SampleExplanation(Plan):
@@ -115,7 +102,7 @@ class SampleExplanation(Plan):
 
     @property
     def working_bytes(self) -> int:
-        rows = max(self._rows(walk) for walk in self.walks())
+        rows = max(walk.targets for walk in self.walks())
         parameters = size_in_bytes(dict(self.model.named_parameters()))
         return rows * COPIES * parameters + min(self.memory, 4 * parameters * self.steps) + CHUNK_BYTES
 
@@ -136,14 +123,14 @@ class SampleExplanation(Plan):
         within, below = self._seconds_of(walk)
         total = 0.0
         for one in self.walks():
-            share, own, length = self._rows(one) / self._rows(walk), one.steps.stop - one.steps.start, self._length(one)
-            total += share * (own * within + (length - own) * below) + length * replay
+            share, length = one.targets / walk.targets, self._length(one)
+            total += share * (one.acting * within + (length - one.acting) * below) + length * replay
         return total / parallel.processes()
 
     def _seconds_of(self, walk: Walk) -> tuple[float, float]:
         """Of a step within the window, and of one before it."""
         (step,) = self._source.steps_back(walk.steps.stop - 1, walk.steps.stop, self.memory)
-        apart = walk.steps.stop - walk.steps.start if "step" in self.keep else 1
+        apart = walk.acting if walk.apart else 1
         rows = (walk.rows.stop - walk.rows.start, walk.outputs.stop - walk.outputs.start)
         target = np.zeros((apart, 1, len(self.groups), *rows, len(self.samples.labels)), self.dtype)
         kernel, bar = np.zeros((apart, len(self.groups), *rows), self.dtype), tqdm(disable=True)
@@ -158,11 +145,6 @@ class SampleExplanation(Plan):
             if sum(found) > 60:
                 break
         return found
-
-    def _rows(self, walk: Walk) -> int:
-        """The targets in flight."""
-        rows = (walk.rows.stop - walk.rows.start) * (walk.outputs.stop - walk.outputs.start)
-        return int(rows * (walk.steps.stop - walk.steps.start if "step" in self.keep else 1))
 
     @property
     def copies(self) -> int:
@@ -183,25 +165,12 @@ class SampleExplanation(Plan):
         return alone and sum(int((places >= 0).sum()) for _, places, _ in batches) > len(self.query) * self.outputs
 
     def walks(self) -> list[Walk]:
-        """Walks that cover the result, each with as many targets in flight as the memory allows, but at least one; at
-        least one for each process, unless processes share the walks' samples."""
+        """At least one for each process, unless processes share the walks' samples."""
         return self._cut(1 if self.shared else parallel.processes())
 
-    def _cut(self, spread: int) -> list[Walk]:
-        outputs = min(self.outputs, self.copies)
-        rows = min(-(-len(self.query) // spread), max(1, self.copies // outputs))
-        acting = self.last - self.first
-        if "step" in self.keep:
-            acting = min(acting, max(1, self.copies // (outputs * rows)))
-        walks = -(-len(self.query) // rows) * -(-self.outputs // outputs)
-        if walks < spread:
-            acting = min(acting, -(-(self.last - self.first) // spread))
-        return [
-            Walk(steps, own, some)
-            for steps in cuts(self.first, self.last, acting)
-            for own in cuts(0, len(self.query), rows)
-            for some in cuts(0, self.outputs, outputs)
-        ]
+    def _cut(self, at_least: int) -> list[Walk]:
+        apart = "step" in self.keep
+        return cut_walks((self.first, self.last), apart, len(self.query), self.outputs, self.copies, at_least)
 
     def compute(self) -> Influence:
         """In memory, or in a directory, where it goes on with the walks that are not done."""
@@ -224,7 +193,7 @@ class SampleExplanation(Plan):
                     store.done(walk.name, notes[walk.name])
                 if one.wrong and not told:
                     told = True
-                    _tell_of_mismatch(one)
+                    one.tell_of_mismatch()
         parallel.add_up(target, kernel)
         mismatch: dict[int, float] = {}
         for found in parallel.gather(notes):
@@ -258,16 +227,15 @@ class SampleExplanation(Plan):
         if walk.outputs != slice(0, self.outputs):
             query = some_outputs(query, walk.outputs.start, walk.outputs.stop)
         return SampleWalk(
-            self.model, query, self.groups, self.samples, self.products, walk.steps.start, walk.steps.stop,
-            "step" in self.keep, self.nodes_of, self.memory, shared,
+            self.model, query, self.groups, self.samples, self.products, walk, self.nodes_of, self.memory, shared
         )  # fmt: skip
 
     def steps_back(self, last: int) -> Iterator[Step]:
         return self._source.steps_back(0, last, self.memory)
 
     def _walk(self, walk: Walk, target: Array, kernel: Array, bar: Any, fresh: bool) -> SampleWalk:
-        one, apart = self.walk(walk, self.shared), "step" in self.keep
-        acting = slice(walk.steps.start - self.first, walk.steps.stop - self.first) if apart else slice(0, 1)
+        one = self.walk(walk, self.shared)
+        acting = slice(walk.steps.start - self.first, walk.steps.stop - self.first) if walk.apart else slice(0, 1)
         cell = target[acting, :, :, walk.rows, walk.outputs]
         own = kernel[acting, :, walk.rows, walk.outputs]
         if not fresh:  # an interrupted walk has left its beginning there
@@ -324,16 +292,3 @@ class SampleExplanation(Plan):
 
 def _missing(axes: Sequence[str], keep: Sequence[str]) -> tuple[int, ...]:
     return tuple(place for place, axis in enumerate(axes) if axis not in keep)
-
-
-def _tell_of_mismatch(walk: SampleWalk) -> None:
-    worst = max(walk.wrong, key=walk.mismatch.__getitem__)
-    warnings.warn(
-        f"at {len(walk.wrong)} of {len(walk.mismatch)} steps, the samples' influences do not add up to that of the "
-        f"gradient which the optimizer saw (at step {worst} they miss it by {walk.mismatch[worst]:.2g} of its size), "
-        "and are wrong there. Tell tracker.batch of every batch with the weights of its samples (a clipped gradient's "
-        "factor among them), put the model into the mode that it was trained in, and see that data(index) gives what "
-        "it gave then",
-        SampleMismatch,
-        stacklevel=4,
-    )

@@ -26,8 +26,9 @@ from explaind_track.products import SampleProducts
 from explaind_track.queries import Query
 from explaind_track.sample_axis import Array, Data, Samples
 from explaind_track.samples import weights_of
-from explaind_track.sources import Source, choose_samples, cuts, reach, source_of
+from explaind_track.sources import Source, choose_samples, reach, source_of
 from explaind_track.step import Step, Update
+from explaind_track.walks import cuts
 
 if TYPE_CHECKING:
     from explaind_track.trajectory import Trajectory

@@ -188,7 +188,3 @@ def _content(value: Any) -> str:
     if isinstance(value, CodeType):
         return fingerprint(value.co_code, value.co_names, *map(_content, value.co_consts))
     return function_digest(value) if callable(value) else repr(value)
-
-
-def cuts(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(low, min(stop, low + size)) for low in range(start, stop, size)]
