@@ -76,8 +76,9 @@ class GroupExplanation(Plan):
         if isinstance(self._source, StepStream):
             raise ValueError("the time is estimated by trying a step, which only a trajectory's steps allow")
         middle = (self.first + self.last) // 2
-        low = max(self.first, middle - 9)
-        replay = timed(lambda: sum(1 for _ in self._source.steps(low, middle + 1))) / (middle + 1 - low)
+        start = self._source.keyframe(middle)
+        stop = min(start + 10, middle + 1)
+        replay = timed(lambda: sum(1 for _ in self._source.steps(start, stop))) / (stop - start)
         step = next(self._source.steps(middle, middle + 1))
         explainer = self._make()
         return self.steps * (replay + timed(lambda: explainer.add(step))) / parallel.processes()
