@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from explaind_track.accumulator import Accumulator
 from explaind_track.features import check_query
 from explaind_track.groups import Groups
-from explaind_track.influence import Accumulator, Influence
+from explaind_track.influence import Influence
 from explaind_track.integrator import MEMORY, Integrator
 from explaind_track.path import Quadrature, Terms
 from explaind_track.queries import Query
