@@ -6,8 +6,7 @@ influences of their own samples. In the step, a sample weighs what it weighs in 
 """
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from explaind_track import parallel
-from explaind_track.step import Batch
-from explaind_track.trees import tree_map
 
 Item = TypeVar("Item")
 
@@ -60,13 +57,20 @@ class Ranks:
             for gradient in gradients:
                 gradient.div_(self.count)
 
-    def batches(self, own: Sequence[Batch]) -> tuple[Batch, ...]:
-        """The batches of all ranks, by rank. Those of others hold their samples only where nothing else names them."""
-        if self._wrapped is None:
-            return tuple(own)
-        every = self.gather([_told(batch) for batch in own])
-        every[self.own] = list(own)
-        return tuple(batch for batches in every for batch in batches)
+    def at_zero(self, action: Callable[[], Item]) -> Item | None:
+        """What `action` gives on rank zero, None elsewhere. Where it fails, all ranks do, so that none waits."""
+        found, failure = None, None
+        if self.own == 0:
+            try:
+                found = action()
+            except Exception as error:
+                failure = error
+        reason = self.gather(None if failure is None else repr(failure))[0]
+        if failure is not None:
+            raise failure
+        if reason is not None:
+            raise RuntimeError(f"rank zero could not go on: {reason}")
+        return found
 
     def refuse_others(self) -> None:
         """Raises RuntimeError for all but rank zero."""
@@ -90,20 +94,6 @@ class Ranks:
                     "samples alone; leave sample_loss= out (influences of groups stay exact), or use BatchNorm without "
                     "convert_sync_batchnorm"
                 )
-
-
-def _told(batch: Batch) -> Batch:
-    """A batch as another rank is told of it."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.detach().cpu()
-
-    return replace(
-        batch,
-        weight=moved(batch.weight) if isinstance(batch.weight, Tensor) else batch.weight,
-        index=None if batch.index is None else moved(batch.index),
-        data=tree_map(moved, batch.data) if batch.index is None else None,
-    )
 
 
 def _known(module: str, name: str) -> tuple[type, ...]:

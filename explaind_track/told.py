@@ -4,10 +4,12 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from explaind_track.ranks import Ranks
 from explaind_track.samples import random_state
 from explaind_track.step import Batch
+from explaind_track.trees import tree_map
 
 
 @dataclass
@@ -42,8 +44,27 @@ class Told:
     def exchange(self, ranks: Ranks) -> None:
         """Brings together what the ranks were told."""
         self.own = [replace(batch, weight=batch.weight / ranks.count) for batch in self.own]
-        self.every = ranks.batches(self.own)
-        seen = ranks.gather((self.norms, self.loss))
-        self.norms = {index: norm for norms, _ in seen for index, norm in norms.items()}
-        losses = [loss for _, loss in seen if loss is not None]
+        self.every = tuple(self.own)
+        if ranks.count == 1:
+            return
+        seen = ranks.gather(([_for_others(batch) for batch in self.own], self.norms, self.loss))
+        self.every = tuple(
+            batch for rank, (others, *_) in enumerate(seen) for batch in (self.own if rank == ranks.own else others)
+        )
+        self.norms = {index: norm for _, norms, _ in seen for index, norm in norms.items()}
+        losses = [loss for *_, loss in seen if loss is not None]
         self.loss = sum(losses) / len(losses) if losses else None
+
+
+def _for_others(batch: Batch) -> Batch:
+    """A batch as other ranks are told of it: with its samples only where nothing else names them."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu()
+
+    return replace(
+        batch,
+        weight=moved(batch.weight) if isinstance(batch.weight, Tensor) else batch.weight,
+        index=None if batch.index is None else moved(batch.index),
+        data=tree_map(moved, batch.data) if batch.index is None else None,
+    )

@@ -132,11 +132,9 @@ class Tracker:
         )
         self.number = 0
         """The number of the next step."""
-        record = self._take_up(trajectory, resume)
-        self._writer = None
-        if trajectory is not None and first:
-            entries = None if record is None else record.entries
-            self._writer = TrajectoryWriter(trajectory, model, self._stepper, keyframe_every, entries)
+        begun = self._ranks.at_zero(lambda: self._begin_record(trajectory, resume, keyframe_every))
+        record, self._writer = begun or (None, None)
+        self.number = self._ranks.gather(self.number)[0]
         history = None if self._writer is None else self._writer.directory / HISTORY
         sections = ["kernel", "reg", "past", "D", "residual", "loss", "cost", "train", *queries]
         logged = set() if run is None or self._writer is None else steps_logged(self._writer.directory, run)
@@ -162,24 +160,24 @@ class Tracker:
             self._catch_up(record)
         self._exit = before_exit(self._writer.flush) if self._writer is not None else lambda: None
 
-    def _take_up(self, directory: str | PathLike[str] | None, at: bool | int) -> Trajectory | None:
-        """The record that is gone on with; None if the run begins."""
-        if at is False:
-            return None
+    def _begin_record(
+        self, directory: str | PathLike[str] | None, resume: bool | int, keyframe_every: int
+    ) -> tuple[Trajectory | None, TrajectoryWriter | None]:
+        """The record that is gone on with, None if the run begins; and what writes it."""
         if directory is None:
-            raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
-        if at is True and self._ranks.count > 1:
+            if resume is not False:
+                raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
+            return None, None
+        if resume is True and self._ranks.count > 1:
             raise ValueError(
                 "resume=True puts back the random state of rank zero alone; load your own checkpoint in every process, "
                 "and pass the number of its step: resume=1500"
             )
-        if self._ranks.own > 0:
-            self.number = at
-            return None
-        record = resume_run(Path(directory), self.model, self._stepper, at)
+        record = None if resume is False else resume_run(Path(directory), self.model, self._stepper, resume)
         if record is not None:
             self.number = len(record)
-        return record
+        entries = None if record is None else record.entries
+        return record, TrajectoryWriter(directory, self.model, self._stepper, keyframe_every, entries)
 
     def _catch_up(self, record: Trajectory) -> None:
         """Explains the steps that were taken before, as they were explained then, and completes the rows of metrics."""

@@ -107,16 +107,18 @@ def main(rank: int, out: Path) -> None:
     torch.set_num_threads(1)
     for loop in LOOPS:
         train_as_rank(rank, loop, out)
-    refusals(rank)
+    refusals(rank, out)
     dist.destroy_process_group()
 
 
-def refusals(rank: int) -> None:
+def refusals(rank: int, out: Path) -> None:
     job = make_job()
     wrapped = DistributedDataParallel(job.model)
     options: dict[str, Any] = {"queries": job.queries, "sample_loss": sample_loss}
-    with pytest.raises(ValueError, match="random state of rank zero alone"):
+    with pytest.raises((ValueError, RuntimeError)[rank], match="random state of rank zero alone"):
         Tracker(wrapped, job.optimizer, resume=True, trajectory="nowhere", **options)
+    with pytest.raises((FileExistsError, RuntimeError)[rank], match="is not empty"):
+        Tracker(wrapped, job.optimizer, trajectory=out, **options)
     tracker = Tracker(wrapped, job.optimizer, **options)
     with wrapped.join(), pytest.raises(RuntimeError, match="as many batches"), tracker.step():
         pass
