@@ -217,7 +217,8 @@ class Tracker:
         """Tells of the next (micro-)batch, right before its forward pass. Its tensors' first axis is the samples.
 
         index:  (N,), which training samples these are.
-        weight: `w_{i,k}`, how each sample's loss enters the step's gradient: "mean", "sum", a number or (N,).
+        weight: `w_{i,k}`, how each sample's loss enters the step's gradient (with several ranks: that of its own rank's
+                loss): "mean", "sum", a number or (N,).
         """
         if not self._open:
             raise RuntimeError("tracker.batch() belongs inside `with tracker.step():`")
