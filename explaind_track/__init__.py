@@ -1,6 +1,7 @@
 """Exact influences of parameters, training samples and steps on a model's predictions, while it trains and after."""
 
-from explaind_track.explain import Explainer, explain, plan_explanation
+from explaind_track.explain import explain, plan_explanation
+from explaind_track.explainer import Explainer
 from explaind_track.groups import resolve_groups
 from explaind_track.influence import Influence
 from explaind_track.kernel_view import kernel_view

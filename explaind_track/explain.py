@@ -1,118 +1,34 @@
-"""One entry for every decomposition: steps go in, from a live run or from its record, and an `Influence` comes out."""
+"""One entry for every decomposition: it picks the plan for the axes that are asked for."""
 
-from collections.abc import Iterable, Sequence
-from functools import partial
-from importlib.metadata import version
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, wraps
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any, ParamSpec
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from explaind_track.autodiff import Functional, SampleLoss, evaluation
-from explaind_track.groups import Groups, GroupSpec, resolve_groups
-from explaind_track.influence import Accumulator, Influence
-from explaind_track.integrator import MEMORY, Integrator
-from explaind_track.path import Quadrature, Terms
+from explaind_track.autodiff import SampleLoss
+from explaind_track.explainer import Explainer
+from explaind_track.features import check_query
+from explaind_track.group_explain import GroupExplanation
+from explaind_track.groups import GroupSpec, resolve_groups
+from explaind_track.influence import Influence
+from explaind_track.integrator import MEMORY
+from explaind_track.path import Quadrature
 from explaind_track.planning import Plan
 from explaind_track.queries import Query
-from explaind_track.step import State, Step
+from explaind_track.sample_axis import Data
+from explaind_track.sample_explain import SampleExplanation
+from explaind_track.sources import StepStream, choose_samples, source_of
+from explaind_track.step import Step
+from explaind_track.trajectory import Trajectory
 
-if TYPE_CHECKING:
-    from explaind_track.sample_axis import Data
-    from explaind_track.trajectory import Trajectory
-
-
-class Explainer:
-    """Takes steps one by one and sums their influences on one query, for one or several choices of kept axes."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        query: Query,
-        groups: Groups,
-        keeps: Sequence[Sequence[str]],
-        parts: Sequence[str] | None = None,
-        quadrature: Quadrature | None = None,
-        close: bool = False,
-        memory: int = MEMORY,
-    ) -> None:
-        """Arguments as in `explain`; keeps: one choice of axes for each influence that `results` gives."""
-        check_query(model, query)
-        if not any("group" in keep for keep in keeps):
-            groups = {"all": [name for names in groups.values() for name in names]}
-        self.accumulators = [Accumulator(keep, list(groups)) for keep in keeps]
-        self.integrator = Integrator(model, query, groups, parts, quadrature, memory)
-        self.close = close
-        self.nodes = 0
-        """After a step: the quadrature nodes it took."""
-        self.residual = float("nan")
-        """After a step: its ‖remainder‖₂ / ‖change‖₂, where a choice of axes keeps the step."""
-        self.metrics: dict[str, float] = {}
-        """After a step: the query's mean `loss` and `accuracy`, where it has labels to tell."""
-
-    def add(self, step: Step) -> list[dict[str, Tensor]]:
-        """Takes one step in. Returns, for each choice of axes that keeps the step, the step's own row of it."""
-        nodes, parts = self.integrator.nodes(step), self.integrator.parts(step)
-        self.nodes = nodes
-        for accumulator in self.accumulators:
-            accumulator.begin(step.number, nodes, parts)
-        self.metrics = {}
-        for start, terms in self.integrator.terms(step, nodes, self.close):
-            for name, value in _metrics(self.integrator.query, start, terms).items():
-                self.metrics[name] = self.metrics.get(name, 0.0) + value
-            for accumulator in self.accumulators:
-                accumulator.add(start, terms)
-        rows = [accumulator.end() for accumulator in self.accumulators]
-        self.residual = next((float(row["residual"]) for row in rows if row), float("nan"))
-        return rows
-
-    def results(self) -> list[Influence]:
-        """One influence for each choice of kept axes, over the steps so far."""
-        rule = self.integrator.quadrature
-        attrs = {
-            "tolerance": rule.tolerance,
-            "min_nodes": rule.nodes,
-            "max_nodes": rule.max_nodes,
-            "closed": int(self.close),
-            "torch": torch.__version__,
-            "explaind_track": version("explaind_track"),
-        }
-        return [accumulator.result(attrs) for accumulator in self.accumulators]
+Arguments = ParamSpec("Arguments")
 
 
-def _metrics(query: Query, start: int, terms: Terms) -> dict[str, float]:
-    """This chunk's share of the query's mean loss and accuracy."""
-    after = terms.after
-    if query.is_loss:
-        scale = 1 if query.reduction == "mean" else query.size
-        return {"loss": float(after.sum()) / scale}
-    if query.is_classified and query.reduction is None:
-        y = query.labels[0][start : start + len(after)].to(after.device)
-        right = float((after.argmax(-1) == y).sum())
-        return {"loss": float(F.cross_entropy(after, y, reduction="sum")) / len(query), "accuracy": right / len(query)}
-    return {}
-
-
-def check_query(model: nn.Module, query: Query) -> None:
-    """Raises ValueError if the query's targets cannot be differentiated with respect to the model's parameters."""
-    parameters = {name: value.detach().requires_grad_() for name, value in model.named_parameters()}
-    device = next(iter(parameters.values())).device
-    one = query.rows(0, 1, device)
-    with evaluation(model), torch.enable_grad():
-        value: Tensor = Functional(model)(State(parameters, dict(model.named_buffers())), one)
-    if not value.dtype.is_floating_point:
-        raise ValueError(f"the query's target is of type {value.dtype}: only real numbers have a derivative")
-    if not value.requires_grad:
-        raise ValueError(
-            "the query's target does not depend differentiably on the model's parameters: it must not detach its "
-            "input, leave torch, or go through argmax, comparison or rounding"
-        )
-
-
-def explain(
-    steps: "Trajectory | Iterable[Step]",
+def plan_explanation(
+    steps: Trajectory | Iterable[Step],
     model: nn.Module,
     query: Query,
     *,
@@ -126,11 +42,14 @@ def explain(
     progress: bool = True,
     out: str | PathLike[str] | None = None,
     sample_loss: SampleLoss | None = None,
-    data: "Data | None" = None,
+    data: Data | None = None,
     samples: Iterable[int] | None = None,
     partition: Any = None,
-) -> Influence:
+) -> Plan:
     """The influences of a training run on the query's targets, over the axes asked for.
+
+    `explain` computes them, an `Influence`. `plan_explanation` with the same arguments gives the plan: `describe()`
+    tells what it takes, `run()` does it.
 
     steps:      a `Trajectory`, or any steps in their order.
     model:      the module that was trained; its own values do not matter, and are not touched.
@@ -166,47 +85,15 @@ def explain(
     Raises ValueError, before any work, for groups that are no partition, axes that there are not, a query whose target
     is not differentiable, a window outside of the record, and a result that does not fit into memory.
     """
-    plan = plan_explanation(
-        steps, model, query, groups=groups, keep=keep, parts=parts, window=window, quadrature=quadrature, close=close,
-        memory=memory, sample_loss=sample_loss, data=data, samples=samples, partition=partition,
-    )  # fmt: skip
-    if out is None:
-        plan.refuse_what_does_not_fit()
-    return plan.run(progress, out)
-
-
-def plan_explanation(
-    steps: "Trajectory | Iterable[Step]",
-    model: nn.Module,
-    query: Query,
-    *,
-    groups: GroupSpec = None,
-    keep: Sequence[str] = ("step", "group"),
-    parts: Sequence[str] | None = None,
-    window: tuple[int, int] | None = None,
-    quadrature: Quadrature | None = None,
-    close: bool = False,
-    memory: int = MEMORY,
-    sample_loss: SampleLoss | None = None,
-    data: "Data | None" = None,
-    samples: Iterable[int] | None = None,
-    partition: Any = None,
-) -> Plan:
-    """What `explain` would do with these arguments: `describe()` tells what it takes, `run()` does it."""
-    from explaind_track.group_explain import GroupExplanation  # they need what is above
-    from explaind_track.sample_explain import SampleExplanation
-    from explaind_track.sources import StepStream, choose_samples, source_of
-    from explaind_track.trajectory import Trajectory
-
     resolved = resolve_groups(groups, dict(model.named_parameters()))
     if not {"sample", "seen"} & set(keep):
         make = partial(Explainer, model, query, resolved, [keep], parts, quadrature, close, memory)
         if isinstance(steps, Trajectory):
             source_of(steps, model, window)
-            return GroupExplanation(steps, make, window, memory)
+            return GroupExplanation(steps, make, window, memory, progress, out)
         if window is not None:
             raise ValueError("a window is for trajectories; pass the steps that you want")
-        return GroupExplanation(StepStream(steps), make, None, memory)
+        return GroupExplanation(StepStream(steps), make, None, memory, progress, out)
     source = source_of(steps, model, window)
     if close:
         raise ValueError("close= shares the remainder out over parts and groups, not over samples")
@@ -215,4 +102,21 @@ def plan_explanation(
     check_query(model, query)
     last = window[1] if window else len(source)
     chosen = choose_samples(source, last, sample_loss, data, samples, partition)
-    return SampleExplanation(source, model, query, resolved, keep, window, chosen, quadrature, memory)
+    return SampleExplanation(
+        source, model, query, resolved, keep, window, chosen, quadrature, memory, progress, out
+    )  # fmt: skip
+
+
+def _at_once(plan: Callable[Arguments, Plan]) -> Callable[Arguments, Influence]:
+    """A function that plans, and does it."""
+
+    @wraps(plan)
+    def explain(*arguments: Arguments.args, **named: Arguments.kwargs) -> Influence:
+        return plan(*arguments, **named).run()
+
+    explain.__name__ = explain.__qualname__ = "explain"
+    explain.__signature__ = inspect.signature(plan).replace(return_annotation=Influence)  # type: ignore[attr-defined]
+    return explain
+
+
+explain = _at_once(plan_explanation)

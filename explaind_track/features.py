@@ -11,7 +11,7 @@ from explaind_track.autodiff import Functional, evaluation, vjp_rows
 from explaind_track.path import gauss_legendre, interpolate
 from explaind_track.plans import target_of
 from explaind_track.queries import Query
-from explaind_track.step import Step
+from explaind_track.step import State, Step
 
 
 def kept_targets(query: Query, keep: Sequence[str]) -> Query:
@@ -44,6 +44,22 @@ def output_count(model: nn.Module, query: Query) -> int:
     one = query.rows(0, 1, next(model.parameters()).device)
     with evaluation(model), torch.no_grad():
         return int(one(model).shape[1])
+
+
+def check_query(model: nn.Module, query: Query) -> None:
+    """Raises ValueError if the query's targets cannot be differentiated with respect to the model's parameters."""
+    parameters = {name: value.detach().requires_grad_() for name, value in model.named_parameters()}
+    device = next(iter(parameters.values())).device
+    one = query.rows(0, 1, device)
+    with evaluation(model), torch.enable_grad():
+        value: Tensor = Functional(model)(State(parameters, dict(model.named_buffers())), one)
+    if not value.dtype.is_floating_point:
+        raise ValueError(f"the query's target is of type {value.dtype}: only real numbers have a derivative")
+    if not value.requires_grad:
+        raise ValueError(
+            "the query's target does not depend differentiably on the model's parameters: it must not detach its "
+            "input, leave torch, or go through argmax, comparison or rounding"
+        )
 
 
 class Features:

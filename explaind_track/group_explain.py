@@ -9,14 +9,15 @@ import xarray as xr
 from tqdm import tqdm
 
 from explaind_track import parallel
-from explaind_track.explain import Explainer
+from explaind_track.explainer import Explainer
 from explaind_track.features import output_count
 from explaind_track.influence import Influence
 from explaind_track.planning import Plan, timed
 from explaind_track.plans import size_in_bytes
-from explaind_track.sources import StepStream, cuts, query_digest
+from explaind_track.sources import StepStream, query_digest
 from explaind_track.store import Store
 from explaind_track.trajectory import Trajectory
+from explaind_track.walks import cuts
 
 
 class GroupExplanation(Plan):
@@ -28,8 +29,11 @@ class GroupExplanation(Plan):
         make: Callable[[], Explainer],
         window: tuple[int, int] | None,
         memory: int,
+        progress: bool,
+        out: str | PathLike[str] | None,
     ) -> None:
         """make: an Explainer with one choice of kept axes."""
+        super().__init__(progress, out)
         self._source, self._make, self._memory = source, make, memory
         self._explainer = make()
         self.first, self.last = window or (0, len(source))
@@ -72,29 +76,30 @@ class GroupExplanation(Plan):
         if isinstance(self._source, StepStream):
             raise ValueError("the time is estimated by trying a step, which only a trajectory's steps allow")
         middle = (self.first + self.last) // 2
-        low = max(self.first, middle - 9)
-        replay = timed(lambda: sum(1 for _ in self._source.steps(low, middle + 1))) / (middle + 1 - low)
+        start = self._source.keyframe(middle)
+        stop = min(start + 10, middle + 1)
+        replay = timed(lambda: sum(1 for _ in self._source.steps(start, stop))) / (stop - start)
         step = next(self._source.steps(middle, middle + 1))
         explainer = self._make()
         return self.steps * (replay + timed(lambda: explainer.add(step))) / parallel.processes()
 
-    def run(self, progress: bool = True, out: str | PathLike[str] | None = None) -> Influence:
-        if out is None:
-            return self._in_memory(progress)
+    def compute(self) -> Influence:
+        if self.out is None:
+            return self._in_memory()
         if isinstance(self._source, StepStream):
             raise ValueError("out= goes on where it stopped, which only a trajectory's steps allow")
         if parallel.processes() > 1:
             raise ValueError("out= is for one process; in several, keep fewer axes or give each process its own window")
-        return self._on_disk(Store(out, self._request()), progress)
+        return self._on_disk(Store(self.out, self._request()))
 
-    def _in_memory(self, progress: bool) -> Influence:
+    def _in_memory(self) -> Influence:
         """Each process takes its share of the steps."""
         size = max(1, -(-self.steps // parallel.processes()))
         pieces = cuts(self.first, self.last, size) if self.steps else [slice(0, 0)]
         explainer = self._explainer
         for piece in pieces[parallel.rank() : parallel.rank() + 1]:
             total = piece.stop - piece.start or None
-            with tqdm(total=total, desc="explain", unit="step", disable=not progress) as bar:
+            with tqdm(total=total, desc="explain", unit="step", disable=not self.progress) as bar:
                 self._add(explainer, piece, bar)
         for accumulator in explainer.accumulators:
             accumulator.join(parallel.gather(accumulator.state))
@@ -105,13 +110,13 @@ class GroupExplanation(Plan):
             explainer.add(step)
             bar.update()
 
-    def _on_disk(self, store: Store, progress: bool) -> Influence:
+    def _on_disk(self, store: Store) -> Influence:
         """Piece after piece of the steps, each as large as a pass; their arrays lie end to end along the steps."""
         if "step" not in self.keep:
-            return store.complete(self._in_memory(progress).data, {})
+            return store.complete(self._in_memory().data, {})
         each = max(1, self._memory // max(1, self.result_bytes // self.steps))
         labels: list[xr.Dataset] = []
-        with tqdm(total=self.steps, desc="explain", unit="step", disable=not progress) as bar:
+        with tqdm(total=self.steps, desc="explain", unit="step", disable=not self.progress) as bar:
             for piece in cuts(self.first, self.last, each):
                 explainer, name = self._make(), f"{piece.start}-{piece.stop}"
                 path = store.directory / f"{name}.safetensors"

@@ -17,7 +17,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from explaind_track.autodiff import Functional
-from explaind_track.explain import check_query
+from explaind_track.features import check_query
 from explaind_track.groups import GroupSpec, resolve_groups
 from explaind_track.integrator import MEMORY
 from explaind_track.path import Quadrature
@@ -118,9 +118,9 @@ def kernel_view(
         model, loss, shape[1],
     )  # fmt: skip
     resolved = resolve_groups(groups, dict(model.named_parameters()))
-    plan = SampleExplanation(source, model, query, resolved, (*keep, "sample"), window, expanded, quadrature, memory)
-    plan.refuse_what_does_not_fit()
-    return _together(plan.run(progress).data, chosen.labels, expanded)
+    axes = (*keep, "sample")
+    plan = SampleExplanation(source, model, query, resolved, axes, window, expanded, quadrature, memory, progress)
+    return _together(plan.run().data, chosen.labels, expanded)
 
 
 def _first(source: Any, samples: Samples) -> tuple[Step, Batch]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track import panels
-from explaind_track.explain import Explainer
+from explaind_track.explainer import Explainer
 from explaind_track.groups import Groups
 from explaind_track.influence import Influence
 from explaind_track.path import Quadrature

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from explaind_track import parallel
 from explaind_track.samples import SampleInfluence
 
 if TYPE_CHECKING:
@@ -54,11 +55,14 @@ class LoggingWarning(UserWarning):
 
 def open_run(project: str, directory: str | os.PathLike[str] | None = None, **options: Any) -> "wandb.Run":
     """The active run if there is one, else a new one: online where somebody is logged in and the server answers, else
-    offline. options: as `wandb.init` takes them."""
+    offline. Of several processes, only rank zero has one; the others get a run that does nothing. options: as
+    `wandb.init` takes them."""
     import wandb
 
     if wandb.run is not None:
         return wandb.run
+    if parallel.rank():
+        return wandb.init(mode="disabled")
     where = None if directory is None else str(directory)
     if "WANDB_MODE" not in os.environ and "mode" not in options and not wandb.login(prompt=False, verify=False):
         options["mode"] = "offline"

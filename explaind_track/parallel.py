@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 Item = TypeVar("Item")
 
@@ -24,13 +25,13 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
     return items[rank() :: processes()]
 
 
-def add_up(*arrays: np.ndarray[Any, Any]) -> None:
+def add_up(*arrays: np.ndarray[Any, Any] | Tensor) -> None:
     """Replaces each array by its sum over all processes."""
     if processes() == 1:
         return
     on_gpu = dist.get_backend() == "nccl"
     for array in arrays:
-        own = torch.from_numpy(array)
+        own = array if isinstance(array, Tensor) else torch.from_numpy(array)
         total = own.cuda() if on_gpu else own.contiguous()
         dist.all_reduce(total)
         own.copy_(total)

@@ -12,6 +12,10 @@ from explaind_track.influence import Influence
 class Plan(ABC):
     """An explanation that is planned and not yet computed."""
 
+    def __init__(self, progress: bool, out: str | PathLike[str] | None) -> None:
+        """progress: show a bar. out: a directory for the result, where it is gone on with; None: memory."""
+        self.progress, self.out = progress, out
+
     @property
     @abstractmethod
     def shape(self) -> dict[str, int]:
@@ -41,7 +45,13 @@ class Plan(ABC):
         """An estimate, from the time that a step or two take."""
 
     @abstractmethod
-    def run(self, progress: bool = True, out: str | PathLike[str] | None = None) -> Influence: ...
+    def compute(self) -> Influence: ...
+
+    def run(self) -> Influence:
+        """Computes it. Raises ValueError, before any work, for what does not fit into memory."""
+        if self.out is None:
+            self._refuse_what_does_not_fit()
+        return self.compute()
 
     def describe(self) -> str:
         """Passes, memory and time in words. Takes as long as a few steps do, since it tries them."""
@@ -51,12 +61,11 @@ class Plan(ABC):
             f"work:       {self.steps} steps in {self.passes} pass(es), with about {self.working_bytes / 1e6:,.0f} MB",
             f"time:       about {_duration(self.seconds())}",
         ]
-        if self.result_bytes > room():
+        if self.out is None and self.result_bytes > room():
             lines.append(f"too large for the memory ({room() / 1e9:,.1f} GB): needs out=, a directory")
         return "\n".join(lines)
 
-    def refuse_what_does_not_fit(self) -> None:
-        """Raises ValueError if the result takes more than the memory can be asked for."""
+    def _refuse_what_does_not_fit(self) -> None:
         if self.result_bytes > room():
             axes = " × ".join(f"{size} {axis}" for axis, size in self.shape.items())
             raise ValueError(

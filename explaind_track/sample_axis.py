@@ -1,5 +1,6 @@
 """Influences of single training samples, by reverse replay: Ψ_S(Θ_g, x_k, x)_j for any of its axes (§4, Thm. 3.1)."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,14 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from explaind_track import parallel
 from explaind_track.adjoint import Adjoint, inner
 from explaind_track.autodiff import Functional, SampleLoss
 from explaind_track.features import Features
 from explaind_track.groups import Groups
 from explaind_track.products import SampleProducts
 from explaind_track.queries import Query
+from explaind_track.samples import SampleMismatch
 from explaind_track.step import Batch, Step
 from explaind_track.trees import tree_map, tree_rows
+from explaind_track.walks import Walk
 
 SAMPLE_AXES = ("step", "seen", "group", "query", "output", "sample")
 """The axes of sample influences in their order. `step`: at which the influence acts; `seen`: whose batch the sample was
@@ -68,19 +72,20 @@ class SampleWalk:
         query: Query,
         groups: Groups,
         samples: Samples,
-        first: int,
-        last: int,
-        apart: bool,
+        products: SampleProducts,
+        walk: Walk,
         nodes: Callable[[Step], int],
         memory: int,
+        shared: bool,
     ) -> None:
-        """query: reduced to the targets that are kept. apart: whether the acting steps are kept apart."""
-        self._groups, self._samples, self._nodes = groups, samples, nodes
-        self._first, self._last = first, last
-        self._acting = last - first if apart else 1
+        """query: the walk's, reduced to the targets that are kept. shared: whether all processes do this walk together,
+        each for its share of every batch's samples."""
+        self._groups, self._samples, self._nodes, self._shared = groups, samples, nodes, shared
+        self._first, self._last = walk.steps.start, walk.steps.stop
+        self._acting = walk.acting if walk.apart else 1
         self._adjoint = Adjoint(self._acting)
         self._features = Features(Functional(model), query, memory)
-        self._products = SampleProducts(model, samples.loss, groups, memory, samples.alone)
+        self._products = products
         self.mismatch: dict[int, float] = {}
         """By step: by how much the samples' influences miss the gradient's, relative to it."""
         self.wrong: list[int] = []
@@ -96,13 +101,26 @@ class SampleWalk:
                 break
             slot = step.number - self._first if inside and self._acting > 1 else 0
             features = self._features.of(step, self._nodes(step)) if inside and step.updates else None
-            if features:
+            if features and not (self._shared and parallel.rank()):
                 kernel[slot] += self._kernel(step, features).reshape(kernel.shape[1:]).numpy()
             directions = self._adjoint.back(step, features, slot)
             if directions:
                 place = step.number if target.shape[1] > 1 else 0
                 self.mismatch[step.number] = self._add(step, directions, torch.from_numpy(target[:, place]))
             bar.update()
+
+    def tell_of_mismatch(self) -> None:
+        """Warns of the steps that are wrong."""
+        worst = max(self.wrong, key=self.mismatch.__getitem__)
+        warnings.warn(
+            f"at {len(self.wrong)} of {len(self.mismatch)} steps, the samples' influences do not add up to that of the "
+            f"gradient which the optimizer saw (at step {worst} they miss it by {self.mismatch[worst]:.2g} of its "
+            "size), and are wrong there. Tell tracker.batch of every batch with the weights of its samples (a clipped "
+            "gradient's factor among them), put the model into the mode that it was trained in, and see that "
+            "data(index) gives what it gave then",
+            SampleMismatch,
+            stacklevel=5,
+        )
 
     def _kernel(self, step: Step, features: Mapping[str, Tensor]) -> Tensor:
         """⟨φ^test, u_s⟩ by group, (G, R)."""
@@ -128,13 +146,17 @@ class SampleWalk:
         total = torch.zeros_like(expected)
         complete = True
         for batch, places, share in self._samples.batches(step):
+            complete &= bool((places >= 0).all())
+            if self._shared:
+                places = _own_share(places)
             chosen = places >= 0
-            complete &= bool(chosen.all())
             if not bool(chosen.any()):
                 continue
             if not bool(chosen.all()) and self._products.stands_alone(step, batch):
                 batch, places = _rows(batch, chosen), places[chosen]
             total += self._add_batch(step, batch, places, share, directions, target)
+        if complete and self._shared:
+            parallel.add_up(total)
         if complete:
             return self._miss(step.number, total, expected, floor)
         due = not self.mismatch or step.number % CHECK_EVERY == 0
@@ -178,6 +200,12 @@ class SampleWalk:
         if off > torch.finfo(expected.dtype).eps ** 0.4 * size + floor:
             self.wrong.append(number)
         return off / size if size else off
+
+
+def _own_share(places: Tensor) -> Tensor:
+    """The places of the samples that this process does; −1 for all others."""
+    own = (places >= 0).nonzero()[parallel.rank() :: parallel.processes(), 0]
+    return torch.full_like(places, -1).index_copy(0, own, places[own])
 
 
 def _rows(batch: Batch, chosen: Tensor) -> Batch:

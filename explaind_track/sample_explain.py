@@ -1,9 +1,8 @@
 """Plans and runs the walks that give influences of single training samples: `explain` where "sample" is kept."""
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from os import PathLike
@@ -24,31 +23,20 @@ from explaind_track.integrator import Integrator
 from explaind_track.path import Quadrature
 from explaind_track.planning import Plan
 from explaind_track.plans import size_in_bytes
+from explaind_track.products import SampleProducts
 from explaind_track.queries import Query
 from explaind_track.sample_axis import SAMPLE_AXES, Array, Samples, SampleWalk
-from explaind_track.samples import CHUNK_BYTES, SampleMismatch
-from explaind_track.sources import Source, cuts, fingerprint, function_digest, query_digest, reach
+from explaind_track.samples import CHUNK_BYTES
+from explaind_track.sources import Source, fingerprint, function_digest, query_digest, reach
 from explaind_track.step import Step
 from explaind_track.store import Store
+from explaind_track.walks import Walk, cut_walks
 
 CELLS = tuple(axis for axis in SAMPLE_AXES if axis not in ("seen", "sample"))
 """What the influence of all samples together is kept over."""
 
 COPIES = 3
 """Of the parameters for each target in flight: the adjoint, the test feature, and the direction."""
-
-
-@dataclass(frozen=True)
-class Walk:
-    """What one walk is for: acting steps, rows of the query, and outputs."""
-
-    steps: slice
-    rows: slice
-    outputs: slice
-
-    @property
-    def name(self) -> str:
-        return "x".join(f"{part.start}-{part.stop}" for part in (self.steps, self.rows, self.outputs))
 
 
 class SampleExplanation(Plan):
@@ -65,7 +53,10 @@ class SampleExplanation(Plan):
         samples: Samples,
         quadrature: Quadrature | None,
         memory: int,
+        progress: bool,
+        out: str | PathLike[str] | None = None,
     ) -> None:
+        super().__init__(progress, out)
         unknown = set(keep) - set(SAMPLE_AXES)
         if unknown:
             raise ValueError(f"keep takes some of {SAMPLE_AXES} with samples, got {tuple(keep)}")
@@ -74,6 +65,7 @@ class SampleExplanation(Plan):
         self.groups = groups if "group" in keep else {"all": [name for names in groups.values() for name in names]}
         self.model, self.samples, self.memory = model, samples, memory
         self.query = kept_targets(query, keep)
+        self.products = SampleProducts(model, samples.loss, self.groups, memory, samples.alone)
         self._source = source
         self._integrator = Integrator(model, query, self.groups, (), quadrature, memory)
         self._nodes: dict[int, int] = {}
@@ -110,7 +102,7 @@ class SampleExplanation(Plan):
 
     @property
     def working_bytes(self) -> int:
-        rows = max(self._rows(walk) for walk in self.walks())
+        rows = max(walk.targets for walk in self.walks())
         parameters = size_in_bytes(dict(self.model.named_parameters()))
         return rows * COPIES * parameters + min(self.memory, 4 * parameters * self.steps) + CHUNK_BYTES
 
@@ -131,20 +123,20 @@ class SampleExplanation(Plan):
         within, below = self._seconds_of(walk)
         total = 0.0
         for one in self.walks():
-            share, own, length = self._rows(one) / self._rows(walk), one.steps.stop - one.steps.start, self._length(one)
-            total += share * (own * within + (length - own) * below) + length * replay
+            share, length = one.targets / walk.targets, self._length(one)
+            total += share * (one.acting * within + (length - one.acting) * below) + length * replay
         return total / parallel.processes()
 
     def _seconds_of(self, walk: Walk) -> tuple[float, float]:
         """Of a step within the window, and of one before it."""
         (step,) = self._source.steps_back(walk.steps.stop - 1, walk.steps.stop, self.memory)
-        apart = walk.steps.stop - walk.steps.start if "step" in self.keep else 1
+        apart = walk.acting if walk.apart else 1
         rows = (walk.rows.stop - walk.rows.start, walk.outputs.stop - walk.outputs.start)
         target = np.zeros((apart, 1, len(self.groups), *rows, len(self.samples.labels)), self.dtype)
         kernel, bar = np.zeros((apart, len(self.groups), *rows), self.dtype), tqdm(disable=True)
         found = (0.0, 0.0)
         for _ in range(2):  # the first pays for what is only done once
-            one = self.walk(walk)
+            one = self.walk(walk, shared=False)
             times = [perf_counter()]
             for tried in (step, replace(step, number=-1)):
                 one.walk([tried], target, kernel, bar)
@@ -154,47 +146,46 @@ class SampleExplanation(Plan):
                 break
         return found
 
-    def _rows(self, walk: Walk) -> int:
-        """The targets in flight."""
-        rows = (walk.rows.stop - walk.rows.start) * (walk.outputs.stop - walk.outputs.start)
-        return int(rows * (walk.steps.stop - walk.steps.start if "step" in self.keep else 1))
-
     @property
     def copies(self) -> int:
         """Targets in flight that the memory allows."""
         return max(1, self.memory // (COPIES * size_in_bytes(dict(self.model.named_parameters()))))
 
-    def walks(self) -> list[Walk]:
-        """Walks that cover the result, each with as many targets in flight as the memory allows, but at least one, and
-        at least one walk for each process."""
+    @cached_property
+    def shared(self) -> bool:
+        """Whether processes share the samples of every walk, and not the walks: where there are fewer walks than
+        processes, and a step's samples, whose gradients every walk takes, are more than the targets, whose features
+        every process then takes."""
         spread = parallel.processes()
-        outputs = min(self.outputs, self.copies)
-        rows = min(-(-len(self.query) // spread), max(1, self.copies // outputs))
-        acting = self.last - self.first
-        if "step" in self.keep:
-            acting = min(acting, max(1, self.copies // (outputs * rows)))
-        walks = -(-len(self.query) // rows) * -(-self.outputs // outputs)
-        if walks < spread:
-            acting = min(acting, -(-(self.last - self.first) // spread))
-        return [
-            Walk(steps, own, some)
-            for steps in cuts(self.first, self.last, acting)
-            for own in cuts(0, len(self.query), rows)
-            for some in cuts(0, self.outputs, outputs)
-        ]
+        if spread == 1 or len(self._cut(1)) >= spread:
+            return False
+        (step,) = self._source.steps_back(self.last - 1, self.last, self.memory)
+        batches = list(self.samples.batches(step))
+        alone = all(self.products.stands_alone(step, batch) for batch, *_ in batches)
+        return alone and sum(int((places >= 0).sum()) for _, places, _ in batches) > len(self.query) * self.outputs
 
-    def run(self, progress: bool = True, out: str | PathLike[str] | None = None) -> Influence:
-        """Computes it: in memory, or in a directory, where it goes on with the walks that are not done."""
-        if out is not None and parallel.processes() > 1:
+    def walks(self) -> list[Walk]:
+        """At least one for each process, unless processes share the walks' samples."""
+        return self._cut(1 if self.shared else parallel.processes())
+
+    def _cut(self, at_least: int) -> list[Walk]:
+        apart = "step" in self.keep
+        return cut_walks((self.first, self.last), apart, len(self.query), self.outputs, self.copies, at_least)
+
+    def compute(self) -> Influence:
+        """In memory, or in a directory, where it goes on with the walks that are not done."""
+        if self.out is not None and parallel.processes() > 1:
             raise ValueError("out= is for one process; in several, keep fewer axes, or give each its own samples")
-        store = None if out is None else Store(out, self._request())
+        store = None if self.out is None else Store(self.out, self._request())
         target = self._array(store, "influence", SAMPLE_AXES)
         kernel = self._array(store, "kernel", CELLS)
         notes: dict[str, Any] = {} if store is None else store.notes
-        walks = parallel.share([walk for walk in self.walks() if walk.name not in notes])
+        walks: Sequence[Walk] = [walk for walk in self.walks() if walk.name not in notes]
+        if not self.shared:
+            walks = parallel.share(walks)
         total = sum(self._length(walk) for walk in walks)
         told = False
-        with tqdm(total=total, desc="samples", unit="step", disable=not progress) as bar:
+        with tqdm(total=total, desc="samples", unit="step", disable=not self.progress) as bar:
             for walk in walks:
                 one = self._walk(walk, target, kernel, bar, fresh=store is None)
                 notes[walk.name] = {str(number): value for number, value in one.mismatch.items()}
@@ -202,7 +193,7 @@ class SampleExplanation(Plan):
                     store.done(walk.name, notes[walk.name])
                 if one.wrong and not told:
                     told = True
-                    _tell_of_mismatch(one)
+                    one.tell_of_mismatch()
         parallel.add_up(target, kernel)
         mismatch: dict[int, float] = {}
         for found in parallel.gather(notes):
@@ -229,23 +220,22 @@ class SampleExplanation(Plan):
         """The first step whose gradient can be told from 0 in the window."""
         return reach(self._source, self.first, self.last, self.memory)
 
-    def walk(self, walk: Walk) -> SampleWalk:
+    def walk(self, walk: Walk, shared: bool) -> SampleWalk:
         query = self.query
         if not query.reduction:
             query = query.rows(walk.rows.start, walk.rows.stop, next(self.model.parameters()).device)
         if walk.outputs != slice(0, self.outputs):
             query = some_outputs(query, walk.outputs.start, walk.outputs.stop)
         return SampleWalk(
-            self.model, query, self.groups, self.samples, walk.steps.start, walk.steps.stop, "step" in self.keep,
-            self.nodes_of, self.memory,
+            self.model, query, self.groups, self.samples, self.products, walk, self.nodes_of, self.memory, shared
         )  # fmt: skip
 
     def steps_back(self, last: int) -> Iterator[Step]:
         return self._source.steps_back(0, last, self.memory)
 
     def _walk(self, walk: Walk, target: Array, kernel: Array, bar: Any, fresh: bool) -> SampleWalk:
-        one, apart = self.walk(walk), "step" in self.keep
-        acting = slice(walk.steps.start - self.first, walk.steps.stop - self.first) if apart else slice(0, 1)
+        one = self.walk(walk, self.shared)
+        acting = slice(walk.steps.start - self.first, walk.steps.stop - self.first) if walk.apart else slice(0, 1)
         cell = target[acting, :, :, walk.rows, walk.outputs]
         own = kernel[acting, :, walk.rows, walk.outputs]
         if not fresh:  # an interrupted walk has left its beginning there
@@ -302,16 +292,3 @@ class SampleExplanation(Plan):
 
 def _missing(axes: Sequence[str], keep: Sequence[str]) -> tuple[int, ...]:
     return tuple(place for place, axis in enumerate(axes) if axis not in keep)
-
-
-def _tell_of_mismatch(walk: SampleWalk) -> None:
-    worst = max(walk.wrong, key=walk.mismatch.__getitem__)
-    warnings.warn(
-        f"at {len(walk.wrong)} of {len(walk.mismatch)} steps, the samples' influences do not add up to that of the "
-        f"gradient which the optimizer saw (at step {worst} they miss it by {walk.mismatch[worst]:.2g} of its size), "
-        "and are wrong there. Tell tracker.batch of every batch with the weights of its samples (a clipped gradient's "
-        "factor among them), put the model into the mode that it was trained in, and see that data(index) gives what "
-        "it gave then",
-        SampleMismatch,
-        stacklevel=4,
-    )

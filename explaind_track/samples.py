@@ -1,7 +1,7 @@
 """Training samples: their gradients as the step's gradient, the check that they are it, and their influences."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,12 @@ class SampleInfluence:
     """`w_k ⟨φ_s^test, P (e b + d) ∇L_k(θ_s)⟩`; with the share that momentum carries, their sum is Ψ_s."""
     loss: Tensor
     weight: Tensor
+
+    @classmethod
+    def together(cls, pieces: "Sequence[SampleInfluence]") -> "SampleInfluence":
+        """The samples of all the pieces."""
+        rows = {name: torch.cat([getattr(piece, name) for piece in pieces]) for name in vars(pieces[0])}
+        return cls(**rows)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -113,11 +119,11 @@ class Samples:
             norms.append(squares.sqrt())
         return total, torch.cat(losses), torch.cat(norms)
 
-    def check(self, state: State, batches: tuple[Batch, ...], gradients: Tensors, number: int) -> None:
-        """Compares `Σ_k w_k ∇L_k` with the gradients the optimizer is about to use; warns with SampleMismatch."""
-        moving = {name: state.parameters[name].detach().requires_grad_() for name in gradients}
+    def total_gradient(self, state: State, batches: Sequence[Batch], names: Iterable[str]) -> dict[str, Tensor]:
+        """`Σ_k w_k ∇L_k` over all the batches, run as training ran them, by the parameters named."""
+        moving = {name: state.parameters[name].detach().requires_grad_() for name in names}
         free = State({**state.parameters, **moving}, {name: value.clone() for name, value in state.buffers.items()})
-        total = {name: torch.zeros_like(value) for name, value in gradients.items()}
+        total = {name: torch.zeros_like(value) for name, value in moving.items()}
         for batch in batches:
             with replayed_random_state(batch.random_state), torch.enable_grad():
                 losses = self.losses(self._functional, free, batch)
@@ -126,17 +132,7 @@ class Samples:
             for name, part in zip(moving, parts, strict=True):
                 if part is not None:
                     total[name] += part
-        off = sum(float((total[name] - gradient).square().sum()) for name, gradient in gradients.items()) ** 0.5
-        norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
-        if off > MISMATCH * norm:
-            warnings.warn(
-                f"at step {number}, the per-sample losses do not add up to the gradient that the optimizer saw: they "
-                f"miss it by {off / max(norm, 1e-30):.2g} of its norm. Influences of samples are wrong until they do "
-                "(those of groups are not). Tell tracker.batch of every batch of the step, with the weights of its "
-                "samples in the loss (`weight=`; the mean if not given), and return unreduced losses in sample_loss",
-                SampleMismatch,
-                stacklevel=2,
-            )
+        return total
 
     def influence(self, step: Step, gradient: Tensors) -> SampleInfluence:
         """The influence of the step's samples on the target whose gradient φ_s^test is given, by one forward-mode
@@ -146,10 +142,9 @@ class Samples:
         }
         primals = {name: step.before.parameters[name] for name in direction}
         rows: dict[str, list[Tensor]] = {"index": [], "influence": [], "loss": [], "weight": []}
-        state = State(step.before.parameters, {name: value.clone() for name, value in step.before.buffers.items()})
         for batch in step.batches:
             with replayed_random_state(batch.random_state), differentiable_attention():
-                loss, slope = self._slopes(state, batch, primals, direction)
+                loss, slope = self._slopes(step.before, batch, primals, direction)
             weight = weights_of(batch, loss)
             unnamed = torch.full((batch.size,), -1)
             for name, value in zip(
@@ -162,9 +157,10 @@ class Samples:
         """The losses (N,) and their derivatives in one direction (N,)."""
 
         def losses(moved: Tensors) -> Tensor:
-            return self.losses(self._functional, State({**state.parameters, **moved}, state.buffers), batch)
+            buffers = {name: value.clone() for name, value in state.buffers.items()}
+            return self.losses(self._functional, State({**state.parameters, **moved}, buffers), batch)
 
-        slope = self._functional.jvp(losses, primals, direction)[0]
+        slope = self._functional.jvp(losses, primals, direction, together=False)[0]
         with torch.no_grad():
             return losses({}), slope
 
@@ -175,6 +171,21 @@ class Samples:
                     f"'{name}' normalises with the statistics of its batch, so no sample has a gradient of its own; "
                     "use loss.backward() instead of tracker.backward(), or put the module into eval mode"
                 )
+
+
+def compare_gradients(total: Tensors, gradients: Tensors, number: int) -> None:
+    """Compares `Σ_k w_k ∇L_k` with the gradients the optimizer is about to use; warns with SampleMismatch."""
+    off = sum(float((total[name] - gradient).square().sum()) for name, gradient in gradients.items()) ** 0.5
+    norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
+    if off > MISMATCH * norm:
+        warnings.warn(
+            f"at step {number}, the per-sample losses do not add up to the gradient that the optimizer saw: they "
+            f"miss it by {off / max(norm, 1e-30):.2g} of its norm. Influences of samples are wrong until they do "
+            "(those of groups are not). Tell tracker.batch of every batch of the step, with the weights of its "
+            "samples in the loss (`weight=`; the mean if not given), and return unreduced losses in sample_loss",
+            SampleMismatch,
+            stacklevel=2,
+        )
 
 
 def make_batch(data: Any, index: Tensor | None, weight: Tensor | float | str, device: torch.device) -> Batch:

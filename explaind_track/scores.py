@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from explaind_track.autodiff import Functional
-from explaind_track.explain import check_query
-from explaind_track.features import Features, kept_targets, output_count, some_outputs
+from explaind_track.features import Features, check_query, kept_targets, output_count, some_outputs
 from explaind_track.integrator import MEMORY, Integrator
 from explaind_track.path import Quadrature
 from explaind_track.plans import size_in_bytes

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from explaind_track.autodiff import Functional, SampleLoss
-from explaind_track.explain import check_query
-from explaind_track.features import Features, output_count, some_outputs
+from explaind_track.features import Features, check_query, output_count, some_outputs
 from explaind_track.groups import GroupSpec, resolve_groups
 from explaind_track.integrator import MEMORY, Integrator
 from explaind_track.path import Quadrature
@@ -27,8 +26,9 @@ from explaind_track.products import SampleProducts
 from explaind_track.queries import Query
 from explaind_track.sample_axis import Array, Data, Samples
 from explaind_track.samples import weights_of
-from explaind_track.sources import Source, choose_samples, cuts, reach, source_of
+from explaind_track.sources import Source, choose_samples, reach, source_of
 from explaind_track.step import Step, Update
+from explaind_track.walks import cuts
 
 if TYPE_CHECKING:
     from explaind_track.trajectory import Trajectory

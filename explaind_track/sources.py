@@ -71,7 +71,10 @@ def source_of(steps: Trajectory | Iterable[Step], model: nn.Module, window: tupl
     source = steps if isinstance(steps, Trajectory) else StepList(steps)
     first, last = window or (0, len(source))
     if not 0 <= first < last <= len(source):
-        raise ValueError(f"the run has the steps 0 to {len(source)}, not the window {first} to {last}")
+        raise ValueError(
+            f"window=({first}, {last}) is not within the run: a window (first, last) holds the steps first ≤ s < last, "
+            f"and the run has {len(source)} steps, so that 0 ≤ first < last ≤ {len(source)}"
+        )
     return source
 
 
@@ -131,19 +134,26 @@ def choose_samples(
     if samples is not None:
         wanted = [int(index) for index in samples]
         if set(wanted) - found:
-            raise ValueError(f"no step saw the samples {sorted(set(wanted) - found)[:10]}")
+            raise ValueError(
+                f"no step before {last} saw the samples {sorted(set(wanted) - found)[:10]}; those of {len(found)} "
+                f"indices, {min(found)} to {max(found)}, were seen"
+            )
         if len(set(wanted)) < len(wanted):
             raise ValueError("samples= names some training indices twice")
     else:
         wanted = sorted(found)
     if partition is None:
         return Samples(loss, data, wanted, {index: place for place, index in enumerate(wanted)}, False)
-    label = {index: _label(partition[index]) for index in wanted}
+    label = {index: _label_of(partition, index) for index in wanted}
     labels = sorted(set(label.values()), key=lambda value: (str(type(value)), value))
     return Samples(loss, data, labels, {index: labels.index(own) for index, own in label.items()}, True)
 
 
-def _label(value: Any) -> Any:
+def _label_of(partition: Any, index: int) -> Any:
+    try:
+        value = partition[index]
+    except LookupError:
+        raise ValueError(f"partition= has no label for the training sample {index}, partition[{index}]") from None
     return value.item() if isinstance(value, Tensor | np.generic) else value
 
 
@@ -178,7 +188,3 @@ def _content(value: Any) -> str:
     if isinstance(value, CodeType):
         return fingerprint(value.co_code, value.co_names, *map(_content, value.co_consts))
     return function_digest(value) if callable(value) else repr(value)
-
-
-def cuts(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(low, min(stop, low + size)) for low in range(start, stop, size)]

@@ -4,8 +4,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,22 +20,22 @@ from explaind_track.groups import GroupSpec, resolve_groups
 from explaind_track.influence import Influence
 from explaind_track.integrator import MEMORY, buffers_moved
 from explaind_track.live import LIVE_AXES, Live
+from explaind_track.live_samples import LiveSamples
 from explaind_track.path import Quadrature
 from explaind_track.queries import Query
+from explaind_track.ranks import Ranks
 from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
 from explaind_track.resume import cut_history
 from explaind_track.resume import resume as resume_run
 from explaind_track.runs import HISTORY, mark_finished, steps_logged, tie
-from explaind_track.samples import SampleInfluence, Samples, make_batch, random_state
-from explaind_track.step import Batch, State, Step
+from explaind_track.samples import make_batch
+from explaind_track.step import State, Step
 from explaind_track.stepper import Stepper
+from explaind_track.told import Told
 from explaind_track.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import wandb
-
-CHECKED_STEPS = 3
-CHECK_EVERY = 500
 
 
 class NonFiniteError(FloatingPointError):
@@ -79,7 +77,11 @@ class Tracker:
         resume: bool | int = False,
         scores: str | None = None,
     ) -> None:
-        """queries: by name. The first owns the plain panels (`kernel/decoder`), the others prefix theirs with their
+        """model: the module that is trained, or the DistributedDataParallel around it; then every process makes a
+        Tracker, with the same arguments, and the one of rank zero explains, shows and records for all: `run`,
+        `trajectory` and what the Tracker is asked for count there alone.
+
+        queries: by name. The first owns the plain panels (`kernel/decoder`), the others prefix theirs with their
         name; losses are shown by their signed change (`loss/kernel/decoder` for the first of them). None at all: the
         run is only recorded.
 
@@ -112,6 +114,8 @@ class Tracker:
                 "a Tracker needs at least one query, such as {'test': Query.outputs(x_test, y_test)}, or a trajectory= "
                 "to record, to be explained afterwards"
             )
+        self._ranks = Ranks(model)
+        model, first = self._ranks.model, self._ranks.own == 0
         self.model, self.optimizer, self.every, self.samples_every = model, optimizer, every, samples_every
         parameters = dict(model.named_parameters())
         self.groups = resolve_groups(groups, parameters)
@@ -119,16 +123,18 @@ class Tracker:
         self._auxiliary = dict(auxiliary or {})
         rule = quadrature or Quadrature.fixed(1)
         self._live = Live(model, queries, self.groups, list(self._auxiliary), rule, memory, scores)
-        self._samples = Samples(model, sample_loss) if sample_loss is not None else None
-        self._map_queries, self._render = map_queries, render
-        self._check_samples_wanted()
+        if samples_every and (sample_loss is None or not self._live.losses):
+            raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
+        run = run if first else None
+        mapped = map_queries if self._ranks.gather(run is not None)[0] else 0
+        self._samples = (
+            None if sample_loss is None else LiveSamples(model, sample_loss, self._live, self._ranks, mapped, render)
+        )
         self.number = 0
         """The number of the next step."""
-        record = self._take_up(trajectory, resume)
-        self._writer = None
-        if trajectory is not None:
-            entries = None if record is None else record.entries
-            self._writer = TrajectoryWriter(trajectory, model, self._stepper, keyframe_every, entries)
+        begun = self._ranks.at_zero(lambda: self._begin_record(trajectory, resume, keyframe_every))
+        record, self._writer = begun or (None, None)
+        self.number = self._ranks.gather(self.number)[0]
         history = None if self._writer is None else self._writer.directory / HISTORY
         sections = ["kernel", "reg", "past", "D", "residual", "loss", "cost", "train", *queries]
         logged = set() if run is None or self._writer is None else steps_logged(self._writer.directory, run)
@@ -145,27 +151,33 @@ class Tracker:
         self.staging_mb = 0.0
         """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
         self._open = self._taken = False
-        self._batches: list[Batch] = []
-        self._norms: dict[int, float] = {}
+        self._told = Told()
         self._row: dict[str, Any] = {}
         self._buffers: dict[str, Tensor] = {}
         self._nonfinite: list[str] = []
-        self._clip = 1.0
         self._auxiliary_now: dict[str, dict[str, Tensor]] = {}
         if record is not None:
             self._catch_up(record)
         self._exit = before_exit(self._writer.flush) if self._writer is not None else lambda: None
 
-    def _take_up(self, directory: str | PathLike[str] | None, at: bool | int) -> Trajectory | None:
-        """The record that is gone on with; None if the run begins."""
-        if at is False:
-            return None
+    def _begin_record(
+        self, directory: str | PathLike[str] | None, resume: bool | int, keyframe_every: int
+    ) -> tuple[Trajectory | None, TrajectoryWriter | None]:
+        """The record that is gone on with, None if the run begins; and what writes it."""
         if directory is None:
-            raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
-        record = resume_run(Path(directory), self.model, self._stepper, at)
+            if resume is not False:
+                raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
+            return None, None
+        if resume is True and self._ranks.count > 1:
+            raise ValueError(
+                "resume=True puts back the random state of rank zero alone; load your own checkpoint in every process, "
+                "and pass the number of its step: resume=1500"
+            )
+        record = None if resume is False else resume_run(Path(directory), self.model, self._stepper, resume)
         if record is not None:
             self.number = len(record)
-        return record
+        entries = None if record is None else record.entries
+        return record, TrajectoryWriter(directory, self.model, self._stepper, keyframe_every, entries)
 
     def _catch_up(self, record: Trajectory) -> None:
         """Explains the steps that were taken before, as they were explained then, and completes the rows of metrics."""
@@ -184,10 +196,11 @@ class Tracker:
         optimizer takes no step (a skipped one) leaves no trace."""
         if self._open:
             raise RuntimeError("tracker.step() is open already; close it before the next step")
+        self._ranks.refuse_uneven_steps()
         self._buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
         if self._writer is not None:
             self._writer.begin()
-        self._batches, self._norms, self._open, self._taken, self._clip = [], {}, True, False, 1.0
+        self._told, self._open, self._taken = Told(), True, False
         own = self.seconds["influence"] + self.seconds["trajectory"]
         started = time.perf_counter()
         try:
@@ -204,48 +217,45 @@ class Tracker:
         """Tells of the next (micro-)batch, right before its forward pass. Its tensors' first axis is the samples.
 
         index:  (N,), which training samples these are.
-        weight: `w_{i,k}`, how each sample's loss enters the step's gradient: "mean", "sum", a number or (N,).
+        weight: `w_{i,k}`, how each sample's loss enters the step's gradient (with several ranks: that of its own rank's
+                loss): "mean", "sum", a number or (N,).
         """
         if not self._open:
             raise RuntimeError("tracker.batch() belongs inside `with tracker.step():`")
         if index is None and self.samples_every:
             raise ValueError("tables of samples were asked for (samples_every), so every batch needs its index=")
         device = next(self.model.parameters()).device
-        self._batches.append(make_batch(batch, index, weight, device))
+        self._told.own.append(make_batch(batch, index, weight, device))
 
     def backward(self) -> Tensor:
-        """The gradient of the last batch from per-sample gradients, added to the parameters' `.grad`.
+        """The gradient of the last batch from per-sample gradients, added to the parameters' `.grad`; averaged over the
+        ranks where DistributedDataParallel would.
 
         Returns the batch's loss `Σ_k w_k L_k`. Raises ValueError without a sample_loss or a batch, or if a sample's
         loss depends on the others (batch norm in training mode).
         """
-        if self._samples is None or not self._batches:
+        if self._samples is None or not self._told.own:
             raise ValueError("tracker.backward() needs the Tracker's sample_loss=, and tracker.batch(…) before it")
-        batch = self._batches[-1]
         trained = {name: p for name, p in self._stepper.parameters.items() if p.requires_grad}
         state = State({name: p.detach() for name, p in trained.items()}, dict(self.model.named_buffers()))
-        gradient, losses, norms = self._samples.gradient(state, batch)
+        gradient, loss = self._samples.gradient(state, self._told)
         for name, parameter in trained.items():
             parameter.grad = gradient[name] if parameter.grad is None else parameter.grad + gradient[name]
-        if batch.index is not None:
-            self._norms |= dict(zip(batch.index.tolist(), norms.tolist(), strict=True))
-        loss = (losses * batch.weight).sum()
-        self._row["train/loss"] = self._row.get("train/loss", 0.0) + float(loss)
+        self._ranks.average([parameter.grad for parameter in trained.values() if parameter.grad is not None])
         return loss
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` on the model, with its factor as part of the samples' weights. Call it where
         that one would be called. Returns the norm before."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        self._clip = min(1.0, max_norm / (float(norm) + 1e-6))
-        self._batches = [replace(batch, weight=batch.weight * self._clip) for batch in self._batches]
+        self._told.clip_by_norm(min(1.0, max_norm / (float(norm) + 1e-6)))
         return norm
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """`torch.nn.utils.clip_grad_value_` on the model. What it leaves is no sum over samples any more: influences of
         groups stay exact, those of this step's samples are refused."""
         nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
-        self._batches = [replace(batch, clipped=True) for batch in self._batches]
+        self._told.clip_by_value()
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the row of the current step; between steps, to that of the next, which starts from there."""
@@ -258,14 +268,17 @@ class Tracker:
 
     def influence(self, query: str, keep: tuple[str, ...] = LIVE_AXES[0]) -> Influence:
         """The influences of the steps so far: over ("step", "group") or over ("query", "output")."""
+        self._ranks.refuse_others()
         return self._live.influence(query, keep)
 
     def parameter_scores(self) -> dict[str, Tensor]:
         """Ψ_S(θ) of every parameter, of its shape, over the steps explained so far; see `scores.parameter_scores`."""
+        self._ranks.refuse_others()
         return self._live.parameter_scores(self._stepper.parameters)
 
     def residual(self, query: str) -> float:
         """The residual of the last step that was explained."""
+        self._ranks.refuse_others()
         return self._live.explainers[query].residual
 
     def finish(self) -> None:
@@ -275,11 +288,13 @@ class Tracker:
         self._exit()
         if self._row:
             self._panels.log({panels.AXIS: self.number, **self._row})
+        if self._writer is not None:
+            with self._timed("trajectory"):
+                self._writer.close(self.number)
+                mark_finished(self._writer.directory, self.number)
+        self._ranks.gather(None)  # from here on, every rank finds the trajectory complete
         if self._writer is None:
             return
-        with self._timed("trajectory"):
-            self._writer.close(self.number)
-            mark_finished(self._writer.directory, self.number)
         if self._upload is not None:
             self.staging_mb = self._upload.finish()
         if self._panels.unsent:
@@ -310,27 +325,18 @@ class Tracker:
                 f"the gradient of step {self.number} is not finite in {', '.join(self._nonfinite)}; the parameters "
                 'are still those before the step. Tracker(on_nonfinite="mark") goes on and marks such steps'
             )
-        self._forget_unused_randomness()
+        self._told.forget_unused_randomness(next(self.model.parameters()).device)
+        self._told.exchange(self._ranks)
+        if self._told.loss is not None:
+            self._row["train/loss"] = self._told.loss
         self._auxiliary_now = self._auxiliary_gradients(gradients)
-        if self._check_due() and not self._nonfinite:
-            state = State({n: p.detach() for n, p in self._stepper.parameters.items()}, self._buffers)
-            rest = {name: value.clone() for name, value in gradients.items()}
-            for own in self._auxiliary_now.values():
-                for name, value in own.items():
-                    rest[name] -= value
-            self._samples.check(state, tuple(self._batches), rest, self.number)  # type: ignore[union-attr]
+        if self._samples is not None and not self._nonfinite:
+            state = State({name: p.detach() for name, p in self._stepper.parameters.items()}, self._buffers)
+            self._samples.check(self._told, self.number, state, gradients, self._auxiliary_now)
         self._stepper.before(self._buffers, self._auxiliary_now)
         with self._timed("trajectory"):
             if self._writer is not None:
                 self._writer.before(self.number, self._buffers)
-
-    def _forget_unused_randomness(self) -> None:
-        """A batch during whose passes nothing random was drawn needs no random state."""
-        states = [batch.random_state for batch in self._batches]
-        states.append(random_state(next(self.model.parameters()).device))
-        for place, (start, end) in enumerate(pairwise(states)):
-            if all(torch.equal(start[name], end[name]) for name in start):
-                self._batches[place] = replace(self._batches[place], random_state={})
 
     def _auxiliary_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The gradient of every auxiliary loss, clipped as the whole was."""
@@ -339,12 +345,12 @@ class Tracker:
         for part, loss in self._auxiliary.items():
             with torch.enable_grad():
                 rows = torch.autograd.grad(loss(self.model), list(moving.values()), allow_unused=True)
-            found[part] = {n: g.detach() * self._clip for n, g in zip(moving, rows, strict=True) if g is not None}
+            found[part] = {n: g.detach() * self._told.clip for n, g in zip(moving, rows, strict=True) if g is not None}
         return found
 
     def _after(self) -> None:
         now = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
-        step = self._stepper.after(self.number, now, tuple(self._batches))
+        step = self._stepper.after(self.number, now, self._told.every)
         with self._timed("trajectory"):
             if self._writer is not None:
                 self._writer.record(step, buffers_moved(step), self._auxiliary_now)
@@ -357,23 +363,19 @@ class Tracker:
         self._stepper.settle()
 
     def _explain(self, step: Step) -> None:
-        row, doubts = self._live.add(step)
-        self._row |= row
-        for doubt in doubts:
-            self._panels.alert("Large residual", doubt)
+        if self._ranks.own == 0:
+            row, doubts = self._live.add(step)
+            self._row |= row
+            for doubt in doubts:
+                self._panels.alert("Large residual", doubt)
         if self.samples_due and self._samples is not None and step.batches:
-            samples = self._live.tabulate(self._samples, step)
-            self._row["samples/own_step"] = -float(samples.influence.sum())
-            if self.run is not None:
-                self._panels.attempt("draw the samples", lambda: self._show(step, samples))
+            self._explain_samples(self._samples, step)
 
-    def _show(self, step: Step, samples: SampleInfluence) -> None:
-        self._row[panels.SAMPLES] = panels.sample_table(samples, self._norms, self._render)
-        if self._map_queries and self._samples is not None:
-            order = panels.most_influential(samples)
-            changes = -self._live.by_query(self._samples, step, self._map_queries)
-            self._row[panels.SAMPLE_MAP] = panels.sample_map(changes[:, order], samples.index[order])
-            self._row[panels.QUERY_COSINES] = panels.cosine_map(changes)
+    def _explain_samples(self, known: LiveSamples, step: Step) -> None:
+        samples, changes = known.influences(self._told, step)
+        self._row["samples/own_step"] = -float(samples.influence.sum())
+        if self.run is not None:
+            self._panels.attempt("draw the samples", lambda: self._row.update(known.draw(self._told, samples, changes)))
 
     def _configuration(self) -> dict[str, Any]:
         """What was asked for, as W&B's configuration of the run has it."""
@@ -407,17 +409,6 @@ class Tracker:
                 stacklevel=3,
             )
             return None
-
-    def _check_due(self) -> bool:
-        due = self.number < CHECKED_STEPS or self.number % CHECK_EVERY == 0
-        told = bool(self._batches) and not any(batch.clipped for batch in self._batches)
-        return due and told and self._samples is not None
-
-    def _check_samples_wanted(self) -> None:
-        if not self.samples_every:
-            return
-        if self._samples is None or not self._live.losses:
-            raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

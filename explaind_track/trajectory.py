@@ -85,7 +85,7 @@ class Trajectory:
         if expected != found:
             names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
             detail = "; ".join(f"{n}: recorded {expected.get(n)}, model {found.get(n)}" for n in names[:5])
-            raise ValueError(f"the model is not the one of {self.directory}. {detail}")
+            raise ValueError(f"the model is not the one that {self.directory} records: pass that one. {detail}")
 
     def steps(self, first: int = 0, last: int | None = None, lasting: bool = False) -> Iterator[Step]:
         """Steps first ≤ s < last, replayed from the last keyframe before them, in order; each is valid until the next,
@@ -105,13 +105,17 @@ class Trajectory:
         to the next at most, and no more at once than fit `memory` bytes (but at least one)."""
         stop = last
         while stop > first:
-            start = max(number for number in self._keyframes if number < stop)
+            start = self.keyframe(stop - 1)
             each = self._keyframes[start].size * 3 // 2  # with the gradient
             begin = max(start, first, stop - max(1, memory // each))
             held = list(self.steps(begin, stop, lasting=True))
             while held:
                 yield held.pop()
             stop = begin
+
+    def keyframe(self, step: int) -> int:
+        """The last keyframe from which a step can be replayed: the number of the step that it is before."""
+        return max(number for number in self._keyframes if number <= step)
 
     def replay(self, number: int) -> Replay:
         """The run as it was before step `number` (after all steps, for `len(self)`), able to take that step."""
@@ -129,7 +133,7 @@ class Trajectory:
             raise TrajectoryError(f"{self.directory} does not hold what a trajectory holds: {error!r}") from error
 
     def _take_again(self, first: int, last: int) -> Iterator[tuple[Step | None, Replay]]:
-        start = max(number for number in self._keyframes if number <= first)
+        start = self.keyframe(first)
         replay = Replay(self.head["optimizer"], self._keyframe(start))
         for segment in self._segments:
             if segment.last <= start or segment.first >= last:

@@ -36,6 +36,12 @@ REFUSED = {
     "optimizer state loaded on the way": "load first, then make the Tracker",
     "tracker.backward() under batch norm": "normalises with the statistics of its batch, so no sample has a gradient",
     "samples of a step clipped by value": "what is left of it is no sum over samples",
+    "FSDP, tensor parallelism": "parameters are in pieces …; train with DistributedDataParallel instead",
+    "DistributedDataParallel.join()": "give all ranks as many batches (a DistributedSampler does), of any size",
+    "DistributedDataParallel of some of the processes": "a Tracker needs a DistributedDataParallel of all of them",
+    "samples under SyncBatchNorm": "leave sample_loss= out, or use BatchNorm without convert_sync_batchnorm",
+    "resume=True in several processes": "load your own checkpoint in every process, and pass the number of its step",
+    "samples in a callback in several processes": "use a Tracker of the DistributedDataParallel in your own loop",
 }
 
 

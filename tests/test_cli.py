@@ -144,7 +144,7 @@ def test_explain_is_the_function_of_that_name(run: Path, tmp_path: Path) -> None
         (("test_cli:nothing",), 1, "names no function"),
         (("no.module:task",), 1, "names no function"),
         (("test_cli:task", "node=3"), 2, "no setting node"),
-        (("test_cli:task", "window=[0,99]"), 1, "steps 0 to 9"),
+        (("test_cli:task", "window=[0,99]"), 1, "the run has 9 steps"),
     ):
         done = call("explain", run, *arguments, "--out", out)
         assert done.exit_code == code

@@ -250,10 +250,20 @@ def test_what_is_missing_is_said_before_work(tmp_path: Path) -> None:
         ask(sample_loss=None)
     with pytest.raises(ValueError, match="pass data="):
         ask(data=None)
-    with pytest.raises(ValueError, match=r"steps 0 to 9, not the window 3 to 12"):
-        ask(window=(3, 12))
-    with pytest.raises(ValueError, match=r"no step saw the samples \[77\]"):
+    for window in ((3, 12), (3, 3), (-2, 3)):
+        for axes in (("sample",), ("group",)):
+            with pytest.raises(ValueError, match=r"window=\(.*the run has 9 steps, so that 0 ≤ first < last ≤ 9"):
+                ask(window=window, keep=axes)
+    with pytest.raises(ValueError, match=r"saw the samples \[77\]; those of 23 indices, 0 to 23, were seen"):
         ask(samples=[1, 77])
+    with pytest.raises(ValueError, match=r"no label for the training sample 2, partition\[2\]"):
+        ask(partition=[0, 1])
+    with pytest.raises(ValueError, match=r"no group: 2\.weight, 2\.bias"):
+        ask(groups={"a": "0.*"})
+    other = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    for axes in (("sample",), ("group",)):
+        with pytest.raises(ValueError, match=r"0\.bias: recorded \[\[6\], 'float64'\], model \[\[7\], 'float64'\]"):
+            explain(trajectory, other, query, keep=axes, sample_loss=sample_loss, data=data)
     with pytest.raises(ValueError, match="keep takes some of"):
         ask(keep=("sample", "layer"))
     with pytest.raises(ValueError, match=r"for [58] indices"):

@@ -19,7 +19,15 @@ from recipes.modulo_addition import sample_loss
 
 pytestmark = pytest.mark.slow
 
-STEPS, QUERIES, SAMPLES = 16, 200, 1000
+STEPS, QUERIES, SAMPLES = 48, 200, 1000
+REQUESTS = {
+    "map": f"Query.outputs(x), {{'keep': ('group', 'query', 'sample'), 'samples': range({SAMPLES})}}",
+    "walks": f"Query.outputs(x), {{'keep': ('query', 'sample'), 'samples': range({SAMPLES}), 'memory': 2**26}}",
+    "jvp": "Query.loss(x, data.y_test[:len(x)]).mean(), {'keep': ('sample',)}",
+}
+"""By per-sample gradients, whose samples processes share; the same in more walks than processes, which they share; and
+all 4,000 samples by JVP, whose samples they share."""
+
 SCRIPT = f"""
 import sys
 from time import perf_counter
@@ -33,11 +41,12 @@ from recipes.modulo_addition import GROUPS, sample_loss
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 data = modulo_addition(113, 4000, 2000, 0)
+x = data.x_test[:{QUERIES}]
+query, request = eval(sys.argv[3])
 options = dict(
-    groups=GROUPS, keep=("group", "query", "sample"), quadrature=Quadrature.fixed(1), sample_loss=sample_loss,
-    data=lambda index: (data.x_train[index], data.y_train[index]), samples=list(range({SAMPLES})), progress=False,
+    groups=GROUPS, quadrature=Quadrature.fixed(1), sample_loss=sample_loss, progress=False,
+    data=lambda index: (data.x_train[index], data.y_train[index]), **request,
 )
-query = Query.outputs(data.x_test[:{QUERIES}])
 dist.barrier()
 started = perf_counter()
 found = explain(Trajectory.open(sys.argv[1]), ModuloTransformer(), query, **options)
@@ -49,11 +58,13 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_against_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def trajectory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model, data = ModuloTransformer(), modulo_addition(113, 4000, 2000, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=4.0)
-    tracker = Tracker(model, optimizer, queries={}, trajectory=tmp_path / "t")
+    directory = tmp_path_factory.mktemp("run") / "t"
+    tracker = Tracker(model, optimizer, queries={}, trajectory=directory)
     for _ in range(STEPS):
         with tracker.step():
             optimizer.zero_grad()
@@ -61,21 +72,27 @@ def test_two_processes_against_one(tmp_path: Path) -> None:
             sample_loss(model, (data.x_train, data.y_train)).mean().backward()
             optimizer.step()
     tracker.finish()
-    seconds = {count: run(count, tmp_path) for count in (1, 2)}
+    return directory
+
+
+@pytest.mark.parametrize("asked", REQUESTS)
+def test_two_processes_against_one(trajectory: Path, asked: str, tmp_path: Path) -> None:
+    seconds = {count: run(count, trajectory, REQUESTS[asked], tmp_path) for count in (1, 2)}
     one, two = (Influence.load(tmp_path / f"{count}.safetensors").data["influence"] for count in (1, 2))
     error = float(abs(one - two).max() / abs(one).max())
-    print(f"\none process {seconds[1]:.1f} s, two {seconds[2]:.1f} s: {seconds[1] / seconds[2]:.2f}; error {error:.1e}")
+    ratio = seconds[1] / seconds[2]
+    print(f"\n{asked}: one process {seconds[1]:.1f} s, two {seconds[2]:.1f} s: {ratio:.2f}; error {error:.1e}")
     xr.testing.assert_allclose(one, two, rtol=0, atol=1e-6 * float(abs(one).max()))
 
 
-def run(processes: int, directory: Path) -> float:
+def run(processes: int, trajectory: Path, request: str, directory: Path) -> float:
     """The seconds that the explanation takes."""
     script = directory / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [*command, str(script), str(directory / "t"), str(directory / f"{processes}.safetensors")],
+        [*command, str(script), str(trajectory), str(directory / f"{processes}.safetensors"), request],
         cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
