@@ -11,6 +11,7 @@ from explaind_track import storage
 from explaind_track.analyses import explain, opened, prune, similarity
 from explaind_track.artifacts import directory_mb, last_step
 from explaind_track.command import AS_JSON, RUN, complained, entries_of, local_run, tell
+from explaind_track.media import PICTURE
 from explaind_track.recorder import FORMAT
 from explaind_track.remote import RemoteArtifact
 from explaind_track.runs import HISTORY, POINTER, find_runs, read_rows, read_tie
@@ -100,8 +101,9 @@ def pull(name: str, directory: Path, as_json: bool) -> None:
         path = remote.locate(entry)
         (directory / entry.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, directory / entry.path)
-    if HISTORY in remote.artifact.manifest.entries:
-        remote.artifact.get_entry(HISTORY).download(root=str(directory))
+    for name in remote.artifact.manifest.entries:
+        if name == HISTORY or PICTURE.fullmatch(name):
+            remote.artifact.get_entry(name).download(root=str(directory))
     storage.write_manifest(directory, head, entries)
     steps = last_step(entries)
     tell(as_json, {"directory": str(directory), "steps": steps}, f"{directory} holds {steps} steps of {remote.name}")

@@ -4,6 +4,7 @@ In its directory are
 
 manifest.json, keyframes/, steps/   the trajectory
 history.jsonl                       every row of the panels, flushed as it is logged
+media/                              the pictures that rows show
 run.json                            the W&B run that the rows and the trajectory go to
 finished.json                       the step at which the run was ended
 
@@ -18,6 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from explaind_track.media import MEDIA
 from explaind_track.storage import MANIFEST, Lock, TrajectoryError, write_atomic
 
 if TYPE_CHECKING:
@@ -112,6 +114,11 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and "train/step" in row]
+
+
+def pictures(directory: Path) -> list[str]:
+    """The names of the files that rows of the panels show."""
+    return sorted(f"{MEDIA}/{path.name}" for path in (directory / MEDIA).glob("*.png"))
 
 
 def mark_finished(directory: Path, steps: int) -> None:

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from explaind_track import storage
 from explaind_track.artifacts import trajectory_version
+from explaind_track.media import for_wandb, from_json
+from explaind_track.media_sync import check_media, send_lost_media
 from explaind_track.panels import AXIS, FINISH_SECONDS, define_metrics
 from explaind_track.recorder import FORMAT
 from explaind_track.runs import Tie, read_rows, read_tie, trajectory_directory
@@ -36,6 +38,8 @@ class Synced:
     rows: int
     """In our record, and now at W&B."""
     rows_sent: int
+    media_sent: int
+    """Files of tables and pictures whose rows W&B had already."""
     artifact_sent: bool
 
 
@@ -75,19 +79,20 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
         settings=settings, reinit="create_new", **options,
     )  # fmt: skip
     try:
-        missing = _missing(read_rows(directory), _steps_at_wandb(path, run.starting_step) if known else Counter())
+        rows = read_rows(directory)
+        media_sent = send_lost_media(run, _find_run(path), directory, tie) if known else 0
+        missing = _missing(rows, _steps_at_wandb(path, run.starting_step) if known else Counter())
         define_metrics(run, {key.split("/")[0] for row in missing for key in row if "/" in key})
         for row in tqdm(missing, "rows", unit="row", disable=not progress):
-            run.log(row)
+            run.log(for_wandb(from_json(row, directory)))
         artifact_sent = _send_trajectory(run, directory, f"{entity}/{tie.project}/{tie.artifact}")
         expected, url = run.starting_step + len(missing), run.url or path
     finally:
         run.finish()
-    rows = read_rows(directory)
-    lost = _missing(rows, _steps_at_wandb(path, expected))
-    if lost:
+    if lost := _missing(rows, _steps_at_wandb(path, expected)):
         raise TrajectoryError(f"W&B has not taken {len(lost)} rows of {path}; run the same command again")
-    return Synced(path, url, len(rows), len(missing), artifact_sent)
+    check_media(_find_run(path), directory)
+    return Synced(path, url, len(rows), len(missing), media_sent, artifact_sent)
 
 
 def _find_run(path: str) -> Any:

@@ -364,7 +364,7 @@ class Tracker:
         if self.samples_due and self._samples is not None and step.batches:
             samples = self._live.tabulate(self._samples, step)
             self._row["samples/own_step"] = -float(samples.influence.sum())
-            if self.run is not None:
+            if self.run is not None or self._writer is not None:
                 self._panels.attempt("draw the samples", lambda: self._show(step, samples))
 
     def _show(self, step: Step, samples: SampleInfluence) -> None:

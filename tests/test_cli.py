@@ -177,7 +177,7 @@ def test_prune_and_similarity_are_the_functions_of_those_names(run: Path, tmp_pa
 
 def test_pull_makes_a_directory_of_its_own(server: Server, tmp_path: Path) -> None:
     job, opened = make_job(), open_run("project", tmp_path)
-    tracker = job.tracker(run=opened, trajectory=tmp_path / "t", keyframe_every=4)
+    tracker = job.tracker(run=opened, trajectory=tmp_path / "t", keyframe_every=4, samples_every=3, map_queries=2)
     job.run(tracker, 6)
     tracker.finish()
     opened.finish()
@@ -187,6 +187,7 @@ def test_pull_makes_a_directory_of_its_own(server: Server, tmp_path: Path) -> No
         assert path.read_bytes() == (tmp_path / "t" / path.relative_to(tmp_path / "here")).read_bytes()
     assert answer("verify", f"wandb:{name}", "--replay")["steps"] == 6
     assert (tmp_path / "here" / "history.jsonl").is_file()
+    assert len(list((tmp_path / "here" / "media").iterdir())) == 4
     done = call("pull", name, tmp_path / "here")
     assert (done.exit_code, "not empty" in done.output) == (1, True)
     done = call("pull", "dev/project/other", tmp_path / "there")

@@ -146,6 +146,7 @@ def test_rows_that_the_sdk_refused_are_told_of_and_sent_later(
 
 KILLED = """
 import os, sys
+import numpy as np
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import make_job
@@ -157,7 +158,10 @@ for number, mode in enumerate(modes):
     if os.fork() == 0:
         job = make_job()
         run = open_run("project", out / str(number), mode=mode)
-        tracker = job.tracker(run=run, trajectory=out / str(number) / "t", keyframe_every=100)
+        tracker = job.tracker(
+            run=run, trajectory=out / str(number) / "t", keyframe_every=100, samples_every=20, map_queries=2,
+            render=lambda index: np.full((2, 2), index * 10, dtype=np.uint8),
+        )
         (out / f"{number}.pid").write_text(str(os.getpid()))
         job.run(tracker, 10**6)
 for _ in modes:
@@ -196,9 +200,44 @@ def test_a_killed_run_is_repaired_without_gaps_or_doubles(count: int, server: Se
             assert kept == list(range(len(kept)))
             done = sync(record, progress=False)
             assert steps_at(server, done.run) == kept
+            shown = [row["train/step"] for row in server.history(done.run) if "samples/map" in row]
+            assert shown == [step for step in kept if step % 20 == 0]
+            assert server.media_lacking(done.run) == []
             if (record / "manifest.json").is_file():
                 name = f"wandb:dev/project/trajectory-{done.run.rsplit('/', 1)[1]}:final"
                 assert len(Trajectory.open(name)) == len(Trajectory.open(record))
+
+
+def test_media_that_were_on_their_way_at_a_kill_arrive(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are at W&B, and lead to files that are not."""
+    server.faults(fail_uploads=1.0)
+    (tmp_path / "0").mkdir()
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), "online"]
+    driver = subprocess.Popen(command, env=alone)
+    found: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 60
+    while not found and time.monotonic() < deadline:
+        time.sleep(0.2)
+        runs = server.ask("state")["runs"]
+        found = [row for name in runs for row in server.history(name) if "samples/map" in row]
+    os.kill(int((tmp_path / "0.pid").read_text()), signal.SIGKILL)
+    driver.wait()
+    server.faults(fail_uploads=0.0)
+    (run,) = server.ask("state")["runs"]
+    lacking = server.media_lacking(run)
+    assert len(lacking) >= 4  # a table, its artifact and two pictures, at least
+    record = tmp_path / "0" / "t"
+    done = sync(record, progress=False)
+    assert done.media_sent == len(lacking)
+    assert server.media_lacking(run) == []
+    monkeypatch.chdir(tmp_path)  # where the SDK puts what it fetches
+    table = next(one for one in wandb.Api().run(run).logged_artifacts() if one.type == "run_table")
+    images = [row[-1] for row in table.get("samples/most_influential").data]
+    assert all(isinstance(image, wandb.Image) for image in images)
+    assert sync(record, progress=False).media_sent == 0
 
 
 def test_what_cannot_be_synced_is_refused(tmp_path: Path) -> None:
