@@ -42,10 +42,10 @@ def send_lost_media(run: "wandb.Run", there: Any, directory: Path, tie: Tie) -> 
         if (root := _files_of(tie, one.reference)) is not None:
             there.upload_file(str(root / one.reference["path"]), root=str(root))
             sent += 1
-    for artifact in _without_artifact(there, shown, directory):
-        run.log_artifact(artifact).wait(int(FINISH_SECONDS))
-        sent += 1
-    return sent
+    logged = [run.log_artifact(artifact) for artifact in _without_artifact(there, shown, directory)]
+    for artifact in logged:
+        artifact.wait(int(FINISH_SECONDS))
+    return sent + len(logged)
 
 
 def check_media(there: Any, directory: Path) -> None:
