@@ -237,14 +237,23 @@ class Tracker:
         """`torch.nn.utils.clip_grad_norm_` on the model, with its factor as part of the samples' weights. Call it where
         that one would be called. Returns the norm before."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        self._clip = min(1.0, max_norm / (float(norm) + 1e-6))
-        self._batches = [replace(batch, weight=batch.weight * self._clip) for batch in self._batches]
+        self.gradient_scaled(min(1.0, max_norm / (float(norm) + 1e-6)))
         return norm
+
+    def gradient_scaled(self, factor: float) -> None:
+        """Tells that the loop has multiplied the step's gradient by itself, which scales the samples' weights; right
+        before the optimizer's step."""
+        self._clip = factor
+        self._batches = [replace(batch, weight=batch.weight * factor) for batch in self._batches]
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """`torch.nn.utils.clip_grad_value_` on the model. What it leaves is no sum over samples any more: influences of
         groups stay exact, those of this step's samples are refused."""
         nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
+        self.gradient_altered()
+
+    def gradient_altered(self) -> None:
+        """Tells that the loop has changed the step's gradient in another way, as `clip_grad_value_` does."""
         self._batches = [replace(batch, clipped=True) for batch in self._batches]
 
     def log(self, metrics: Mapping[str, float]) -> None:
