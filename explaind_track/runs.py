@@ -101,9 +101,11 @@ def _holds_run(directory: Path) -> bool:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """The directories under `root` that hold a trajectory, each once."""
+    """The directories under `root` that hold a trajectory, each once; what an offline run of W&B has of a trajectory
+    that is there itself is not another one."""
     found = {path.parent.resolve() for name in (MANIFEST, HISTORY) for path in root.rglob(name)}
-    return sorted(path for path in found if _holds_run(path))
+    ties = [tie for path in found if (tie := read_tie(path)) is not None]
+    return sorted(found - {Path(tie.directory).resolve() / POINTER for tie in ties})
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ class Synced:
     rows: int
     """In our record, and now at W&B."""
     rows_sent: int
+    """Of these, the ones that it lacked."""
     media_sent: int
     """Files of tables and pictures whose rows W&B had already."""
     artifact_sent: bool
@@ -68,7 +69,7 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
 
     entity = tie.entity or wandb.Api().default_entity
     path = f"{entity}/{tie.project}/{tie.id}"
-    known = _find_run(path) is not None
+    known = found = _find_run(path) is not None
     if not known and tie.offline and Path(tie.directory).is_dir():
         _send_offline_run(Path(tie.directory), tie, entity)
         known = _find_run(path) is not None
@@ -83,7 +84,7 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
         media_sent = send_lost_media(run, _find_run(path), directory, tie) if known else 0
         missing = _missing(rows, _steps_at_wandb(path, run.starting_step) if known else Counter())
         define_metrics(run, {key.split("/")[0] for row in missing for key in row if "/" in key})
-        for row in tqdm(missing, "rows", unit="row", disable=not progress):
+        for row in tqdm(missing, "rows", unit="row", disable=not progress or not missing):
             run.log(for_wandb(from_json(row, directory)))
         artifact_sent = _send_trajectory(run, directory, f"{entity}/{tie.project}/{tie.artifact}")
         expected, url = run.starting_step + len(missing), run.url or path
@@ -92,7 +93,9 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
     if lost := _missing(rows, _steps_at_wandb(path, expected)):
         raise TrajectoryError(f"W&B has not taken {len(lost)} rows of {path}; run the same command again")
     check_media(_find_run(path), directory)
-    return Synced(path, url, len(rows), len(missing), media_sent, artifact_sent)
+    if found:
+        return Synced(path, url, len(rows), len(missing), media_sent, artifact_sent)
+    return Synced(path, url, len(rows), len(rows), media_sent, artifact_sent=(directory / MANIFEST).is_file())
 
 
 def _find_run(path: str) -> Any:
