@@ -209,7 +209,7 @@ def log_result(
 
 def _metadata(directory: Path, head: Mapping[str, Any], entries: list[Entry]) -> dict[str, Any]:
     return {
-        **{key: head[key] for key in ("format", "optimizer", "packages")},
+        **{key: head[key] for key in ("format", "model", "optimizer", "packages") if key in head},
         "parameters": sum(math.prod(shape) for shape, _ in head["parameters"].values()),
         "steps": last_step(entries),
         "finished": is_finished(directory, last_step(entries)),

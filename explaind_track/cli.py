@@ -149,7 +149,8 @@ def report(run: str, out: Path | None, as_json: bool) -> None:
     directory = local_run(run)
     target = out or directory.parent / "report.html"
     title = directory.resolve().parent.name if directory.name == POINTER else directory.resolve().name
-    write_report(target, make(read_rows(directory), entries_of(directory)[0], title, read_tie(directory)))
+    html = make(read_rows(directory), entries_of(directory)[0], title, read_tie(directory), directory)
+    write_report(target, html)
     tell(as_json, {"report": str(target)}, str(target))
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import wandb
 from conftest import Server, make_job
 
 from explaind_track import Trajectory, TrajectoryError, open_run
+from explaind_track.media import from_json
 from explaind_track.panels import LoggingWarning, Panels
 from explaind_track.runs import is_running, read_rows
 from explaind_track.sync import sync
@@ -281,8 +283,12 @@ def test_media_that_were_on_their_way_at_a_kill_arrive(
     lacking = server.media_lacking(run)
     assert len(lacking) >= 4  # a table, its artifact and two pictures, at least
     record = tmp_path / "0" / "t"
-    done = sync(record, progress=False)
-    assert done.media_sent == len(lacking)
+    away = next((tmp_path / "0" / "wandb").rglob("samples/map_0_*.png"))
+    away.rename(tmp_path / "away")
+    with pytest.raises(TrajectoryError, match=r"lacks 1 files.*samples/map_0_"):
+        sync(record, progress=False)
+    (tmp_path / "away").rename(away)
+    assert sync(record, progress=False).media_sent == 1
     assert server.media_lacking(run) == []
     monkeypatch.chdir(tmp_path)  # where the SDK puts what it fetches
     table = next(one for one in wandb.Api().run(run).logged_artifacts() if one.type == "run_table")
@@ -305,6 +311,26 @@ def test_what_cannot_be_synced_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrajectoryError, match="another process is writing"):
         sync(tmp_path / "u")
     tracker.finish()
+
+
+def test_our_own_full_disk_tears_no_row(small_disk: Path) -> None:
+    panels = Panels(None, small_disk / "history.jsonl", [])
+    panels.log({"train/step": 0, "a": "x" * 4000})
+    with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    with pytest.warns(LoggingWarning, match="could not write the history"):
+        for step in range(1, 40):
+            panels.log({"train/step": step, "a": "x" * 1000, "b": b"a picture"})
+    (small_disk / "filler").unlink()
+    panels.log({"train/step": 40, "b": b"a picture"})
+    rows = read_rows(small_disk)
+    assert [row["train/step"] for row in (rows[0], rows[-1])] == [0, 40]
+    assert len((small_disk / "history.jsonl").read_text().splitlines()) == len(rows) < 40
+    assert from_json(rows[-1], small_disk)["b"].read_bytes() == b"a picture"
+    next((small_disk / "media").iterdir()).write_bytes(b"another")
+    with pytest.raises(TrajectoryError, match="was altered"):
+        from_json(rows[-1], small_disk)
 
 
 def test_a_row_that_was_torn_is_left_out(tmp_path: Path) -> None:
