@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from explaind_track.storage import TrajectoryError, file_sha256, write_atomic
 
@@ -70,8 +70,11 @@ def to_json(value: Any) -> Any:
     raise TypeError(f"{value!r} has no place in a record")
 
 
-def from_json(row: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """A row as it was recorded in the directory. Raises TrajectoryError for a picture that is not what was written."""
+def from_json(
+    row: Mapping[str, Any], directory: Path, damaged: Literal["raise", "leave out"] = "raise"
+) -> dict[str, Any]:
+    """A row as it was recorded in the directory. damaged: what becomes of a value with a picture that is missing or not
+    what was written: TrajectoryError, or a row without it."""
 
     def read(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -81,8 +84,14 @@ def from_json(row: Mapping[str, Any], directory: Path) -> dict[str, Any]:
             raise TrajectoryError(f"{path} is missing or was altered; a row of the panels shows it")
         return path
 
-    tables = {key: Table(**one) for key, one in row.items() if isinstance(one, dict) and "columns" in one}
-    return _each({**row, **tables}, read)
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        try:
+            found |= _each({key: Table(**value) if isinstance(value, dict) and "columns" in value else value}, read)
+        except TrajectoryError:
+            if damaged == "raise":
+                raise
+    return found
 
 
 def for_wandb(row: Mapping[str, Any]) -> dict[str, Any]:

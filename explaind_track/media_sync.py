@@ -49,28 +49,32 @@ def send_lost_media(run: "wandb.Run", there: Any, directory: Path, tie: Tie) -> 
 
 
 def check_media(there: Any, directory: Path) -> None:
-    """Raises TrajectoryError, naming them, where W&B lacks files or tables that its rows show."""
+    """Raises TrajectoryError, naming them, where W&B lacks tables and pictures of our record, or files of them."""
     shown = list(_shown(there, directory))
-    lost = [one.reference["path"] for one in _without_file(there, shown)]
+    present = {(one.step, one.key) for one in shown}
+    lost = [f"{key} of step {step}" for step, key in _kept(directory) if (step, key) not in present]
+    lost += [one.reference["path"] for one in _without_file(there, shown)]
     lost += [artifact.name for artifact in _without_artifact(there, shown, directory)]
     if lost:
         raise TrajectoryError(
-            f"W&B lacks {len(lost)} files that rows of {'/'.join(there.path)} show: {', '.join(lost[:10])}"
-            f"{' and others' if len(lost) > 10 else ''}. Run the same command again, where the run's W&B directory is; "
-            f"their content is in {directory}"
+            f"W&B lacks {len(lost)} tables, pictures or files of them that rows of {'/'.join(there.path)} show: "
+            f"{', '.join(lost[:10])}{' and others' if len(lost) > 10 else ''}. Run the same command again, where the "
+            f"run's W&B directory is; what is left of them is in {directory}"
         )
 
 
+def _kept(directory: Path) -> dict[tuple[int, str], Any]:
+    """The tables and pictures of our record, by step and key."""
+    rows = read_rows(directory)
+    return {(int(row[AXIS]), key): one for row in rows for key, one in row.items() if isinstance(one, dict)}
+
+
 def _shown(there: Any, directory: Path) -> Iterator[Shown]:
-    kept = {(int(row[AXIS]), key): one for row in read_rows(directory) for key, one in row.items() if _is_medium(one)}
+    kept = _kept(directory)
     for key in sorted({key for _, key in kept}):
         for row in there.scan_history(keys=[AXIS, key]):
             if (step := int(row[AXIS]), key) in kept:
                 yield Shown(step, key, kept[step, key], row[key])
-
-
-def _is_medium(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def _without_file(there: Any, shown: list[Shown]) -> list[Shown]:
@@ -85,8 +89,11 @@ def _without_artifact(there: Any, shown: list[Shown], directory: Path) -> Iterat
     tables = [one for one in shown if "artifact_path" in one.reference]
     present = {artifact.digest for artifact in there.logged_artifacts()} if tables else set()
     for one in tables:
+        row = from_json({one.key: one.kept}, directory, damaged="leave out")
+        if one.key not in row:
+            continue  # it cannot be told any more what was in it
         artifact = InternalArtifact(f"run-{there.id}-{one.key}", "run_table")
-        artifact.add(for_wandb(from_json({one.key: one.kept}, directory))[one.key], one.key)
+        artifact.add(for_wandb(row)[one.key], one.key)
         if artifact.digest not in present:
             artifact._client_id = one.reference["artifact_path"].split("/")[2]  # which the row names it by
             yield artifact

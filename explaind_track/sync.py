@@ -50,8 +50,8 @@ def sync(given: str | PathLike[str], progress: bool = True) -> Synced:
     Rows are told apart by their training step. An offline run that W&B has not seen is first sent as it is, with its
     tables and console output; what a killed process left out of it is then added from our record.
 
-    Raises TrajectoryError if there is no record, if it belongs to no W&B run or is still being written, and where W&B
-    does not confirm what was sent; other errors of W&B as they come.
+    Raises TrajectoryError if there is no record, if it belongs to no W&B run or is still being written; and at the end,
+    naming it, for what W&B does not confirm. Other errors of W&B come as they are.
     """
     directory = trajectory_directory(given)
     tie = read_tie(directory)
@@ -81,11 +81,11 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
     )  # fmt: skip
     try:
         rows = read_rows(directory)
-        media_sent = send_lost_media(run, _find_run(path), directory, tie) if known else 0
         missing = _missing(rows, _steps_at_wandb(path, run.starting_step) if known else Counter())
+        media_sent = send_lost_media(run, _find_run(path), directory, tie) if known else 0
         define_metrics(run, {key.split("/")[0] for row in missing for key in row if "/" in key})
         for row in tqdm(missing, "rows", unit="row", disable=not progress or not missing):
-            run.log(for_wandb(from_json(row, directory)))
+            run.log(for_wandb(from_json(row, directory, damaged="leave out")))
         artifact_sent = _send_trajectory(run, directory, f"{entity}/{tie.project}/{tie.artifact}")
         expected, url = run.starting_step + len(missing), run.url or path
     finally:

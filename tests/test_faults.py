@@ -146,6 +146,29 @@ def test_rows_that_the_sdk_refused_are_told_of_and_sent_later(
     assert sorted(steps_at(server, path_of(run))) == list(range(6))
 
 
+@pytest.mark.slow
+def test_a_picture_that_is_lost_is_named_and_holds_up_nothing_else(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, run = make_job(), open_run("project", tmp_path)
+    tracker = job.tracker(run=run, trajectory=tmp_path / "t", samples_every=2, map_queries=1)
+    monkeypatch.setattr(run, "log", lambda row: (_ for _ in ()).throw(ConnectionError))
+    with pytest.warns(LoggingWarning):
+        job.run(tracker, 4)
+        tracker.finish()
+    run.finish()
+    lost = tmp_path / "t" / read_rows(tmp_path / "t")[2]["samples/map"]["picture"]
+    lost.write_bytes(b"another")
+    for _ in range(2):
+        with pytest.raises(TrajectoryError, match=r"lacks 1 .*samples/map of step 2"):
+            sync(tmp_path / "t", progress=False)
+    found = server.history(path_of(run))
+    assert [row["train/step"] for row in found] == list(range(4))
+    assert ["samples/map" in row for row in found] == [True, False, False, False]
+    assert ["samples/most_influential" in row for row in found] == [True, False, True, False]
+    assert server.media_lacking(path_of(run)) == []
+
+
 STAGING_FULL = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -285,7 +308,7 @@ def test_media_that_were_on_their_way_at_a_kill_arrive(
     record = tmp_path / "0" / "t"
     away = next((tmp_path / "0" / "wandb").rglob("samples/map_0_*.png"))
     away.rename(tmp_path / "away")
-    with pytest.raises(TrajectoryError, match=r"lacks 1 files.*samples/map_0_"):
+    with pytest.raises(TrajectoryError, match=r"lacks 1 .*samples/map_0_"):
         sync(record, progress=False)
     (tmp_path / "away").rename(away)
     assert sync(record, progress=False).media_sent == 1
