@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import queue
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -159,6 +161,30 @@ def define_metrics(run: "wandb.Run", sections: Iterable[str]) -> None:
         run.define_metric(f"{section}/*", step_metric=AXIS, summary=SUMMARIES.get(section, "last"))
 
 
+class Sender:
+    """Makes calls one after the other in a thread of its own, since some of W&B's SDK wait for the server: `run.log` of
+    a table asks it about the table's artifact, again and again for 19 s where there is no answer."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="panels", daemon=True)
+        self._thread.start()
+
+    def put(self, call: Callable[[], object]) -> None:
+        self._calls.put(call)
+
+    def close(self, seconds: float) -> None:
+        """Waits until all calls are made, or gives up those that are left."""
+        self._calls.put(None)
+        self._thread.join(seconds)
+        self._given_up.set()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None and not self._given_up.is_set():
+            call()
+
+
 class Panels:
     """Sends rows to a W&B run and to a file of our own. Whatever fails there is told of once and stops nothing."""
 
@@ -176,9 +202,9 @@ class Panels:
         logged: steps that the W&B run has rows of already: taken again after a resume, they only go to the history."""
         self._run, self._history, self._logged = run, history, logged
         self._told: set[str] = set()
-        self.unsent = 0
-        """Rows that W&B's SDK refused to take."""
+        self._asked = self._taken = 0
         if run is not None:
+            self._sender = Sender()
             self.attempt("define the panels' axis", lambda: define_metrics(run, sections))
             if config is not None:
                 about = {"explaind_track": dict(config)}
@@ -197,14 +223,27 @@ class Panels:
             named = f": {', '.join(bad[:10])}" if bad else " among the gradients"
             self.alert("Numbers that are not finite", f"step {row.get(AXIS)} has some{named}")
         if self._run is not None and row.get(AXIS) not in self._logged:
-            run = self._run
-            self.unsent += not self.attempt("log to W&B", lambda: run.log(for_wandb(clean)))
+            self._asked += 1
+            self._sender.put(lambda: self._send(clean))
 
     def alert(self, title: str, text: str) -> None:
         """Sends an alert, at most one of a kind in `ALERT_SECONDS`."""
         if self._run is not None:
-            run = self._run
-            self.attempt("send an alert", lambda: run.alert(title, text, level="WARN", wait_duration=ALERT_SECONDS))
+            run, every = self._run, ALERT_SECONDS
+            self._sender.put(
+                lambda: self.attempt("send an alert", lambda: run.alert(title, text, level="WARN", wait_duration=every))
+            )
+
+    def close(self) -> int:
+        """Waits until W&B's SDK has all rows, at most `FINISH_SECONDS`; returns how many it has not taken."""
+        if self._run is not None:
+            self._sender.close(FINISH_SECONDS)
+        return self._asked - self._taken
+
+    def _send(self, row: Mapping[str, Any]) -> None:
+        assert self._run is not None  # asked for only where there is one
+        run = self._run
+        self._taken += self.attempt("log to W&B", lambda: run.log(for_wandb(row)))
 
     def _write(self, row: dict[str, Any]) -> None:
         """Writes the row, whose pictures are in files from then on."""

@@ -154,7 +154,8 @@ class Tracker:
         self._auxiliary_now: dict[str, dict[str, Tensor]] = {}
         if record is not None:
             self._catch_up(record)
-        self._exit = before_exit(self._writer.flush) if self._writer is not None else lambda: None
+        leaves = self._writer is not None or run is not None
+        self._exit = before_exit(self._leave) if leaves else lambda: None
 
     def _take_up(self, directory: str | PathLike[str] | None, at: bool | int) -> Trajectory | None:
         """The record that is gone on with; None if the run begins."""
@@ -284,6 +285,7 @@ class Tracker:
         self._exit()
         if self._row:
             self._panels.log({panels.AXIS: self.number, **self._row})
+        unsent = self._panels.close()
         if self._writer is None:
             return
         with self._timed("trajectory"):
@@ -291,13 +293,19 @@ class Tracker:
             mark_finished(self._writer.directory, self.number)
         if self._upload is not None:
             self.staging_mb = self._upload.finish()
-        if self._panels.unsent:
+        if unsent:
             warnings.warn(
-                f"W&B did not take {self._panels.unsent} rows of the panels; they are all in our record: send them "
+                f"W&B did not take {unsent} rows of the panels; they are all in our record: send them "
                 f"with `explaind-track sync {self._writer.directory}`",
                 panels.LoggingWarning,
                 stacklevel=2,
             )
+
+    def _leave(self) -> None:
+        """Where the process goes before `finish`."""
+        if self._writer is not None:
+            self._writer.flush()
+        self._panels.close()
 
     # --------------------------------------------------------- around the step
 

@@ -136,9 +136,11 @@ def test_rows_that_the_sdk_refused_are_told_of_and_sent_later(
         log(row)
 
     monkeypatch.setattr(run, "log", failing)
-    with pytest.warns(LoggingWarning, match="no space left"):
+    with (
+        pytest.warns(LoggingWarning, match="no space left"),
+        pytest.warns(LoggingWarning, match=r"2 rows .*explaind-track sync"),
+    ):
         job.run(tracker, 6)
-    with pytest.warns(LoggingWarning, match=r"2 rows .*explaind-track sync"):
         tracker.finish()
     run.finish()
     assert steps_at(server, path_of(run)) == [0, 1, 4, 5]

@@ -90,7 +90,8 @@ def test_the_longest_step(
 ) -> None:
     monkeypatch.setattr("explaind_track.artifacts.POLL_SECONDS", 0.05)
     monkeypatch.setattr("explaind_track.artifacts.BATCH_BYTES", 1)
-    monkeypatch.setattr("explaind_track.artifacts.FINISH_SECONDS", FINISH_SECONDS)
+    for module in ("artifacts", "panels"):
+        monkeypatch.setattr(f"explaind_track.{module}.FINISH_SECONDS", FINISH_SECONDS)
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(small_disk))
     job, run = make_job(), open_run("project", small_disk, settings=wandb.Settings(finish_timeout=FINISH_SECONDS))
