@@ -1,5 +1,6 @@
 """Exact influences of parameters, training samples and steps on a model's predictions, while it trains and after."""
 
+from explaind_track.artifacts import log_result
 from explaind_track.explain import explain, plan_explanation
 from explaind_track.explainer import Explainer
 from explaind_track.groups import resolve_groups
@@ -41,6 +42,7 @@ __all__ = [
     "extrapolate_first_moment",
     "how_to_look",
     "kernel_view",
+    "log_result",
     "open_run",
     "parameter_scores",
     "plan_explanation",

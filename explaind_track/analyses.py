@@ -63,10 +63,11 @@ def prune(
     run: str, task: str, settings: tuple[str, ...], keep: float, by: Any, unit: Any, exclude: tuple[str, ...],
     out: Path, as_json: bool,
 ) -> None:  # fmt: skip
-    """Rank RUN's parameters by the size of their influence, save masks of those to keep, and tell what that costs.
+    """Mask RUN's parameters of least influence, and tell the cost.
 
-    TASK as for `explain`. Settings: `window=[0,500] part=kernel importance=true nodes=1`. The cost is told where the
-    query has class labels, on its inputs, with the parameters behind the last step.
+    Saves masks of those to keep, ranked by the size of their influence. TASK as for `explain`. Settings:
+    `window=[0,500] part=kernel importance=true nodes=1`. The cost is told where the query has class labels, on its
+    inputs, with the parameters behind the last step.
     """
     from safetensors.torch import save_file
 
@@ -84,7 +85,8 @@ def prune(
     if query.is_classified:
         model.load_state_dict(trajectory.state_dict(len(trajectory)))
         content |= evaluate_pruning(model, masks, query.inputs, query.labels[0])
-    tell(as_json, content, ", ".join(f"{name} {value}" for name, value in content.items()))
+    cost = [f"{name} {value:.4g}" for name, value in content.items() if name not in ("out", "sparsity")]
+    tell(as_json, content, f"{out}: {1 - content['sparsity']:.1%} of the parameters stay; " + ", ".join(cost))
 
 
 @click.command()
@@ -95,10 +97,10 @@ def prune(
 @AS_JSON
 @complained
 def similarity(run: str, task: str, settings: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """Compare RUN's predictions for every two inputs of the query, by group, and save the matrices.
+    """Compare RUN's predictions for every two inputs.
 
-    TASK as for `explain`, with its `sample_loss` and, unless the trajectory holds the batches themselves, `data`.
-    Settings: `window=[0,500] groups=1 nodes=1`.
+    Saves a matrix for each group of parameters. TASK as for `explain`, with its `sample_loss` and, unless the
+    trajectory holds the batches themselves, `data`. Settings: `window=[0,500] groups=1 nodes=1`.
     """
     import torch
     from safetensors.torch import save_file
@@ -119,11 +121,13 @@ def opened(run: str) -> Trajectory:
 
 def load_task(task: str) -> Callable[[str], dict[str, Any]]:
     """The function that `module:function` names; ValueError if there is none."""
-    module, _, name = task.partition(":")
+    module, colon, name = task.partition(":")
+    if not colon or not module or not name:
+        raise ValueError(f"a task is named module:function, as recipes.modulo_addition:task, not {task!r}")
     sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError) as error:
         raise ValueError(f"{task!r} names no function `module:function` that can be imported here: {error}") from None
     return found  # type: ignore[no-any-return]
 
@@ -132,10 +136,13 @@ def gathered(
     function: Callable[..., Any], task: str, run: str, settings: tuple[str, ...], allowed: tuple[str, ...]
 ) -> dict[str, Any]:
     """The arguments of `function`: what the job says of those that it takes, and the settings over it."""
-    job = {
-        name: value for name, value in load_task(task)(run).items() if name in inspect.signature(function).parameters
-    }
-    return {**job, **_settings(settings, allowed)}
+    given = _settings(settings, allowed)
+    takes = list(inspect.signature(function).parameters.values())[1:]  # behind the trajectory
+    names = [one.name for one in takes]
+    job = {name: value for name, value in load_task(task)(run).items() if name in names}
+    if lacking := [one.name for one in takes if one.default is one.empty and one.name not in {**job, **given}]:
+        raise ValueError(f"{task} does not return {', '.join(lacking)}, which this command needs")
+    return {**job, **given}
 
 
 def _settings(pairs: tuple[str, ...], allowed: tuple[str, ...]) -> dict[str, Any]:
@@ -150,6 +157,9 @@ def _settings(pairs: tuple[str, ...], allowed: tuple[str, ...]) -> dict[str, Any
         raise click.UsageError(
             f"there is no setting {', '.join(unknown)}; there are {', '.join(allowed)}, nodes, tolerance"
         )
+    for name, fits, words in SHAPES:
+        if name in given and not fits(given[name]):
+            raise click.UsageError(f"{name}={given[name]} does not fit; it is {words}")
     nodes, tolerance = given.pop("nodes", None), given.pop("tolerance", None)
     if nodes is not None:
         given["quadrature"] = Quadrature.fixed(nodes)
@@ -158,3 +168,16 @@ def _settings(pairs: tuple[str, ...], allowed: tuple[str, ...]) -> dict[str, Any
     if "window" in given:
         given["window"] = tuple(given["window"])
     return given
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(isinstance(one, kind) for one in value)
+
+
+SHAPES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("nodes", lambda value: isinstance(value, int) and value > 0, "a number of nodes, as nodes=8"),
+    ("tolerance", lambda value: isinstance(value, int | float) and value > 0, "a number, as tolerance=0.01"),
+    ("window", lambda value: _is_list_of(int)(value) and len(value) == 2, "first and last step, as window=[0,500]"),
+    ("keep", _is_list_of(str), "a list of axes, as keep=[step,group]"),
+)
+"""Settings whose value can be told to be wrong before anything is read."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from explaind_track import storage
 from explaind_track.panels import FINISH_SECONDS, LoggingWarning
 from explaind_track.recorder import FORMAT
-from explaind_track.runs import HISTORY, POINTER, is_finished
+from explaind_track.runs import HISTORY, POINTER, is_finished, pictures
 from explaind_track.storage import MANIFEST, Entry
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def trajectory_version(
     directory: Path, name: str, base: "wandb.Artifact | None" = None, final: bool = False
 ) -> "wandb.Artifact":
     """The trajectory as it is on disk now, as an artifact that is not logged yet; `base`: a version that W&B has, whose
-    files are neither read nor sent again. final: with the rows of the panels."""
+    files are neither read nor sent again. final: with the rows of the panels and their pictures."""
     import wandb
 
     head, entries = storage.read_manifest(directory, FORMAT)
@@ -139,13 +139,13 @@ def trajectory_version(
     kept = dict(artifact.manifest.entries)
     for stale in kept.keys() - {entry.path for entry in entries}:
         artifact.remove(stale)
-    for entry in entries:
-        if entry.path not in kept:
-            storage.verify_size(directory, entry)
-            artifact.add_file(str(directory.absolute() / entry.path), entry.path, skip_cache=True, policy="immutable")
-    with artifact.new_file(
-        MANIFEST, mode="wb", policy="immutable"
-    ) as file:  # what was read, though more may be on disk by now
+    new = [entry for entry in entries if entry.path not in kept]
+    for entry in new:
+        storage.verify_size(directory, entry)
+    for name in (*(entry.path for entry in new), *(pictures(directory) if final else ())):
+        artifact.add_file(str(directory.absolute() / name), name, skip_cache=True, policy="immutable")
+    # what was read, though more may be on disk by now
+    with artifact.new_file(MANIFEST, mode="wb", policy="immutable") as file:
         file.write(storage.manifest_bytes(head, entries))
     if final and (directory / HISTORY).is_file():
         with artifact.new_file(HISTORY, "wb", policy="immutable") as file, (directory / HISTORY).open("rb") as history:
@@ -166,7 +166,7 @@ def add_offline(run: "wandb.Run", directory: Path) -> float:
         target.unlink()
     head, entries = storage.read_manifest(directory, FORMAT)
     artifact = wandb.Artifact(f"trajectory-{run.id}", type="trajectory", metadata=_metadata(directory, head, entries))
-    names, copied = [entry.path for entry in entries], 0
+    names, copied = [*(entry.path for entry in entries), *pictures(directory)], 0
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -209,7 +209,7 @@ def log_result(
 
 def _metadata(directory: Path, head: Mapping[str, Any], entries: list[Entry]) -> dict[str, Any]:
     return {
-        **{key: head[key] for key in ("format", "optimizer", "packages")},
+        **{key: head[key] for key in ("format", "model", "optimizer", "packages") if key in head},
         "parameters": sum(math.prod(shape) for shape, _ in head["parameters"].values()),
         "steps": last_step(entries),
         "finished": is_finished(directory, last_step(entries)),

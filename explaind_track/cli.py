@@ -1,6 +1,5 @@
 """The command `explaind-track`: what was recorded, as it trains and afterwards."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,10 +10,11 @@ from explaind_track import storage
 from explaind_track.analyses import explain, opened, prune, similarity
 from explaind_track.artifacts import directory_mb, last_step
 from explaind_track.command import AS_JSON, RUN, complained, entries_of, local_run, tell
+from explaind_track.media import PICTURE
 from explaind_track.recorder import FORMAT
 from explaind_track.remote import RemoteArtifact
 from explaind_track.runs import HISTORY, POINTER, find_runs, read_rows, read_tie
-from explaind_track.show import Follower, follow, state_of, view
+from explaind_track.show import Follower, follow, latest, state_of, view
 from explaind_track.storage import TrajectoryError
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     """Look at recorded training runs, explain them, and bring them to and from Weights & Biases.
 
     RUN is a directory on this disk: a trajectory, or what holds one as `trajectory/` (a recipe's results, or a run of
-    W&B, offline ones included). Commands that only read also take `wandb:entity/project/name:alias`.
+    W&B, offline ones included). explain, prune, similarity and verify also take `wandb:entity/project/name:alias`.
 
     Exit codes: 0 all is well, 1 something is wrong with the run or with W&B, 2 the command was misused.
     """
@@ -51,8 +51,11 @@ def runs(root: Path, as_json: bool) -> None:
                 "offline": tie is not None and tie.offline,
             }
         )
-    lines = [f"{r['steps']:>9} steps {r['mb']:>9} MB  {r['optimizer']:8} {r['state']:9} {r['run']}" for r in found]
-    tell(as_json, found, "\n".join(lines) or f"no run under {root}")
+    lines = [
+        f"{r['steps']:>9} steps {r['mb']:>9} MB  {r['optimizer']:8} {r['state']:9} {r['run']}  {r['wandb'] or ''}"
+        for r in found
+    ]
+    tell(as_json, found, "\n".join(line.rstrip() for line in lines) or f"no run under {root}")
 
 
 @main.command()
@@ -61,13 +64,15 @@ def runs(root: Path, as_json: bool) -> None:
 @AS_JSON
 @complained
 def show(run: str, once: bool, as_json: bool) -> None:
-    """Watch RUN in the terminal: its influences by group, its residual and its speed, while it trains."""
+    """Watch RUN in the terminal, also while it trains.
+
+    Its influences by group, its residual and its speed; as JSON, the latest value of everything.
+    """
     directory = local_run(run)
     follower = Follower(directory)
     follower.read()
     if as_json:
-        last = follower.rows[-1] if follower.rows else {}
-        click.echo(json.dumps({"state": state_of(directory), "row": last}))
+        tell(True, {"state": state_of(directory), "row": latest(follower.rows)}, "")
         return
     from rich.console import Console
 
@@ -84,10 +89,10 @@ def show(run: str, once: bool, as_json: bool) -> None:
 @AS_JSON
 @complained
 def pull(name: str, directory: Path, as_json: bool) -> None:
-    """Fetch the trajectory NAME, `[wandb:]entity/project/name:alias`, into the new DIRECTORY.
+    """Fetch the trajectory NAME from W&B.
 
-    A pull that breaks off goes on where it stopped. To look at a few steps only, open NAME itself: that fetches only
-    what it needs.
+    NAME is `[wandb:]entity/project/name:alias`; DIRECTORY, a new one, receives all its files. A pull that breaks off
+    goes on where it stopped. To look at a few steps only, open NAME itself: that fetches only what it needs.
     """
     from tqdm import tqdm
 
@@ -100,8 +105,9 @@ def pull(name: str, directory: Path, as_json: bool) -> None:
         path = remote.locate(entry)
         (directory / entry.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, directory / entry.path)
-    if HISTORY in remote.artifact.manifest.entries:
-        remote.artifact.get_entry(HISTORY).download(root=str(directory))
+    for name in remote.artifact.manifest.entries:
+        if name == HISTORY or PICTURE.fullmatch(name):
+            remote.artifact.get_entry(name).download(root=str(directory))
     storage.write_manifest(directory, head, entries)
     steps = last_step(entries)
     tell(as_json, {"directory": str(directory), "steps": steps}, f"{directory} holds {steps} steps of {remote.name}")
@@ -133,14 +139,18 @@ def verify(run: str, replay: bool, as_json: bool) -> None:
 @AS_JSON
 @complained
 def report(run: str, out: Path | None, as_json: bool) -> None:
-    """Write RUN's report: one HTML file that needs no network, with figures to zoom and read off."""
+    """Write RUN's report, one HTML file.
+
+    It needs no network; its figures can be zoomed and read off.
+    """
     from explaind_track.report import report as make
     from explaind_track.report import write_report
 
     directory = local_run(run)
     target = out or directory.parent / "report.html"
     title = directory.resolve().parent.name if directory.name == POINTER else directory.resolve().name
-    write_report(target, make(read_rows(directory), entries_of(directory)[0], title, read_tie(directory)))
+    html = make(read_rows(directory), entries_of(directory)[0], title, read_tie(directory), directory)
+    write_report(target, html)
     tell(as_json, {"report": str(target)}, str(target))
 
 
@@ -149,14 +159,20 @@ def report(run: str, out: Path | None, as_json: bool) -> None:
 @AS_JSON
 @complained
 def sync(run: str, as_json: bool) -> None:
-    """Send to W&B whatever RUN's own record holds and W&B lacks: rows, and the trajectory. Nothing is sent twice."""
+    """Send to W&B what it lacks of RUN.
+
+    Rows, the tables and pictures that they show, and the trajectory, from RUN's own record; nothing twice.
+    """
     from dataclasses import asdict
 
     from explaind_track.sync import sync as send
 
     done = send(local_run(run), progress=not as_json)
-    words = f"{done.url} has all {done.rows} rows ({done.rows_sent} sent now) and the trajectory"
-    tell(as_json, asdict(done), words + (" (sent now)" if done.artifact_sent else ""))
+    sent = [f"{done.rows_sent} rows"] if done.rows_sent else []
+    sent += [f"{done.media_sent} files that rows show"] if done.media_sent else []
+    sent += ["the trajectory"] if done.artifact_sent else []
+    words = f"{done.url} has all {done.rows} rows and the trajectory"
+    tell(as_json, asdict(done), f"{words}; sent now: {', '.join(sent) or 'nothing, it had them'}")
 
 
 @main.command()
@@ -164,7 +180,10 @@ def sync(run: str, as_json: bool) -> None:
 @AS_JSON
 @complained
 def workspace(project: str, as_json: bool) -> None:
-    """Save a workspace at W&B: our panels, in sections that go from what changed to how far to trust it."""
+    """Save our panels as a workspace at W&B.
+
+    In sections, from what changed to how far to trust it.
+    """
     from explaind_track.workspace import save_workspace
 
     url = save_workspace(project)

@@ -11,6 +11,7 @@ import click
 
 from explaind_track import storage
 from explaind_track.recorder import FORMAT
+from explaind_track.remote import PREFIX
 from explaind_track.runs import HISTORY, POINTER, trajectory_directory
 from explaind_track.storage import MANIFEST, TrajectoryError
 
@@ -46,6 +47,8 @@ def tell(as_json: bool, content: Any, words: str) -> None:
 
 
 def local_run(run: str) -> Path:
+    if run.startswith(PREFIX):
+        raise TrajectoryError(f"this needs a run on this disk; `explaind-track pull {run} DIRECTORY` fetches it")
     directory = trajectory_directory(run)
     if not any((directory / name).is_file() for name in (MANIFEST, HISTORY)):
         raise TrajectoryError(f"{run} holds no run: there is no {MANIFEST} and no {HISTORY} in it or in {POINTER}/")

@@ -1,9 +1,10 @@
 """What Weights & Biases shows: the rows of metrics, their axis, and the tables of training samples."""
 
-import io
 import json
 import math
 import os
+import queue
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from explaind_track import parallel
+from explaind_track.media import Table, figure_png, for_wandb, image_png, to_json, with_files
 from explaind_track.samples import SampleInfluence
 
 if TYPE_CHECKING:
-    import wandb  # a second to import: only where a run is opened or a table made
-    from matplotlib.figure import Figure
+    import wandb  # a second to import: only where a run is opened or a table sent
 
 AXIS = "train/step"
 """The metric that all panels are drawn over: the number of the training step."""
@@ -119,13 +120,11 @@ def most_influential(samples: SampleInfluence) -> Tensor:
 
 def sample_table(
     samples: SampleInfluence, norms: Mapping[int, float], render: Callable[[int], Any] | None = None
-) -> "wandb.Table":
+) -> Table:
     """The training samples that changed the query's loss most through this step's own gradient. render: from a sample's
     index to its image."""
-    import wandb
-
     order = most_influential(samples)
-    columns: list[str | int] = ["sample", "change of the query's loss", "weight", "loss", "gradient norm"]
+    columns = ["sample", "change of the query's loss", "weight", "loss", "gradient norm"]
     rows: list[list[Any]] = [
         [
             int(samples.index[place]),
@@ -138,32 +137,25 @@ def sample_table(
     ]
     if render is not None:
         columns.append("image")
-        rows = [[*row, wandb.Image(render(row[0]))] for row in rows]
-    return wandb.Table(columns=columns, data=rows)
+        rows = [[*row, image_png(render(row[0]))] for row in rows]
+    return Table(columns, rows)
 
 
-def sample_map(rows: Tensor, index: Tensor) -> "wandb.Image":
-    """How much the step's most influential samples changed the loss of single queries: rows (queries, samples)."""
+def sample_map(rows: Tensor, index: Tensor) -> bytes:
+    """How much the step's most influential samples changed the loss of single queries: rows (queries, samples), as a
+    PNG."""
     from explaind_track import plots
 
-    return _image(plots.sample_map(rows.numpy(), index.tolist()))
+    return figure_png(plots.sample_map(rows.numpy(), index.tolist()))
 
 
-def cosine_map(rows: Tensor) -> "wandb.Image":
-    """How alike the step's samples changed the losses of two queries: the cosines of rows (queries, samples)."""
+def cosine_map(rows: Tensor) -> bytes:
+    """How alike the step's samples changed the losses of two queries: the cosines of rows (queries, samples), as a
+    PNG."""
     from explaind_track import plots
 
     unit = torch.nn.functional.normalize(rows, dim=1)
-    return _image(plots.cosine_map((unit @ unit.T).numpy()))
-
-
-def _image(figure: "Figure") -> "wandb.Image":
-    import PIL.Image
-    import wandb
-
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return wandb.Image(PIL.Image.open(content))
+    return figure_png(plots.cosine_map((unit @ unit.T).numpy()))
 
 
 def define_metrics(run: "wandb.Run", sections: Iterable[str]) -> None:
@@ -171,6 +163,30 @@ def define_metrics(run: "wandb.Run", sections: Iterable[str]) -> None:
     run.define_metric(AXIS, hidden=True)
     for section in sections:
         run.define_metric(f"{section}/*", step_metric=AXIS, summary=SUMMARIES.get(section, "last"))
+
+
+class Sender:
+    """Makes calls one after the other in a thread of its own, since some of W&B's SDK wait for the server: `run.log` of
+    a table asks it about the table's artifact, again and again for 19 s where there is no answer."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="panels", daemon=True)
+        self._thread.start()
+
+    def put(self, call: Callable[[], object]) -> None:
+        self._calls.put(call)
+
+    def close(self, seconds: float) -> None:
+        """Waits until all calls are made, or gives up those that are left."""
+        self._calls.put(None)
+        self._thread.join(seconds)
+        self._given_up.set()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None and not self._given_up.is_set():
+            call()
 
 
 class Panels:
@@ -190,9 +206,9 @@ class Panels:
         logged: steps that the W&B run has rows of already: taken again after a resume, they only go to the history."""
         self._run, self._history, self._logged = run, history, logged
         self._told: set[str] = set()
-        self.unsent = 0
-        """Rows that W&B's SDK refused to take."""
+        self._asked = self._taken = 0
         if run is not None:
+            self._sender = Sender()
             self.attempt("define the panels' axis", lambda: define_metrics(run, sections))
             if config is not None:
                 about = {"explaind_track": dict(config)}
@@ -211,20 +227,39 @@ class Panels:
             named = f": {', '.join(bad[:10])}" if bad else " among the gradients"
             self.alert("Numbers that are not finite", f"step {row.get(AXIS)} has some{named}")
         if self._run is not None and row.get(AXIS) not in self._logged:
-            run = self._run
-            self.unsent += not self.attempt("log to W&B", lambda: run.log(clean))
+            self._asked += 1
+            self._sender.put(lambda: self._send(clean))
 
     def alert(self, title: str, text: str) -> None:
         """Sends an alert, at most one of a kind in `ALERT_SECONDS`."""
         if self._run is not None:
-            run = self._run
-            self.attempt("send an alert", lambda: run.alert(title, text, level="WARN", wait_duration=ALERT_SECONDS))
+            run, every = self._run, ALERT_SECONDS
+            self._sender.put(
+                lambda: self.attempt("send an alert", lambda: run.alert(title, text, level="WARN", wait_duration=every))
+            )
 
-    def _write(self, row: Mapping[str, Any]) -> None:
+    def close(self) -> int:
+        """Waits until W&B's SDK has all rows, at most `FINISH_SECONDS`; returns how many it has not taken."""
+        if self._run is not None:
+            self._sender.close(FINISH_SECONDS)
+        return self._asked - self._taken
+
+    def _send(self, row: Mapping[str, Any]) -> None:
+        assert self._run is not None  # asked for only where there is one
+        run = self._run
+        self._taken += self.attempt("log to W&B", lambda: run.log(for_wandb(row)))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """Writes the row, whose pictures are in files from then on."""
         assert self._history is not None  # asked for only where there is one
-        plain = {name: value for name, value in row.items() if isinstance(value, int | float | str)}
-        with self._history.open("a") as file:
-            file.write(json.dumps(plain) + "\n")
+        row |= with_files(row, self._history.parent)
+        kept = {name: value for name, value in row.items() if isinstance(value, int | float | str | Table | Path)}
+        line = json.dumps(kept, default=to_json).encode() + b"\n"
+        with self._history.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(line) != len(line):
+                file.truncate(end)  # half a row would spoil the next
+                raise OSError(f"no room for a row in {self._history}")
 
     def attempt(self, what: str, action: Callable[[], None]) -> bool:
         """Whether it went well."""

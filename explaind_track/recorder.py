@@ -43,6 +43,7 @@ def head_of(model: nn.Module, stepper: Stepper) -> dict[str, Any]:
     names = {id(parameter): name for name, parameter in stepper.parameters.items()}
     return {
         "format": FORMAT,
+        "model": qualified(type(model)),
         "optimizer": qualified(type(stepper.optimizer)),
         "parameters": signature(stepper.parameters),
         "buffers": signature(buffers),

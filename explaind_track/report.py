@@ -1,11 +1,14 @@
 """A run as one HTML file that needs nothing else: figures to zoom and to read off, and tables. Needs plotly (`cli`)."""
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from explaind_track.panels import AXIS
+from explaind_track.media import from_json
+from explaind_track.panels import AXIS, QUERY_COSINES, SAMPLE_MAP, SAMPLES
 from explaind_track.runs import Tie
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ table { border-collapse: collapse; margin: .8rem 0; } td, th { padding: .25rem .
 td { border-top: 1px solid #e3e3ea; font-variant-numeric: tabular-nums; } th { font-weight: 600; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 1rem; }
 .figures > div { min-width: 0; }
+img { max-width: 100%; } td img { width: 48px; image-rendering: pixelated; }
+details { margin-top: 2.2rem; } summary { cursor: pointer; font-weight: 600; }
 """
 
 # A figure is drawn while its row is still being read, as if it were alone in it.
@@ -33,10 +38,17 @@ FIT = """addEventListener('load', () =>
   document.querySelectorAll('.js-plotly-plot').forEach(figure => Plotly.Plots.resize(figure)))"""
 
 
-def report(rows: Sequence[Mapping[str, Any]], head: Mapping[str, Any], title: str, tie: Tie | None = None) -> str:
+def report(
+    rows: Sequence[Mapping[str, Any]],
+    head: Mapping[str, Any],
+    title: str,
+    tie: Tie | None = None,
+    directory: Path | None = None,
+) -> str:
     """The HTML of a run's report.
 
-    rows: of its panels, in order; head: of its trajectory's manifest. Raises ValueError if there is no row.
+    rows: of its panels, in order; head: of its trajectory's manifest; directory: where the pictures of the rows are.
+    Raises ValueError if there is no row, TrajectoryError for a picture that is not what was written.
     """
     from plotly.offline import get_plotlyjs
 
@@ -53,10 +65,52 @@ def report(rows: Sequence[Mapping[str, Any]], head: Mapping[str, Any], title: st
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><link rel='icon' href='data:,'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
         f"<h1>{escape(title)}</h1><p>{len(rows)} rows, training steps {rows[0][AXIS]} to {rows[-1][AXIS]}.{note}</p>"
-        f"{_table(_facts(head, tie)) if head or tie else ''}"
+        f"<p>{escape(_end(rows))}</p>"
         f"<h2>What the groups did, over all steps</h2>{_table(_totals(rows))}"
-        f"{''.join(sections)}<script>{FIT}</script></body></html>"
+        f"{''.join(sections)}{'' if directory is None else _samples(rows, directory)}"
+        f"{f'<details><summary>Configuration</summary>{_table(_facts(head, tie))}</details>' if head or tie else ''}"
+        f"<script>{FIT}</script></body></html>"
     )
+
+
+def _end(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The run in a sentence."""
+    last: dict[str, Any] = {}
+    for row in rows:
+        last |= row
+    values = [f"{key} {last[key]:.4g}" for key in last if key.endswith(("/loss", "/accuracy"))]
+    names = [key for key in last if _is_residual(key)]
+    values += [f"median of {name} {median(row[name] for row in rows if name in row):.2g}" for name in names]
+    return f"At the end: {', '.join(values)}." if values else ""
+
+
+def _is_residual(key: str) -> bool:
+    return key.startswith("residual/") and key not in ("residual/nodes", "residual/nonfinite")
+
+
+def _samples(rows: Sequence[Mapping[str, Any]], directory: Path) -> str:
+    """The last table of training samples, and what is drawn beside it."""
+    shown = next((row for row in reversed(rows) if SAMPLES in row), None)
+    if shown is None:
+        return ""
+    shown = from_json(shown, directory)
+    titles = {
+        SAMPLE_MAP: "how much they changed the loss of single queries",
+        QUERY_COSINES: "how alike they changed the losses of two queries",
+    }
+    drawn = [
+        f"<div>{_picture(shown[key])}<p>{escape(words)}</p></div>" for key, words in titles.items() if key in shown
+    ]
+    table = shown[SAMPLES]
+    return (
+        "<h2>Training samples</h2><p>Those of the last table, of "
+        f"step {shown[AXIS]}, which changed the queries' loss most in it; below zero: it fell.</p>"
+        f"<div class='figures'>{''.join(drawn)}</div>{_table([table.columns, *table.data])}"
+    )
+
+
+def _picture(path: Path) -> str:
+    return f"<img alt='' src='data:image/png;base64,{b64encode(path.read_bytes()).decode()}'>"
 
 
 def _html(figure: "go.Figure") -> str:
@@ -107,7 +161,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list["go
         (
             "How far to trust this",
             "The residual is what the split leaves over, relative to the change of the prediction.",
-            _some(rows, [("residual", groups("residual/"))], log=True)
+            _some(rows, [("residual", {key[9:]: key for key in keys if _is_residual(key)})], log=True)
             + _some(rows, [("seconds for each step", groups("cost/seconds_"))]),
         ),
     ]
@@ -154,14 +208,22 @@ def _curves(
 
 def _facts(head: Mapping[str, Any], tie: Tie | None) -> list[list[str]]:
     names = {"optimizer": head["optimizer"], "parameter tensors": len(head["parameters"])} if head else {}
-    run = {} if tie is None else {"W&B run": tie.path, **{f"config: {k}": v for k, v in tie.config.items()}}
-    return [
-        ["", ""],
-        *([str(name), str(value)] for name, value in {**names, **head.get("packages", {}), **run}.items()),
-    ]
+    facts = {**names, **head.get("packages", {})}
+    if tie is not None:
+        own = tie.config.get("explaind_track", {})
+        facts |= {"W&B run": tie.path, **{k: v for k, v in tie.config.items() if k != "explaind_track"}}
+        facts |= {f"tracked {key}": value for key, value in own.items()}
+    return [["", ""], *([name, _words(value)] for name, value in facts.items())]
 
 
-def _totals(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def _words(value: Any) -> str:
+    """A setting as it would be said."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_words(one)}" for name, one in value.items())
+    return ", ".join(map(_words, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _totals(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """Sums over the steps, by group; the importance of single steps adds up to more than that of the whole run."""
     columns = {
         "Σ importance, kernel": "kernel/{}",
@@ -171,20 +233,26 @@ def _totals(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         "loss, through weight decay": "loss/reg/{}",
     }
     names = list(dict.fromkeys(key[7:] for row in rows for key in row if key.startswith("kernel/")))
-    table = [["group", *columns]]
+    table: list[list[Any]] = [["group", *columns]]
     for name in names:
         sums = [sum(row.get(key.format(name), 0.0) for row in rows) for key in columns.values()]
-        table.append([name, *(f"{value:.4g}" for value in sums)])
+        table.append([name, *sums])
     return table
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ["".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) for tag, row in _tagged(rows)]
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
+def _table(rows: Sequence[Sequence[Any]]) -> str:
+    head, *body = rows
+    cells = "".join(f"<th>{_cell(one)}</th>" for one in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{_cell(one)}</td>' for one in row)}</tr>" for row in body)
+    return f"<table><tr>{cells}</tr>{lines}</table>"
 
 
-def _tagged(rows: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
-    return [("td" if place else "th", row) for place, row in enumerate(rows)]
+def _cell(value: Any) -> str:
+    if isinstance(value, Path):
+        return _picture(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else escape(str(value))
 
 
 def write_report(path: Path, html: str) -> None:

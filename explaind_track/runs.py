@@ -4,6 +4,7 @@ In its directory are
 
 manifest.json, keyframes/, steps/   the trajectory
 history.jsonl                       every row of the panels, flushed as it is logged
+media/                              the pictures that rows show
 run.json                            the W&B run that the rows and the trajectory go to
 finished.json                       the step at which the run was ended
 
@@ -18,6 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from explaind_track.media import MEDIA
 from explaind_track.storage import MANIFEST, Lock, TrajectoryError, write_atomic
 
 if TYPE_CHECKING:
@@ -99,9 +101,11 @@ def _holds_run(directory: Path) -> bool:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """The directories under `root` that hold a trajectory, each once."""
+    """The directories under `root` that hold a trajectory, each once; what an offline run of W&B has of a trajectory
+    that is there itself is not another one."""
     found = {path.parent.resolve() for name in (MANIFEST, HISTORY) for path in root.rglob(name)}
-    return sorted(path for path in found if _holds_run(path))
+    ties = [tie for path in found if (tie := read_tie(path)) is not None]
+    return sorted(found - {Path(tie.directory).resolve() / POINTER for tie in ties})
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:
@@ -112,6 +116,11 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and "train/step" in row]
+
+
+def pictures(directory: Path) -> list[str]:
+    """The names of the files that rows of the panels show."""
+    return sorted(f"{MEDIA}/{path.name}" for path in (directory / MEDIA).glob("*.png"))
 
 
 def mark_finished(directory: Path, steps: int) -> None:

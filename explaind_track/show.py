@@ -3,7 +3,7 @@
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ RECENT = 200
 
 TAIL_BYTES = 2**22
 BARS = "▁▂▃▄▅▆▇█"
-CURVE = 16
+CURVE = 12
 
 
 class Follower:
@@ -65,6 +65,14 @@ def state_of(directory: Path) -> str:
     return "finished" if is_finished(directory, last_step(entries)) else "stopped"
 
 
+def latest(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last value of everything."""
+    values: dict[str, Any] = {}
+    for row in rows:
+        values |= row
+    return values
+
+
 def view(directory: Path, rows: Sequence[Mapping[str, Any]], state: str) -> "Group":
     """The last step by group: importances, D and the change of the loss, with their curves; residual and speed."""
     from rich.console import Group
@@ -73,9 +81,9 @@ def view(directory: Path, rows: Sequence[Mapping[str, Any]], state: str) -> "Gro
     explained = [row for row in rows if "kernel/total" in row or any(key.startswith("residual/") for key in row)]
     last = explained[-1] if explained else {}
     groups = [key.removeprefix("kernel/") for key in last if key.startswith("kernel/")]
-    table = Table(box=None, header_style="bold")
-    for name in ("group", "kernel Ψ̄", "", "weight decay Ψ̄", "D", "", "change of the loss"):
-        table.add_column(name, justify="left" if name in ("group", "") else "right")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("group", "kernel Ψ̄", "", "decay Ψ̄", "D", "", "change of loss"):
+        table.add_column(name, justify="left" if name in ("group", "") else "right", no_wrap=True)
     for group in groups:
         loss = [last[key] for key in (f"loss/kernel/{group}", f"loss/reg/{group}") if key in last]
         table.add_row(
@@ -100,10 +108,7 @@ def _headline(rows: Sequence[Mapping[str, Any]]) -> str:
         parts.append(
             f"{len(seconds) / sum(seconds):.1f} steps/s, {100 * sum(own) / sum(seconds):.0f}% of it explaining"
         )
-    latest: dict[str, Any] = {}
-    for row in rows:
-        latest |= row
-    for key, value in latest.items():
+    for key, value in latest(rows).items():
         if (key.startswith("residual/") and key != "residual/nodes") or key.endswith(("/loss", "/accuracy")):
             parts.append(f"{key} {_number(value)}")
     return "  ·  ".join(parts)

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from explaind_track import storage
 from explaind_track.artifacts import trajectory_version
+from explaind_track.media import for_wandb, from_json
+from explaind_track.media_sync import check_media, send_lost_media
 from explaind_track.panels import AXIS, FINISH_SECONDS, define_metrics
 from explaind_track.recorder import FORMAT
 from explaind_track.runs import Tie, read_rows, read_tie, trajectory_directory
@@ -36,6 +38,9 @@ class Synced:
     rows: int
     """In our record, and now at W&B."""
     rows_sent: int
+    """Of these, the ones that it lacked."""
+    media_sent: int
+    """Files of tables and pictures whose rows W&B had already."""
     artifact_sent: bool
 
 
@@ -45,8 +50,8 @@ def sync(given: str | PathLike[str], progress: bool = True) -> Synced:
     Rows are told apart by their training step. An offline run that W&B has not seen is first sent as it is, with its
     tables and console output; what a killed process left out of it is then added from our record.
 
-    Raises TrajectoryError if there is no record, if it belongs to no W&B run or is still being written, and where W&B
-    does not confirm what was sent; other errors of W&B as they come.
+    Raises TrajectoryError if there is no record, if it belongs to no W&B run or is still being written; and at the end,
+    naming it, for what W&B does not confirm. Other errors of W&B come as they are.
     """
     directory = trajectory_directory(given)
     tie = read_tie(directory)
@@ -64,7 +69,7 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
 
     entity = tie.entity or wandb.Api().default_entity
     path = f"{entity}/{tie.project}/{tie.id}"
-    known = _find_run(path) is not None
+    known = found = _find_run(path) is not None
     if not known and tie.offline and Path(tie.directory).is_dir():
         _send_offline_run(Path(tie.directory), tie, entity)
         known = _find_run(path) is not None
@@ -75,19 +80,22 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
         settings=settings, reinit="create_new", **options,
     )  # fmt: skip
     try:
-        missing = _missing(read_rows(directory), _steps_at_wandb(path, run.starting_step) if known else Counter())
+        rows = read_rows(directory)
+        missing = _missing(rows, _steps_at_wandb(path, run.starting_step) if known else Counter())
+        media_sent = send_lost_media(run, _find_run(path), directory, tie) if known else 0
         define_metrics(run, {key.split("/")[0] for row in missing for key in row if "/" in key})
-        for row in tqdm(missing, "rows", unit="row", disable=not progress):
-            run.log(row)
+        for row in tqdm(missing, "rows", unit="row", disable=not progress or not missing):
+            run.log(for_wandb(from_json(row, directory, damaged="leave out")))
         artifact_sent = _send_trajectory(run, directory, f"{entity}/{tie.project}/{tie.artifact}")
         expected, url = run.starting_step + len(missing), run.url or path
     finally:
         run.finish()
-    rows = read_rows(directory)
-    lost = _missing(rows, _steps_at_wandb(path, expected))
-    if lost:
+    if lost := _missing(rows, _steps_at_wandb(path, expected)):
         raise TrajectoryError(f"W&B has not taken {len(lost)} rows of {path}; run the same command again")
-    return Synced(path, url, len(rows), len(missing), artifact_sent)
+    check_media(_find_run(path), directory)
+    if found:
+        return Synced(path, url, len(rows), len(missing), media_sent, artifact_sent)
+    return Synced(path, url, len(rows), len(rows), media_sent, artifact_sent=(directory / MANIFEST).is_file())
 
 
 def _find_run(path: str) -> Any:

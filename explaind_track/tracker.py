@@ -158,7 +158,8 @@ class Tracker:
         self._auxiliary_now: dict[str, dict[str, Tensor]] = {}
         if record is not None:
             self._catch_up(record)
-        self._exit = before_exit(self._writer.flush) if self._writer is not None else lambda: None
+        leaves = self._writer is not None or run is not None
+        self._exit = before_exit(self._leave) if leaves else lambda: None
 
     def _begin_record(
         self, directory: str | PathLike[str] | None, resume: bool | int, keyframe_every: int
@@ -248,13 +249,22 @@ class Tracker:
         """`torch.nn.utils.clip_grad_norm_` on the model, with its factor as part of the samples' weights. Call it where
         that one would be called. Returns the norm before."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        self._told.clip_by_norm(min(1.0, max_norm / (float(norm) + 1e-6)))
+        self.gradient_scaled(min(1.0, max_norm / (float(norm) + 1e-6)))
         return norm
+
+    def gradient_scaled(self, factor: float) -> None:
+        """Tells that the loop has multiplied the step's gradient by itself, which scales the samples' weights; right
+        before the optimizer's step."""
+        self._told.clip_by_norm(factor)
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """`torch.nn.utils.clip_grad_value_` on the model. What it leaves is no sum over samples any more: influences of
         groups stay exact, those of this step's samples are refused."""
         nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
+        self.gradient_altered()
+
+    def gradient_altered(self) -> None:
+        """Tells that the loop has changed the step's gradient in another way, as `clip_grad_value_` does."""
         self._told.clip_by_value()
 
     def log(self, metrics: Mapping[str, float]) -> None:
@@ -288,6 +298,7 @@ class Tracker:
         self._exit()
         if self._row:
             self._panels.log({panels.AXIS: self.number, **self._row})
+        unsent = self._panels.close()
         if self._writer is not None:
             with self._timed("trajectory"):
                 self._writer.close(self.number)
@@ -297,13 +308,19 @@ class Tracker:
             return
         if self._upload is not None:
             self.staging_mb = self._upload.finish()
-        if self._panels.unsent:
+        if unsent:
             warnings.warn(
-                f"W&B did not take {self._panels.unsent} rows of the panels; they are all in our record: send them "
+                f"W&B did not take {unsent} rows of the panels; they are all in our record: send them "
                 f"with `explaind-track sync {self._writer.directory}`",
                 panels.LoggingWarning,
                 stacklevel=2,
             )
+
+    def _leave(self) -> None:
+        """Where the process goes before `finish`."""
+        if self._writer is not None:
+            self._writer.flush()
+        self._panels.close()
 
     # --------------------------------------------------------- around the step
 
@@ -374,7 +391,7 @@ class Tracker:
     def _explain_samples(self, known: LiveSamples, step: Step) -> None:
         samples, changes = known.influences(self._told, step)
         self._row["samples/own_step"] = -float(samples.influence.sum())
-        if self.run is not None:
+        if self.run is not None or self._writer is not None:
             self._panels.attempt("draw the samples", lambda: self._row.update(known.draw(self._told, samples, changes)))
 
     def _configuration(self) -> dict[str, Any]:

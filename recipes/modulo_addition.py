@@ -72,11 +72,18 @@ def held_out(config: DictConfig, data: Split) -> Query:
 
 
 def task(run: str) -> dict[str, Any]:
-    """What `explaind-track explain RUN recipes.modulo_addition:task` has to know of the job."""
-    config = OmegaConf.load(Path(run) / "config.yaml")
+    """What `explaind-track explain RUN recipes.modulo_addition:task` has to know of the job. run: a directory of
+    results; for what has no config.yaml, such as a trajectory at W&B, the job of the defaults."""
+    path = Path(run) / "config.yaml"
+    config = OmegaConf.load(path if path.is_file() else Path(__file__).with_suffix(".yaml"))
     assert isinstance(config, DictConfig)  # a mapping at the top
-    model, data = build(config)
-    return {"model": model, "query": held_out(config, data), "groups": GROUPS}
+    model, split = build(config)
+
+    def data(index: Tensor) -> tuple[Tensor, Tensor]:
+        return split.x_train[index], split.y_train[index]
+
+    query = held_out(config, split)
+    return {"model": model, "query": query, "groups": GROUPS, "sample_loss": sample_loss, "data": data}
 
 
 @torch.no_grad()

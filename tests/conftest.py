@@ -1,7 +1,9 @@
 """What several tests share: a small training job, and one short run of the main recipe."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -121,6 +123,21 @@ class Server:
         rows = self.ask(f"history/{run}")
         return [json.loads(row) if isinstance(row, str) else row for row in rows]
 
+    def media_lacking(self, run: str) -> list[str]:
+        """What the rows of `entity/project/id` show and is not there, to the byte: files, and the artifacts of
+        tables."""
+        lacking, files = [], self.state / "runs" / run.replace("/", "__") / "files"
+        state = self.ask("state")
+        known = {name for name, made in state["clients"].items() if state["artifacts"][made]["state"] == "COMMITTED"}
+        for row in self.history(run):
+            for shown in (value for value in row.values() if isinstance(value, dict) and "path" in value):
+                path = files / shown["path"]
+                if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != shown["sha256"]:
+                    lacking.append(shown["path"])
+                client = shown.get("artifact_path", "").split("/")[2:3]
+                lacking += [name for name in client if name not in known]
+        return lacking
+
     def requests(self, kind: str) -> list[str]:
         """The requests of one kind ("PUT blob", "GQL UseArtifact") that were answered, without their time."""
         lines = (line.split(" ", 1)[1] for line in (self.state / "requests.log").read_text().splitlines())
@@ -140,9 +157,21 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("WANDB_BASE_URL", made.address)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     yield made
-    made.faults(down=False, fail_rate=0, fail_graphql=0, fail_downloads=0, latency_ms=0)
+    made.faults(down=False, fail_rate=0, fail_graphql=0, fail_downloads=0, fail_uploads=0, latency_ms=0)
     close_wandb()
     made.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MB."""
+    disk = tmp_path / "small"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system of its own cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def close_wandb() -> None:

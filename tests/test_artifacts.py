@@ -14,10 +14,10 @@ import wandb
 import xarray as xr
 from conftest import Server, make_job
 
-from explaind_track import Influence, Trajectory, TrajectoryError, explain, open_run
-from explaind_track.artifacts import log_result
+from explaind_track import Influence, Trajectory, TrajectoryError, explain, log_result, open_run
 from explaind_track.panels import LoggingWarning
-from explaind_track.remote import cache_directory
+from explaind_track.recorder import FORMAT
+from explaind_track.remote import cache_directory, fetch_result
 
 pytestmark = pytest.mark.usefixtures("closing_wandb")
 
@@ -65,6 +65,9 @@ def test_it_is_sent_while_it_grows_and_each_file_once(server: Server, tmp_path: 
     assert artifact.metadata["steps"] == 12
     assert artifact.metadata["finished"]
     assert artifact.metadata["optimizer"] == "torch.optim.adamw.AdamW"
+    assert artifact.metadata["model"] == "torch.nn.modules.container.Sequential"
+    assert artifact.metadata["format"] == FORMAT
+    assert artifact.metadata["packages"].keys() == {"torch", "explaind_track"}
     assert artifact.metadata["digest"] == json.loads((tmp_path / "t" / "manifest.json").read_text())["digest"]
     assert same_files(Path(artifact.download(str(tmp_path / "fetched"))), tmp_path / "t")
 
@@ -177,8 +180,13 @@ def test_results_are_artifacts_that_descend_from_the_trajectory(server: Server, 
     log_result(run, tmp_path / "influence.safetensors", "influence", uses=Trajectory.open(name_of(run)))
     found = Influence.load(f"wandb:{run.entity}/project/influence-{run.id}")
     xr.testing.assert_identical(found.data, influence.data)
-    used = wandb.Api().run(f"{run.entity}/project/{run.id}").used_artifacts()
-    assert [artifact.type for artifact in used] == ["trajectory"]
+    for kind, name, content in (("masks", "masks.safetensors", b"masks"), ("figure", "figure.png", b"\x89PNG")):
+        (tmp_path / name).write_bytes(content)
+        log_result(run, tmp_path / name, kind, uses=name_of(run).removeprefix("wandb:"))
+        assert fetch_result(f"{run.entity}/project/{kind}-{run.id}").read_bytes() == content
+    this = wandb.Api().run(f"{run.entity}/project/{run.id}")
+    assert {artifact.type for artifact in this.used_artifacts()} == {"trajectory"}
+    assert {artifact.type for artifact in this.logged_artifacts()} == {"trajectory", "influence", "masks", "figure"}
     with pytest.raises(TrajectoryError, match="no result"):
         Influence.load(name_of(run))
 

@@ -49,7 +49,7 @@ def answer(*arguments: Any) -> Any:
 def run(tmp_path: Path) -> Path:
     """A finished run of 9 steps without W&B, in `one/trajectory`."""
     job = make_job()
-    tracker = job.tracker(trajectory=tmp_path / "one" / "trajectory", keyframe_every=4, samples_every=3)
+    tracker = job.tracker(trajectory=tmp_path / "one" / "trajectory", keyframe_every=4, samples_every=8, map_queries=2)
     job.run(tracker, 9, per_sample=True)
     tracker.finish()
     return tmp_path / "one"
@@ -81,6 +81,17 @@ def test_runs_tells_what_there_is_and_whether_it_goes_on(run: Path, tmp_path: Pa
     assert "9 steps" in call("runs", tmp_path).output
     (tmp_path / "empty").mkdir()
     assert "no run under" in call("runs", tmp_path / "empty").output
+
+
+def test_a_run_is_listed_once_though_wandb_has_it_too(tmp_path: Path) -> None:
+    job, opened = make_job(), open_run("project", tmp_path, mode="offline")
+    tracker = job.tracker(run=opened, trajectory=tmp_path / "t")
+    job.run(tracker, 2)
+    tracker.finish()
+    assert len(Trajectory.open(opened.settings.sync_dir)) == 2
+    assert [Path(one["run"]).name for one in answer("runs", tmp_path)] == ["t"]
+    shutil.rmtree(tmp_path / "t")
+    assert [one["steps"] for one in answer("runs", tmp_path)] == [2]
 
 
 def test_show_draws_the_last_step_and_follows_the_record(run: Path) -> None:
@@ -115,7 +126,7 @@ def test_a_long_record_is_followed_from_its_end(tmp_path: Path, monkeypatch: pyt
 def test_curves_go_from_the_smallest_to_the_largest() -> None:
     assert curve([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert curve([3.0, 3.0]) == "▁▁"
-    assert len(curve(list(range(1000)))) == 16
+    assert len(curve(list(range(1000)))) == 12
 
 
 def test_verify_finds_what_was_altered(run: Path) -> None:
@@ -144,6 +155,10 @@ def test_explain_is_the_function_of_that_name(run: Path, tmp_path: Path) -> None
         (("test_cli:nothing",), 1, "names no function"),
         (("no.module:task",), 1, "names no function"),
         (("test_cli:task", "node=3"), 2, "no setting node"),
+        (("test_cli:task", "nodes=many"), 2, "nodes=8"),
+        (("test_cli:task", "window=5"), 2, "window=[0,500]"),
+        (("test_cli:task", "keep=step"), 2, "keep=[step,group]"),
+        (("test_cli",), 1, "module:function"),
         (("test_cli:task", "window=[0,99]"), 1, "the run has 9 steps"),
     ):
         done = call("explain", run, *arguments, "--out", out)
@@ -177,7 +192,7 @@ def test_prune_and_similarity_are_the_functions_of_those_names(run: Path, tmp_pa
 
 def test_pull_makes_a_directory_of_its_own(server: Server, tmp_path: Path) -> None:
     job, opened = make_job(), open_run("project", tmp_path)
-    tracker = job.tracker(run=opened, trajectory=tmp_path / "t", keyframe_every=4)
+    tracker = job.tracker(run=opened, trajectory=tmp_path / "t", keyframe_every=4, samples_every=3, map_queries=2)
     job.run(tracker, 6)
     tracker.finish()
     opened.finish()
@@ -187,6 +202,7 @@ def test_pull_makes_a_directory_of_its_own(server: Server, tmp_path: Path) -> No
         assert path.read_bytes() == (tmp_path / "t" / path.relative_to(tmp_path / "here")).read_bytes()
     assert answer("verify", f"wandb:{name}", "--replay")["steps"] == 6
     assert (tmp_path / "here" / "history.jsonl").is_file()
+    assert len(list((tmp_path / "here" / "media").iterdir())) == 4
     done = call("pull", name, tmp_path / "here")
     assert (done.exit_code, "not empty" in done.output) == (1, True)
     done = call("pull", "dev/project/other", tmp_path / "there")
@@ -199,6 +215,7 @@ def test_misuse_and_missing_runs_are_told_apart(tmp_path: Path) -> None:
         (("show", tmp_path), 1, "holds no run"),
         (("sync", tmp_path), 1, "holds no run"),
         (("report", tmp_path), 1, "holds no run"),
+        (("show", "wandb:entity/project/name"), 1, "explaind-track pull wandb:entity/project/name"),
         (("workspace", "entity"), 1, "ENTITY/PROJECT"),
         (("show",), 2, "Missing argument"),
         (("nothing",), 2, "No such command"),
@@ -271,7 +288,9 @@ def test_the_report_opens_alone_and_can_be_read_off(run: Path, browser: Any) -> 
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert complaints == []
     assert page.locator("h1").inner_text() == "one"
-    assert page.locator("h2").all_inner_texts()[0] == "What the groups did, over all steps"
+    headings = page.locator("h2").all_inner_texts()
+    assert (headings[0], headings[-1]) == ("What the groups did, over all steps", "Training samples")
+    assert page.evaluate("[...document.images].map(image => image.naturalWidth > 0)") == [True, True]
     plot = page.locator(".js-plotly-plot .nsewdrag").first
     page.wait_for_function("document.querySelector('.nsewdrag').getBoundingClientRect().width < 700")  # two in a row
     plot.scroll_into_view_if_needed()

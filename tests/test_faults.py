@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import wandb
 from conftest import Server, make_job
 
 from explaind_track import Trajectory, TrajectoryError, open_run
+from explaind_track.media import from_json
 from explaind_track.panels import LoggingWarning, Panels
 from explaind_track.runs import is_running, read_rows
 from explaind_track.sync import sync
@@ -134,9 +136,11 @@ def test_rows_that_the_sdk_refused_are_told_of_and_sent_later(
         log(row)
 
     monkeypatch.setattr(run, "log", failing)
-    with pytest.warns(LoggingWarning, match="no space left"):
+    with (
+        pytest.warns(LoggingWarning, match="no space left"),
+        pytest.warns(LoggingWarning, match=r"2 rows .*explaind-track sync"),
+    ):
         job.run(tracker, 6)
-    with pytest.warns(LoggingWarning, match=r"2 rows .*explaind-track sync"):
         tracker.finish()
     run.finish()
     assert steps_at(server, path_of(run)) == [0, 1, 4, 5]
@@ -144,8 +148,82 @@ def test_rows_that_the_sdk_refused_are_told_of_and_sent_later(
     assert sorted(steps_at(server, path_of(run))) == list(range(6))
 
 
+@pytest.mark.slow
+def test_a_picture_that_is_lost_is_named_and_holds_up_nothing_else(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, run = make_job(), open_run("project", tmp_path)
+    tracker = job.tracker(run=run, trajectory=tmp_path / "t", samples_every=2, map_queries=1)
+    monkeypatch.setattr(run, "log", lambda row: (_ for _ in ()).throw(ConnectionError))
+    with pytest.warns(LoggingWarning):
+        job.run(tracker, 4)
+        tracker.finish()
+    run.finish()
+    lost = tmp_path / "t" / read_rows(tmp_path / "t")[2]["samples/map"]["picture"]
+    lost.write_bytes(b"another")
+    for _ in range(2):
+        with pytest.raises(TrajectoryError, match=r"lacks 1 .*samples/map of step 2"):
+            sync(tmp_path / "t", progress=False)
+    found = server.history(path_of(run))
+    assert [row["train/step"] for row in found] == list(range(4))
+    assert ["samples/map" in row for row in found] == [True, False, False, False]
+    assert ["samples/most_influential" in row for row in found] == [True, False, True, False]
+    assert server.media_lacking(path_of(run)) == []
+
+
+STAGING_FULL = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from contextlib import suppress
+from pathlib import Path
+import wandb
+from conftest import make_job
+from explaind_track import artifacts, open_run
+artifacts.FINISH_SECONDS = 2.0
+staging, record, mode = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+job, run = make_job(), open_run("project", staging, mode=mode, settings=wandb.Settings(finish_timeout=2))
+tracker = job.tracker(run=run, trajectory=record, samples_every=10, map_queries=1, keyframe_every=20)
+job.run(tracker, 30)
+with (staging / "filler").open("wb", buffering=0) as file, suppress(OSError):
+    while True:
+        file.write(bytes(4096))
+job.run(tracker, 60)
+tracker.finish()
+run.finish()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_full_disk_of_wandb_stops_nothing_and_loses_nothing(
+    mode: str, server: Server, small_disk: Path, tmp_path: Path
+) -> None:
+    """W&B's directory, its staging of artifacts and its cache are on a disk that fills up; our record is on another."""
+    names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "TMPDIR", "HOME")
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    places = [str(Path(__file__).parent), str(small_disk), str(tmp_path / "t")]
+    command = [sys.executable, "-c", STAGING_FULL, *places, mode]
+    done = subprocess.run(
+        command, env={**alone, **dict.fromkeys(names, str(small_disk))}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "training goes on" in done.stderr
+    assert "explaind-track sync" in done.stderr
+    kept = list(range(90))
+    assert [row["train/step"] for row in read_rows(tmp_path / "t")] == kept
+    (small_disk / "filler").unlink()
+    made = sync(tmp_path / "t", progress=False)
+    assert sorted(steps_at(server, made.run)) == kept
+    assert server.media_lacking(made.run) == []
+    assert sum("samples/map" in row for row in server.history(made.run)) == 9
+    assert (
+        len(Trajectory.open(f"wandb:{made.run.rsplit('/', 1)[0]}/trajectory-{made.run.rsplit('/', 1)[1]}:final")) == 90
+    )
+
+
 KILLED = """
 import os, sys
+import numpy as np
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import make_job
@@ -157,7 +235,10 @@ for number, mode in enumerate(modes):
     if os.fork() == 0:
         job = make_job()
         run = open_run("project", out / str(number), mode=mode)
-        tracker = job.tracker(run=run, trajectory=out / str(number) / "t", keyframe_every=100)
+        tracker = job.tracker(
+            run=run, trajectory=out / str(number) / "t", keyframe_every=100, samples_every=50, map_queries=2,
+            render=lambda index: np.full((2, 2), index * 10, dtype=np.uint8),
+        )
         (out / f"{number}.pid").write_text(str(os.getpid()))
         job.run(tracker, 10**6)
 for _ in modes:
@@ -196,9 +277,49 @@ def test_a_killed_run_is_repaired_without_gaps_or_doubles(count: int, server: Se
             assert kept == list(range(len(kept)))
             done = sync(record, progress=False)
             assert steps_at(server, done.run) == kept
+            shown = [row["train/step"] for row in server.history(done.run) if "samples/map" in row]
+            assert shown == [step for step in kept if step % 50 == 0]
+            assert server.media_lacking(done.run) == []
             if (record / "manifest.json").is_file():
                 name = f"wandb:dev/project/trajectory-{done.run.rsplit('/', 1)[1]}:final"
                 assert len(Trajectory.open(name)) == len(Trajectory.open(record))
+
+
+@pytest.mark.slow
+def test_media_that_were_on_their_way_at_a_kill_arrive(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are at W&B, and lead to files that are not."""
+    server.faults(fail_uploads=1.0)
+    (tmp_path / "0").mkdir()
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), "online"]
+    driver = subprocess.Popen(command, env=alone)
+    found: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 60
+    while not found and time.monotonic() < deadline:
+        time.sleep(0.2)
+        runs = server.ask("state")["runs"]
+        found = [row for name in runs for row in server.history(name) if "samples/map" in row]
+    os.kill(int((tmp_path / "0.pid").read_text()), signal.SIGKILL)
+    driver.wait()
+    server.faults(fail_uploads=0.0)
+    (run,) = server.ask("state")["runs"]
+    lacking = server.media_lacking(run)
+    assert len(lacking) >= 4  # a table, its artifact and two pictures, at least
+    record = tmp_path / "0" / "t"
+    away = next((tmp_path / "0" / "wandb").rglob("samples/map_0_*.png"))
+    away.rename(tmp_path / "away")
+    with pytest.raises(TrajectoryError, match=r"lacks 1 .*samples/map_0_"):
+        sync(record, progress=False)
+    (tmp_path / "away").rename(away)
+    assert sync(record, progress=False).media_sent == 1
+    assert server.media_lacking(run) == []
+    monkeypatch.chdir(tmp_path)  # where the SDK puts what it fetches
+    table = next(one for one in wandb.Api().run(run).logged_artifacts() if one.type == "run_table")
+    images = [row[-1] for row in table.get("samples/most_influential").data]
+    assert all(isinstance(image, wandb.Image) for image in images)
+    assert sync(record, progress=False).media_sent == 0
 
 
 def test_what_cannot_be_synced_is_refused(tmp_path: Path) -> None:
@@ -215,6 +336,26 @@ def test_what_cannot_be_synced_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrajectoryError, match="another process is writing"):
         sync(tmp_path / "u")
     tracker.finish()
+
+
+def test_our_own_full_disk_tears_no_row(small_disk: Path) -> None:
+    panels = Panels(None, small_disk / "history.jsonl", [])
+    panels.log({"train/step": 0, "a": "x" * 4000})
+    with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    with pytest.warns(LoggingWarning, match="could not write the history"):
+        for step in range(1, 40):
+            panels.log({"train/step": step, "a": "x" * 1000, "b": b"a picture"})
+    (small_disk / "filler").unlink()
+    panels.log({"train/step": 40, "b": b"a picture"})
+    rows = read_rows(small_disk)
+    assert [row["train/step"] for row in (rows[0], rows[-1])] == [0, 40]
+    assert len((small_disk / "history.jsonl").read_text().splitlines()) == len(rows) < 40
+    assert from_json(rows[-1], small_disk)["b"].read_bytes() == b"a picture"
+    next((small_disk / "media").iterdir()).write_bytes(b"another")
+    with pytest.raises(TrajectoryError, match="was altered"):
+        from_json(rows[-1], small_disk)
 
 
 def test_a_row_that_was_torn_is_left_out(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ def test_every_row_arrives_online_once_and_in_order(server: Server, tmp_path: Pa
     own = [json.loads(line) for line in (tmp_path / "t" / "history.jsonl").read_text().splitlines()]
     assert [row["train/step"] for row in rows] == list(range(12))
     for arrived, kept in zip(rows, own, strict=True):
-        assert {name: arrived[name] for name in kept} == kept
+        assert {name: arrived[name] for name in kept if name != "samples/most_influential"} == {
+            name: value for name, value in kept.items() if name != "samples/most_influential"
+        }
     assert ["samples/most_influential" in row for row in rows] == [number % 4 == 0 for number in range(12)]
 
 
@@ -111,14 +113,16 @@ def test_large_residuals_and_numbers_that_are_none_raise_an_alert() -> None:
     job, run = make_job(), Listening()
     tracker = job.tracker(run=run, quadrature=Quadrature(tolerance=1e-13, max_nodes=1))
     job.run(tracker, 1)
-    assert "Large residual: step 0: the split of 'query' leaves" in run.alerts[0]
-    run.alerts.clear()
     tracker.log({"own": float("nan")})
     job.run(tracker, 1)
+    tracker.finish()
+    assert "Large residual: step 0: the split of 'query' leaves" in run.alerts[0]
     assert any("not finite: step 1 has some: own" in alert for alert in run.alerts)
     calm = Listening()
     job = make_job()
-    job.run(job.tracker(run=calm), 3)
+    tracker = job.tracker(run=calm)
+    job.run(tracker, 3)
+    tracker.finish()
     assert calm.alerts == []
 
 
@@ -160,6 +164,7 @@ def test_steps_that_are_taken_again_are_not_logged_twice(server: Server, tmp_pat
     run = open_run("project", tmp_path, id="again")
     tracker = job.tracker(run=run, trajectory=tmp_path / "t", keyframe_every=4)
     job.run(tracker, 6)
+    tracker._panels.close()
     tracker._writer._lock.release()  # the process is gone, and with it the steps that were not written yet
     tracker._exit()
     run.finish()

@@ -38,6 +38,18 @@ class Guest:
         self.tracker: Tracker
         """From the beginning of the training on."""
 
+    @property
+    def tells_samples(self) -> bool:
+        return self._options.get("sample_loss") is not None
+
+    def check_alone(self, processes: int) -> None:
+        """Raises ValueError, in every process, where samples are asked for that other processes have."""
+        if processes > 1 and self.tells_samples:
+            raise ValueError(
+                f"{processes} processes train together, and the main one knows only its own samples: leave out "
+                "sample_loss= (the influences of groups need none)"
+            )
+
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: "wandb.Run | None") -> None:
         """Raises ValueError for samples in several processes."""
         if parallel.processes() > 1 and self._options.get("sample_loss") is not None:
@@ -55,10 +67,15 @@ class Guest:
 
     def take(self, batch: Any, whole: Any, divisor: int) -> None:
         """Tells of a batch right before its forward pass. whole: as the loop has it; divisor: of its mean loss."""
-        if self._options.get("sample_loss") is not None:
+        if self.tells_samples:
             index = None if self._index is None else self._index(whole)
             weight = 1.0 / (tree_rows(batch) * divisor) if self._weight is None else self._weight(whole)
             self.tracker.batch(batch, index=index, weight=weight)
+
+    def tell_clipping(self, before: float) -> None:
+        """Tells by which factor the loop has clipped the gradient, whose norm was `before`."""
+        if before > 0:
+            self.tracker.gradient_scaled(gradient_norm(self.tracker.model) / before)
 
     def close_step(self) -> None:
         self._open = False
@@ -67,6 +84,10 @@ class Guest:
     def end(self) -> None:
         self.close_step()
         self.tracker.finish()
+
+
+def gradient_norm(model: nn.Module) -> float:
+    return float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 def active_run() -> "wandb.Run | None":

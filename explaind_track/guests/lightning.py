@@ -10,23 +10,52 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor, nn
 
-from explaind_track.guests.guest import Guest, active_run
+from explaind_track.guests.guest import Guest, active_run, gradient_norm
 
 
 class TrackerCallback(Guest, Callback):
     """Tracks every optimizer step of a module with one optimizer, in the main process. See `Guest`."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.check_alone(trainer.world_size)
         if not trainer.is_global_zero:
             return
         if len(trainer.optimizers) != 1:
             raise ValueError(f"the module has {len(trainer.optimizers)} optimizers; a Tracker watches one")
         (optimizer,) = trainer.optimizers
         runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        self._in_its_precision(trainer)
         self.begin(pl_module, optimizer, runs[0] if runs else active_run())
         self._taken = trainer.global_step
-        self._give_back = closure_first(optimizer)
+        self._give_back = closure_first(optimizer, lambda: self._clipped(trainer))
+
+    def _in_its_precision(self, trainer: Trainer) -> None:
+        """Samples' losses are the loop's own, under the autocast that it trains with."""
+        if self.tells_samples:
+            loss, precision = self._options["sample_loss"], trainer.precision_plugin
+
+            def sample_loss(model: nn.Module, batch: Any) -> Tensor:
+                with precision.forward_context():
+                    losses: Tensor = loss(model, batch)
+                return losses
+
+            self._options["sample_loss"] = sample_loss
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Before the trainer clips."""
+        if trainer.is_global_zero and self.tells_samples and trainer.gradient_clip_val:
+            self._norm = gradient_norm(pl_module)
+
+    def _clipped(self, trainer: Trainer) -> None:
+        if self.tells_samples and trainer.gradient_clip_val:
+            if trainer.gradient_clip_algorithm == "value":
+                self.tracker.gradient_altered()
+            else:
+                self.tell_clipping(self._norm)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.is_global_zero:
@@ -46,9 +75,9 @@ class TrackerCallback(Guest, Callback):
             self.end()
 
 
-def closure_first(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Lets `optimizer.step(closure)` call the closure before the step begins instead of as its first act, so that the
-    gradient is there when the step is looked at. Returns how to undo it."""
+def closure_first(optimizer: torch.optim.Optimizer, then: Callable[[], None]) -> Callable[[], None]:
+    """Lets `optimizer.step(closure)` call the closure, and `then`, before the step begins instead of as its first act,
+    so that the gradient is there when the step is looked at. Returns how to undo it."""
     before = optimizer.__dict__.get("step")
     take = optimizer.step
 
@@ -57,6 +86,7 @@ def closure_first(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        then()
         take()
         return result
 

@@ -6,6 +6,7 @@ Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -18,14 +19,28 @@ class TrackerCallback(Guest, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
     ) -> None:
+        self.check_alone(args.world_size)
         if not state.is_world_process_zero:
             return
         optimizer = around["optimizer"]
-        self.begin(around["model"], getattr(optimizer, "optimizer", optimizer), active_run())  # Accelerate wraps it
-        self._parameter = next(around["model"].parameters())
-        self._hook = around["model"].register_forward_pre_hook(
-            lambda model, _, inputs: self._seen(model, inputs, args.gradient_accumulation_steps), with_kwargs=True
-        )
+        model = around["model"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+        self.begin(model, optimizer, active_run())
+        self._parameter = next(model.parameters())
+        self._hooks = [
+            model.register_forward_pre_hook(
+                lambda model, _, inputs: self._seen(model, inputs, args.gradient_accumulation_steps), with_kwargs=True
+            )
+        ]
+        self._norms: dict[Tensor, Tensor] = {}
+        self._clips = self.tells_samples and bool(args.max_grad_norm)
+        if self._clips:
+            self._hooks += [p.register_post_accumulate_grad_hook(self._accumulated) for p in model.parameters()]
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        """The Trainer tells of nothing between its backward pass and its clipping."""
+        assert parameter.grad is not None  # it was just added to
+        self._norms[parameter] = parameter.grad.norm()
 
     def _seen(self, model: nn.Module, inputs: dict[str, Any], accumulated: int) -> None:
         """Before every forward pass; the Tracker's own run with other tensors in the parameters' place.
@@ -43,6 +58,14 @@ class TrackerCallback(Guest, TrainerCallback):
         if state.is_world_process_zero:
             self.open_step()
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
+    ) -> None:
+        """After the Trainer has clipped."""
+        if state.is_world_process_zero and self._clips:
+            self.tell_clipping(float(torch.stack(list(self._norms.values())).norm()))
+            self._norms = {}
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
         if state.is_world_process_zero:
             self.close_step()
@@ -51,5 +74,6 @@ class TrackerCallback(Guest, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
             self.end()
