@@ -3,6 +3,7 @@ influences. Every rank does its own samples."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class LiveSamples:
         render: Callable[[int], Any] | None,
     ) -> None:
         ranks.refuse_common_statistics()
+        if map_queries:
+            import_module("matplotlib.figure")  # which takes seconds, and would in the first step that draws
         self._samples = Samples(model, sample_loss)
         self._live, self._ranks, self._map_queries, self._render = live, ranks, map_queries, render
 
