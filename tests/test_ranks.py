@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from explaind_track import Quadrature, Tracker, Trajectory, explain
-from explaind_track.guests.guest import Guest
 from explaind_track.ranks import Ranks
 
 RANKS, STEPS = 2, 4
@@ -234,15 +233,6 @@ def test_parameters_in_pieces_are_refused(tmp_path: Path) -> None:
             Tracker(wrapped, job.optimizer, queries=job.queries, sample_loss=sample_loss)
     finally:
         dist.destroy_process_group()
-
-
-def test_a_callback_takes_no_samples_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = make_job()
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    guest = Guest(queries=job.queries, sample_loss=sample_loss)
-    with pytest.raises(ValueError, match="Tracker of the DistributedDataParallel"):
-        guest.begin(job.model, job.optimizer, None)
 
 
 def test_a_model_alone_is_its_own_rank() -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from explaind_track import parallel
 from explaind_track.tracker import Tracker
 from explaind_track.trees import tree_rows
 
@@ -46,17 +45,12 @@ class Guest:
         """Raises ValueError, in every process, where samples are asked for that other processes have."""
         if processes > 1 and self.tells_samples:
             raise ValueError(
-                f"{processes} processes train together, and the main one knows only its own samples: leave out "
-                "sample_loss= (the influences of groups need none)"
+                f"{processes} processes train together, and the callback sees the samples of the main one alone; leave "
+                "sample_loss= out (influences of groups are exact), or use a Tracker of the DistributedDataParallel in "
+                "your own loop"
             )
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: "wandb.Run | None") -> None:
-        """Raises ValueError for samples in several processes."""
-        if parallel.processes() > 1 and self._options.get("sample_loss") is not None:
-            raise ValueError(
-                "in several processes, a callback sees the samples of the main one alone; leave sample_loss= out "
-                "(influences of groups are exact), or use a Tracker of the DistributedDataParallel in your own loop"
-            )
         self.tracker = Tracker(model, optimizer, **{"run": run, **self._options})
 
     def open_step(self) -> None:
