@@ -135,7 +135,7 @@ def test_several_processes_have_samples_of_their_own() -> None:
     from explaind_track.guests.lightning import TrackerCallback
 
     TrackerCallback(queries={"test": Query.outputs(X[:4])}).check_alone(2)
-    with pytest.raises(ValueError, match="leave out sample_loss"):
+    with pytest.raises(ValueError, match="samples of the main one alone; leave sample_loss= out"):
         TrackerCallback(queries={"test": Query.outputs(X[:4])}, sample_loss=sample_loss).check_alone(2)
 
 
