@@ -126,7 +126,7 @@ class Tracker:
         if samples_every and (sample_loss is None or not self._live.losses):
             raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
         run = run if first else None
-        mapped = map_queries if self._ranks.gather(run is not None)[0] else 0
+        mapped = map_queries if self._ranks.gather(run is not None or trajectory is not None)[0] else 0
         self._samples = (
             None if sample_loss is None else LiveSamples(model, sample_loss, self._live, self._ranks, mapped, render)
         )
