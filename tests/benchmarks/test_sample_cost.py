@@ -1,5 +1,5 @@
 """What influences of training samples cost as the data set grows, against the definition with a momentum buffer for
-every sample, in one run; and two processes against one.
+every sample, in one run.
 
 pytest -m slow tests/benchmarks/test_sample_cost.py -s
 """
