@@ -16,12 +16,12 @@ EARLY_STEPS = 10
 """An optimizer's first steps move a model by far more than all others do: they do not set the scale."""
 
 
-def training(influence: Influence, accuracy: Mapping[str, Sequence[float]]) -> "Figure":
+def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit: str) -> "Figure":
     """Fig. 3(a): accuracy; importance of the kernel in every group; importance of kernel and regularization in total;
     relative regularization influence D of every group. All over the training step; the first `EARLY_STEPS` may lie off
     the scale.
 
-    influence: kept over step and group. accuracy: "step", and any curves by their name.
+    influence: kept over step and group. accuracy: "step", and any curves by their name. unit: of the query's outputs.
     """
     from matplotlib.figure import Figure
 
@@ -32,12 +32,12 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]]) -> "
             axes[0, 0].plot(accuracy["step"], values, label=name)
     _label(axes[0, 0], "accuracy", "fraction correct")
     total = influence.total_importance()
-    unit = r"$\bar{\Psi}_s(\Theta)$, $\bar{\Psi}^{reg}_s(\Theta)$"
-    curves(axes[1, 0], total, "part", "importance of kernel and regularization", unit)
-    kernel = influence.importance().sel(part="kernel")
-    curves(axes[0, 1], kernel, "group", "importance of the kernel, by layer", r"$\bar{\Psi}_s(\Theta_{layer})$")
-    difference = influence.relative_regularization()
-    curves(axes[1, 1], difference, "group", "kernel minus regularization, by layer", r"$D_s(\Theta_{layer})$")
+    both = r"$\bar{\Psi}_s(\Theta)$, $\bar{\Psi}^{reg}_s(\Theta)$"
+    curves(axes[1, 0], total, "part", "importance of kernel and regularization", f"{both}, {unit}")
+    kernel, name = influence.importance().sel(part="kernel"), r"$\bar{\Psi}_s(\Theta_{layer})$"
+    curves(axes[0, 1], kernel, "group", "importance of the kernel, by layer", f"{name}, {unit}")
+    difference, name = influence.relative_regularization(), r"$D_s(\Theta_{layer})$"
+    curves(axes[1, 1], difference, "group", "kernel minus regularization, by layer", f"{name}, {unit}")
     axes[1, 1].axhline(0, color="gray", linewidth=0.5)
     for axis in axes[1]:
         axis.set_xlabel("training step")

@@ -149,7 +149,7 @@ def summarize(tracker: Tracker, curve: dict[str, list[float]], trajectory: Path)
 
 def draw(influence: Influence, curve: dict[str, list[float]], directory: Path) -> None:
     directory.mkdir()
-    figure = plots.training(influence, curve)
+    figure = plots.training(influence, curve, "nats")
     figure.savefig(directory / "training.png", dpi=130)
 
 

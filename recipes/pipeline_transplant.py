@@ -138,10 +138,10 @@ def draw_transplants(curves: Mapping[tuple[int, str], np.ndarray[Any, Any]], eve
             axis.set_title(f"{name}, from step {step}", fontsize=9)
             axis.grid(alpha=0.2)
     for axis in axes[:, 0]:
-        axis.set_ylabel("accuracy")
+        axis.set_ylabel("accuracy (mean ± deviation)")
     for axis in axes[-1]:
         axis.set_xlabel("training step after the transplant")
-    axes[0, 0].legend(fontsize=8, loc="center right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     return figure
 
 
