@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from explaind_track import Tracker, Trajectory
+from explaind_track import Query, Tracker, Trajectory, how_to_look, open_run
 from recipes.data import Split, image_data
 from recipes.models import CNN, ResNet9
+
+WATCHED = 100
+"""Test samples, of a run at W&B."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,18 @@ def batches(size: int, config: DictConfig, seed: int) -> Iterator[Tensor]:
 
 
 def train(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
-    """Trains a model and records it in `directory`."""
+    """Trains a model and records it in `directory`; if `config.project` names a project of W&B, there too, with panels
+    of what changes the loss of some test samples."""
     model = build(config, data, seed)
     size = len(data.y_train)
     steps_per_epoch = -(-size // config.batch)
     optimizer, schedule = make_optimizer(config, model, steps_per_epoch)
-    tracker = Tracker(model, optimizer, queries={}, trajectory=directory)
+    run, queries = None, {}
+    if config.project is not None:
+        queries["test_loss"] = Query.loss(data.x_test[:WATCHED], data.y_test[:WATCHED]).mean()
+        options: Any = {**OmegaConf.to_container(config), "seed": seed}  # type: ignore[dict-item]
+        run = open_run(config.project, directory.parent, name=f"{config.model}-{seed}", config=options)
+    tracker = Tracker(model, optimizer, queries=queries, run=run, trajectory=directory)
     with tqdm(batches(size, config, seed), "train", config.epochs * steps_per_epoch, unit="step") as bar:
         for index in bar:
             batch = data.x_train[index], data.y_train[index]
@@ -81,9 +90,13 @@ def train(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
                 loss = sample_loss(model, batch).mean()
                 loss.backward()
                 optimizer.step()
+                tracker.log({"train/loss": loss.item()})
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.4f}")
     tracker.finish()
+    if run is not None:
+        run.finish()
+        print(how_to_look(run))
     model.eval()
     return Run(model, data, Trajectory.open(directory))
 

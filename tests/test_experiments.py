@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import xarray as xr
-from conftest import MainJob
+from conftest import MainJob, Server
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -28,7 +29,7 @@ def smoke(tmp_path: Path) -> Smoke:
     """Runs a recipe with `preset=smoke` and returns its summary; its figures are checked to be there."""
 
     def run(name: str, *arguments: str, figures: tuple[str, ...] = ()) -> dict[str, Any]:
-        out = tmp_path / name
+        out = Path(tempfile.mkdtemp(prefix=name, dir=tmp_path))
         importlib.import_module(f"recipes.{name}").main(["preset=smoke", f"out={out}", *arguments])
         found = {path.stem for path in (out / "figures").glob("*.png")}
         assert found == set(figures)
@@ -74,6 +75,14 @@ def test_parameters_are_pruned(smoke: Smoke) -> None:
     assert ours["kl"][0] < random["kl"][0] / 2
     assert ours["sparsity"] == pytest.approx([0.7, 0.9], abs=1e-3)
     assert summary["seeds"] == 2
+
+
+def test_a_pulled_trajectory_is_pruned_as_the_one_that_was_recorded(smoke: Smoke, server: Server) -> None:
+    trained = smoke("pruning", "seeds=[0]", "project=images", figures=("pruning",))
+    (name,) = server.ask("state")["collections"]
+    pulled = smoke("pruning", "seeds=[0]", f"trajectory=wandb:{name}", figures=("pruning",))
+    assert pulled == trained
+    assert server.downloads() > 2  # the manifest, a checkpoint, gradients
 
 
 def test_samples_foretell_retraining(smoke: Smoke) -> None:
