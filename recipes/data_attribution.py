@@ -7,7 +7,6 @@ and the trajectory.
 """
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -119,21 +118,21 @@ def datamodeling_score(
 
     scores: (samples, queries). truth: (subsets, queries). subsets: (subsets, samples in each).
     """
-    from dattri.metric import lds
-    from scipy.stats import ConstantInputWarning
-
-    def correlations(rows: Tensor) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConstantInputWarning)
-            found: Tensor = lds(scores, (truth[rows], subsets[rows]))[0]
-        return found.nan_to_num()  # what is the same for all subsets tells nothing
-
+    foretold = torch.stack([scores[subset].sum(0) for subset in subsets])
     count, queries = truth.shape
     means = []
     for _ in range(RESAMPLES):
         rows, columns = (torch.randint(size, (size,), generator=generator) for size in (count, queries))
-        means.append(correlations(rows)[columns].mean())
-    return float(correlations(torch.arange(count)).mean()), float(torch.stack(means).std())
+        means.append(rank_correlation(foretold[rows], truth[rows])[columns].mean())
+    return float(rank_correlation(foretold, truth).mean()), float(torch.stack(means).std())
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Spearman's, of each column, (queries,); 0 where nothing differs between the rows."""
+    from scipy.stats import rankdata
+
+    first, second = (torch.from_numpy(rankdata(values, axis=0)) for values in (one, other))
+    return F.cosine_similarity(first - first.mean(0), second - second.mean(0), dim=0)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> "Figure":

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from explaind_track import Trajectory
-from recipes import grokking_analysis, images, step_subsampling
+from recipes import data_attribution, grokking_analysis, images, step_subsampling
 from recipes.common import configure
 from recipes.data import image_data
 from recipes.models import CNN, ResNet9
@@ -90,6 +90,23 @@ def test_samples_foretell_retraining(smoke: Smoke) -> None:
     assert [row["fraction"] for row in summary["rows"]] == [0.5, 0.9]
     assert summary["seconds"].keys() == {"path kernel", "TracIn", "TRAK"}
     assert all(-1 <= row[name] <= 1 for row in summary["rows"] for name in summary["seconds"])
+
+
+def test_the_datamodeling_score_is_a_mean_of_rank_correlations() -> None:
+    from dattri.metric import lds
+
+    generator = torch.Generator().manual_seed(0)
+    scores, truth = torch.randn(50, 7, generator=generator), torch.randn(40, 7, generator=generator)
+    subsets = torch.stack([torch.randperm(50, generator=generator)[:20] for _ in range(40)])
+    foretold = torch.stack([scores[subset].sum(0) for subset in subsets])
+    score, _ = data_attribution.datamodeling_score(scores, truth, subsets, generator)
+    assert score == pytest.approx(float(lds(scores, (truth, subsets))[0].mean()), abs=1e-6)
+    assert data_attribution.datamodeling_score(scores, foretold.exp(), subsets, generator) == pytest.approx((1, 0))
+    score, error = data_attribution.datamodeling_score(scores, foretold + 10 * truth, subsets, generator)
+    assert score > 0.2
+    assert 0.02 < error < 0.2
+    truth[:] = truth[0]
+    assert data_attribution.datamodeling_score(scores, truth, subsets, generator) == (0, 0)
 
 
 def test_a_run_that_grokked_is_analysed(smoke: Smoke, grokking: Path) -> None:
