@@ -1,11 +1,9 @@
 """The Tracker: a plugin for an ordinary training loop that explains every step as it is taken."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,21 +11,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from explaind_track import panels
-from explaind_track.artifacts import TrajectoryUpload
 from explaind_track.autodiff import SampleLoss
-from explaind_track.exits import before_exit
 from explaind_track.groups import GroupSpec, resolve_groups
 from explaind_track.influence import Influence
 from explaind_track.integrator import MEMORY, buffers_moved
 from explaind_track.live import LIVE_AXES, Live
 from explaind_track.live_samples import LiveSamples
+from explaind_track.outlets import Outlets, begin_record
 from explaind_track.path import Quadrature
 from explaind_track.queries import Query
 from explaind_track.ranks import Ranks
-from explaind_track.recorder import KEYFRAME_EVERY, TrajectoryWriter
+from explaind_track.recorder import KEYFRAME_EVERY
 from explaind_track.resume import cut_history
-from explaind_track.resume import resume as resume_run
-from explaind_track.runs import HISTORY, mark_finished, steps_logged, tie
 from explaind_track.samples import make_batch
 from explaind_track.step import State, Step
 from explaind_track.stepper import Stepper
@@ -130,17 +125,18 @@ class Tracker:
         self._samples = (
             None if sample_loss is None else LiveSamples(model, sample_loss, self._live, self._ranks, mapped, render)
         )
-        self.number = 0
-        """The number of the next step."""
-        begun = self._ranks.at_zero(lambda: self._begin_record(trajectory, resume, keyframe_every))
+        if resume is True and self._ranks.count > 1:
+            raise ValueError(
+                "resume=True puts back the random state of rank zero alone; load your own checkpoint in every process, "
+                "and pass the number of its step: resume=1500"
+            )
+        begun = self._ranks.at_zero(lambda: begin_record(trajectory, resume, keyframe_every, self.model, self._stepper))
         record, self._writer = begun or (None, None)
-        self.number = self._ranks.gather(self.number)[0]
-        history = None if self._writer is None else self._writer.directory / HISTORY
+        self.number: int = self._ranks.gather(0 if record is None else len(record))[0]
+        """The number of the next step."""
         sections = ["kernel", "reg", "past", "D", "residual", "loss", "cost", "train", *queries]
-        logged = set() if run is None or self._writer is None else steps_logged(self._writer.directory, run)
-        self._panels = panels.Panels(run, history, sections, self._configuration(), logged)
+        self._outlets = Outlets(run, self._writer, sections, self._configuration())
         self.run = run
-        self._upload = self._begin_upload()
         self._mark = on_nonfinite == "mark"
         self._hooks = [
             optimizer.register_step_pre_hook(lambda _, args, options: self._before((*args, *options.values()))),
@@ -158,27 +154,6 @@ class Tracker:
         self._auxiliary_now: dict[str, dict[str, Tensor]] = {}
         if record is not None:
             self._catch_up(record)
-        leaves = self._writer is not None or run is not None
-        self._exit = before_exit(self._leave) if leaves else lambda: None
-
-    def _begin_record(
-        self, directory: str | PathLike[str] | None, resume: bool | int, keyframe_every: int
-    ) -> tuple[Trajectory | None, TrajectoryWriter | None]:
-        """The record that is gone on with, None if the run begins; and what writes it."""
-        if directory is None:
-            if resume is not False:
-                raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
-            return None, None
-        if resume is True and self._ranks.count > 1:
-            raise ValueError(
-                "resume=True puts back the random state of rank zero alone; load your own checkpoint in every process, "
-                "and pass the number of its step: resume=1500"
-            )
-        record = None if resume is False else resume_run(Path(directory), self.model, self._stepper, resume)
-        if record is not None:
-            self.number = len(record)
-        entries = None if record is None else record.entries
-        return record, TrajectoryWriter(directory, self.model, self._stepper, keyframe_every, entries)
 
     def _catch_up(self, record: Trajectory) -> None:
         """Explains the steps that were taken before, as they were explained then, and completes the rows of metrics."""
@@ -187,7 +162,7 @@ class Tracker:
             if step.number % self.every == 0 and step.updates:
                 row, _ = self._live.add(step)
                 if step.number not in written:
-                    self._panels.log({panels.AXIS: step.number, **row})
+                    self._outlets.log(step.number, row)
 
     # ------------------------------------------------------------- in the loop
 
@@ -295,32 +270,14 @@ class Tracker:
         """Ends the record, removes the hooks and logs the trajectory as an artifact of the run."""
         for hook in self._hooks:
             hook.remove()
-        self._exit()
+        self._outlets.stay()
         if self._row:
-            self._panels.log({panels.AXIS: self.number, **self._row})
-        unsent = self._panels.close()
-        if self._writer is not None:
-            with self._timed("trajectory"):
-                self._writer.close(self.number)
-                mark_finished(self._writer.directory, self.number)
+            self._outlets.log(self.number, self._row)
+        self._outlets.end_rows()
+        with self._timed("trajectory"):
+            self._outlets.end_record(self.number)
         self._ranks.gather(None)  # from here on, every rank finds the trajectory complete
-        if self._writer is None:
-            return
-        if self._upload is not None:
-            self.staging_mb = self._upload.finish()
-        if unsent:
-            warnings.warn(
-                f"W&B did not take {unsent} rows of the panels; they are all in our record: send them "
-                f"with `explaind-track sync {self._writer.directory}`",
-                panels.LoggingWarning,
-                stacklevel=2,
-            )
-
-    def _leave(self) -> None:
-        """Where the process goes before `finish`."""
-        if self._writer is not None:
-            self._writer.flush()
-        self._panels.close()
+        self.staging_mb = self._outlets.send()
 
     # --------------------------------------------------------- around the step
 
@@ -384,15 +341,17 @@ class Tracker:
             row, doubts = self._live.add(step)
             self._row |= row
             for doubt in doubts:
-                self._panels.alert("Large residual", doubt)
+                self._outlets.panels.alert("Large residual", doubt)
         if self.samples_due and self._samples is not None and step.batches:
             self._explain_samples(self._samples, step)
 
     def _explain_samples(self, known: LiveSamples, step: Step) -> None:
         samples, changes = known.influences(self._told, step)
         self._row["samples/own_step"] = -float(samples.influence.sum())
-        if self.run is not None or self._writer is not None:
-            self._panels.attempt("draw the samples", lambda: self._row.update(known.draw(self._told, samples, changes)))
+        if self._outlets.any:
+            self._outlets.panels.attempt(
+                "draw the samples", lambda: self._row.update(known.draw(self._told, samples, changes))
+            )
 
     def _configuration(self) -> dict[str, Any]:
         """What was asked for, as W&B's configuration of the run has it."""
@@ -409,23 +368,9 @@ class Tracker:
         }
 
     def _log_row(self, more: Mapping[str, float]) -> None:
-        self._panels.log({panels.AXIS: self.number, **self._row, **more})
+        self._outlets.log(self.number, {**self._row, **more})
         self._row = {}
         self.number += 1
-
-    def _begin_upload(self) -> TrajectoryUpload | None:
-        if self.run is None or self._writer is None:
-            return None
-        try:
-            tie(self._writer.directory, self.run)
-            return TrajectoryUpload(self.run, self._writer.directory)
-        except Exception as error:
-            warnings.warn(
-                f"W&B does not tell of its run ({error!r}); the trajectory stays in {self._writer.directory} alone",
-                panels.LoggingWarning,
-                stacklevel=3,
-            )
-            return None
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -180,7 +180,7 @@ def test_sigterm_loses_no_step(tmp_path: Path) -> None:
 
     def slow() -> None:
         def wait(tracker: Tracker) -> None:
-            log = tracker._panels.log
+            log = tracker._outlets.panels.log
 
             def counted(row: dict[str, float]) -> None:
                 log(row)
@@ -188,7 +188,7 @@ def test_sigterm_loses_no_step(tmp_path: Path) -> None:
                     os.write(tell, b"x")
                     time.sleep(30)
 
-            tracker._panels.log = counted  # type: ignore[method-assign, assignment]
+            tracker._outlets.panels.log = counted  # type: ignore[method-assign, assignment]
 
         job(tmp_path / "t", prepare=wait)
 
@@ -211,14 +211,14 @@ def test_steps_that_are_lost_are_named(tmp_path: Path, whole: Whole) -> None:
 
 def stop_hard(directory: Path, number: int) -> None:
     def prepare(tracker: Tracker) -> None:
-        log = tracker._panels.log
+        log = tracker._outlets.panels.log
 
         def counted(row: dict[str, float]) -> None:
             log(row)
             if row["train/step"] == number - 1:
                 os._exit(9)
 
-        tracker._panels.log = counted  # type: ignore[method-assign, assignment]
+        tracker._outlets.panels.log = counted  # type: ignore[method-assign, assignment]
 
     job(directory, prepare=prepare)
 
