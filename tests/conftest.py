@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,26 @@ def make_job(optimizer: str = "adamw", dtype: torch.dtype = torch.float64) -> Jo
     y = torch.randint(0, 3, (24,))
     made = OPTIMIZERS[optimizer](model.parameters())
     return Job(model, made, x, y, torch.optim.lr_scheduler.StepLR(made, 2, 0.8))
+
+
+def in_ranks(script: str, directory: Path, count: int) -> None:
+    """Runs `script RANK DIRECTORY` in so many processes at once; what one of them raises is shown."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error::UserWarning", script]
+    with ExitStack() as stack:
+        running = []
+        for rank in range(count):
+            errors = stack.enter_context((directory / f"{rank}.txt").open("w"))
+            running.append(subprocess.Popen([*command, str(rank), str(directory)], stderr=errors, env=environment))
+            stack.callback(running[-1].wait)
+            stack.callback(running[-1].kill)
+        while any(process.poll() is None for process in running):
+            if any(process.poll() for process in running):
+                break
+            time.sleep(0.05)
+        for rank, process in enumerate(running):
+            assert process.poll() in (0, None), (directory / f"{rank}.txt").read_text()[-3000:]
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,7 @@
 """Live tracking under DistributedDataParallel, in two real processes, against one on the same global batches."""
 
-import os
-import subprocess
 import sys
-import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import xarray as xr
-from conftest import Job, make_job, sample_loss
+from conftest import Job, in_ranks, make_job, sample_loss
 from test_sample_axis import Dropped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -132,22 +129,7 @@ def refusals(rank: int, out: Path) -> None:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both processes have left."""
     directory = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::UserWarning", __file__]
-    with ExitStack() as stack:
-        running = []
-        for rank in range(RANKS):
-            errors = stack.enter_context((directory / f"{rank}.txt").open("w"))
-            running.append(subprocess.Popen([*command, str(rank), str(directory)], stderr=errors, env=environment))
-            stack.callback(running[-1].wait)
-            stack.callback(running[-1].kill)
-        while any(process.poll() is None for process in running):
-            if any(process.poll() for process in running):
-                break
-            time.sleep(0.05)
-        for rank, process in enumerate(running):
-            assert process.poll() in (0, None), (directory / f"{rank}.txt").read_text()[-3000:]
+    in_ranks(__file__, directory, RANKS)
     return directory
 
 

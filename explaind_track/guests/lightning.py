@@ -11,23 +11,29 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from explaind_track.guests.guest import Guest, active_run, gradient_norm
 
 
 class TrackerCallback(Guest, Callback):
-    """Tracks every optimizer step of a module with one optimizer, in the main process. See `Guest`."""
+    """Tracks every optimizer step of a module with one optimizer. Of several processes under DistributedDataParallel,
+    rank zero explains for all; under other strategies, the main one its own. See `Guest`."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check_alone(trainer.world_size)
-        if not trainer.is_global_zero:
+        wrapped = trainer.strategy.model
+        together = isinstance(wrapped, DistributedDataParallel)
+        if not together:
+            self.check_alone(trainer.world_size)
+        self._here = together or trainer.is_global_zero
+        if not self._here:
             return
         if len(trainer.optimizers) != 1:
             raise ValueError(f"the module has {len(trainer.optimizers)} optimizers; a Tracker watches one")
         (optimizer,) = trainer.optimizers
         runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         self._in_its_precision(trainer)
-        self.begin(pl_module, optimizer, runs[0] if runs else active_run())
+        self.begin(wrapped if together else pl_module, optimizer, runs[0] if runs else active_run())
         self._taken = trainer.global_step
         self._give_back = closure_first(optimizer, lambda: self._clipped(trainer))
 
@@ -47,7 +53,7 @@ class TrackerCallback(Guest, Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Before the trainer clips."""
-        if trainer.is_global_zero and self.tells_samples and trainer.gradient_clip_val:
+        if self._here and self.tells_samples and trainer.gradient_clip_val:
             self._norm = gradient_norm(pl_module)
 
     def _clipped(self, trainer: Trainer) -> None:
@@ -58,19 +64,19 @@ class TrackerCallback(Guest, Callback):
                 self.tell_clipping(self._norm)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.is_global_zero:
+        if self._here:
             self.open_step()
             self.take(batch, batch, trainer.accumulate_grad_batches)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.is_global_zero and trainer.global_step != self._taken:
+        if self._here and trainer.global_step != self._taken:
             self._taken = trainer.global_step
             self.close_step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
+        if self._here:
             self._give_back()
             self.end()
 
