@@ -41,7 +41,9 @@ REFUSED = {
     "DistributedDataParallel of some of the processes": "a Tracker needs a DistributedDataParallel of all of them",
     "samples under SyncBatchNorm": "leave sample_loss= out, or use BatchNorm without convert_sync_batchnorm",
     "resume=True in several processes": "load your own checkpoint in every process, and pass the number of its step",
-    "samples in a callback in several processes": "use a Tracker of the DistributedDataParallel in your own loop",
+    "samples in several processes, in a callback that does not see the DistributedDataParallel": (
+        "use a Tracker of the DistributedDataParallel in your own loop"
+    ),
 }
 
 
