@@ -146,10 +146,8 @@ def main(arguments: list[str]) -> None:
     save_figures(out / "figures", {"pruning": draw(methods, sparsity)})
     print(f"\ntest accuracy / KL to the whole model, mean over {len(seeds)} seeds\n{table(rows)}")
     print("the paper: KL below the retrained filters' at every sparsity, accuracy comparable")
-    print(
-        f"here: KL below theirs at {sum(closer)} of {len(sparsity)} levels, accuracy within the error bars or better at"
-    )
-    print(f"{sum(as_good)}")
+    print(f"here: KL below theirs at {sum(closer)} of {len(sparsity)} levels,")
+    print(f"accuracy within the error bars or better at {sum(as_good)}")
     print(f"{out / 'summary.json'}\n{out / 'figures' / 'pruning.png'}")
 
 
