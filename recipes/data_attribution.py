@@ -148,7 +148,7 @@ def draw(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> "Figure":
     axis.axhline(0, color="gray", linewidth=0.5)
     axis.set_xticks(places, [f"{row['fraction']:g}" for row in rows])
     axis.set_xlabel("fraction of the training samples that the models are trained on again")
-    axis.set_ylabel("linear datamodeling score\n(Spearman correlation, mean over queries ± standard error)")
+    axis.set_ylabel("linear datamodeling score\n(rank correlation ± standard error)")
     axis.legend()
     axis.grid(alpha=0.2)
     return figure

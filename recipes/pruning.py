@@ -100,7 +100,7 @@ def draw(methods: Mapping[str, Mapping[str, Any]], sparsity: list[float]) -> "Fi
         for axis, key in zip(axes, ("accuracy", "kl"), strict=True):
             axis.errorbar(sparsity, values[key], values[f"± {key}"], marker=".", capsize=2, label=name)
     axes[0].set_ylabel("test accuracy (mean ± deviation)")
-    axes[1].set_ylabel("KL(whole model ‖ pruned), nats (mean ± deviation)")
+    axes[1].set_ylabel("KL(whole ‖ pruned), nats (mean ± deviation)")
     for axis in axes:
         axis.set_xlabel("sparsity (fraction of parameters pruned, output layer aside)")
         axis.grid(alpha=0.2)

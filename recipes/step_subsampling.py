@@ -2,11 +2,12 @@
 
     python -m recipes.step_subsampling [key=value …]
 
-`out` receives summary.json, config.yaml, figures/steps.png and the trajectory.
+`out` receives summary.json, config.yaml, figures/steps.png and a trajectory for each seed.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from explaind_track import Quadrature, Query, accuracy_curve, explain, step_scores
 from recipes import images
 from recipes.common import configure, output_directory, save_figures, table, write_json
+from recipes.data import Split
 from recipes.images import Run
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def greedy(changes: Tensor) -> Tensor:
     return torch.tensor(order)
 
 
-def rankings(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, xr.DataArray]:
+def rankings(config: DictConfig, run: Run, x: Tensor, y: Tensor, seed: int) -> dict[str, xr.DataArray]:
     """Scores of the steps, (step) each, the most important ones largest; the held-out batch (x, y) is all they see of
     predictions."""
     rule = Quadrature.fixed(config.nodes)
@@ -51,7 +53,7 @@ def rankings(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, xr
     )
     changes = -torch.from_numpy(outputs.total().transpose("step", "query", "output").values)
     aligned = (changes * changes.sum(0)).sum((1, 2))
-    random = torch.rand(len(changes), generator=torch.Generator().manual_seed(config.seed))
+    random = torch.rand(len(changes), generator=torch.Generator().manual_seed(seed))
 
     def labelled(scores: Tensor) -> xr.DataArray:
         return xr.DataArray(scores.numpy(), {"step": outputs.data["step"]}, ("step",))
@@ -67,17 +69,33 @@ def rankings(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, xr
     }
 
 
-def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
-    """Fig. 8, and the same for the divergence."""
+def one_seed(config: DictConfig, data: Split, seed: int, out: Path) -> tuple[float, int, dict[str, xr.Dataset]]:
+    """The model's test accuracy, the number of its steps, and how well the sum over some of these stands for it."""
+    run = images.obtain(config, data, seed, out / f"trajectory-{seed}")
+    held_out, shown = slice(-config.held_out, None), slice(None, -config.held_out)
+    influence = explain(
+        run.trajectory,
+        run.model,
+        Query.outputs(data.x_test[shown]),
+        keep=("step", "query", "output"),
+        parts=PARTS,
+        quadrature=Quadrature.fixed(config.nodes),
+    )
+    ranked = rankings(config, run, data.x_test[held_out], data.y_test[held_out], seed)
+    curves = {name: accuracy_curve(influence, scores, list(config.kept)) for name, scores in ranked.items()}
+    return images.accuracy(run.model, data.x_test[shown], data.y_test[shown]), len(run.trajectory), curves
+
+
+def draw(curves: Mapping[str, Mapping[str, Any]], kept: Sequence[float]) -> "Figure":
+    """Fig. 8, and the same for the divergence: mean and standard deviation over the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for name, rows in curves.items():
-        kept = [row["kept"] for row in rows]
+    for name, values in curves.items():
         style = "--" if name == "random" else "-"
-        axes[0].plot(kept, [row["agreement"] for row in rows], style, marker=".", label=name)
-        axes[1].plot(kept, [max(row["kl"], 1e-7) for row in rows], style, marker=".", label=name)
+        for axis, key in zip(axes, ("agreement", "kl"), strict=True):
+            axis.errorbar(kept, values[key], values[f"± {key}"], fmt=style, marker=".", capsize=2, label=name)
     axes[0].set_ylabel("agreement with the model's decisions")
     axes[1].set_ylabel("KL(model ‖ sum over the kept steps), nats")
     axes[1].set_yscale("log")
@@ -93,37 +111,36 @@ def main(arguments: list[str]) -> None:
     data = images.load(config)
     out = output_directory(config.out, "step_subsampling")
     OmegaConf.save(config, out / "config.yaml")
-    run = images.obtain(config, data, config.seed, out / "trajectory")
-    held_out, shown = slice(-config.held_out, None), slice(None, -config.held_out)
-    influence = explain(
-        run.trajectory,
-        run.model,
-        Query.outputs(data.x_test[shown]),
-        keep=("step", "query", "output"),
-        parts=PARTS,
-        quadrature=Quadrature.fixed(config.nodes),
-    )
+    accuracies, steps, found = zip(*(one_seed(config, data, seed, out) for seed in config.seeds), strict=True)
+    curves: dict[str, dict[str, list[float]]] = {}
+    for name in found[0]:
+        own = xr.concat([of_seed[name] for of_seed in found], "seed")
+        curves[name] = {key: own[key].mean("seed").values.tolist() for key in ("agreement", "kl")}
+        curves[name] |= {f"± {key}": own[key].std("seed").values.tolist() for key in ("agreement", "kl")}
     kept = list(config.kept)
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for name, scores in rankings(config, run, data.x_test[held_out], data.y_test[held_out]).items():
-        curve = accuracy_curve(influence, scores, kept)
-        values = zip(kept, curve["agreement"].values.tolist(), curve["kl"].values.tolist(), strict=True)
-        curves[name] = [{"kept": fraction, "agreement": one, "kl": other} for fraction, one, other in values]
     rows = [
-        {"kept": fraction, **{name: curves[name][place]["agreement"] for name in curves}}
-        for place, fraction in enumerate(config.kept)
+        {
+            "kept": fraction,
+            **{name: f"{v['agreement'][place]:.3f} ± {v['± agreement'][place]:.3f}" for name, v in curves.items()},
+        }
+        for place, fraction in enumerate(kept)
     ]
     needed = {
-        name: next((row["kept"] for row in rows if row["agreement"] >= 0.9), None) for name, rows in curves.items()
+        name: next((one for one, value in zip(kept, values["agreement"], strict=True) if value >= 0.9), None)
+        for name, values in curves.items()
     }
-    accuracy = images.accuracy(run.model, data.x_test[shown], data.y_test[shown])
-    summary = {"steps": len(run.trajectory), "accuracy": accuracy, "steps_for_90_percent": needed, "curves": curves}
+    summary = {
+        "seeds": len(found),
+        "steps": steps[0],
+        "accuracy": sum(accuracies) / len(accuracies),
+        "kept": kept,
+        "steps_for_90_percent": needed,
+        "curves": curves,
+    }
     write_json(out / "summary.json", summary)
-    save_figures(out / "figures", {"steps": draw(curves)})
-    print(
-        f"\nagreement of the sum over some of {len(run.trajectory)} steps with the model's decisions\n{table(rows)}\n"
-        f"{PAPER}"
-    )
+    save_figures(out / "figures", {"steps": draw(curves, kept)})
+    print(f"\nagreement of the sum over some of {steps[0]} steps with the model's decisions, {len(found)} seeds")
+    print(f"{table(rows)}\n{PAPER}")
     print(f"fraction of the steps needed for 90%: {needed}\n{out / 'summary.json'}\n{out / 'figures' / 'steps.png'}")
 
 

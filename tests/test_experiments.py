@@ -57,10 +57,11 @@ def test_the_path_kernel_stands_for_the_cnn(smoke: Smoke, capsys: pytest.Capture
 
 def test_steps_are_subsampled(smoke: Smoke) -> None:
     summary = smoke("step_subsampling", figures=("steps",))
-    ends = [rows[-1] for rows in summary["curves"].values()]
-    assert len({row["kl"] for row in ends}) == 1  # all steps are the same steps in any order
-    assert summary["steps"] == 10
-    assert ends[0]["agreement"] > 0.9
+    curves = summary["curves"].values()
+    assert len({curve["kl"][-1] for curve in curves}) == 1  # all steps are the same steps in any order
+    assert (summary["steps"], summary["seeds"]) == (10, 2)
+    assert all(curve["agreement"][-1] > 0.9 for curve in curves)
+    assert all(curve["± kl"][0] > 0 for curve in curves)
 
 
 def test_layers_are_transplanted_and_swapped(smoke: Smoke, grokking: Path) -> None:
