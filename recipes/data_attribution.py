@@ -27,9 +27,6 @@ from recipes.images import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BATCH = 1024
-"""Of the baselines: `dattri` takes the queries' gradients again for every batch of training samples."""
-
 RESAMPLES = 30
 """For the error of a score."""
 
@@ -74,8 +71,8 @@ def baselines(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, C
     def right(parameters: Any, sample: tuple[Tensor, Tensor]) -> Tensor:
         return torch.exp(-loss(parameters, sample))
 
-    samples = DataLoader(TensorDataset(run.data.x_train, run.data.y_train), batch_size=BATCH)
-    queries = DataLoader(TensorDataset(x, y), batch_size=BATCH)
+    samples = DataLoader(TensorDataset(run.data.x_train, run.data.y_train), batch_size=config.gradients)
+    queries = DataLoader(TensorDataset(x, y), batch_size=config.gradients)
     options = {"projector_kwargs": {"proj_dim": config.projection, "device": config.device}, "device": config.device}
     steps = [round(len(run.trajectory) * (place + 1) / config.checkpoints) for place in range(config.checkpoints)]
     states = [run.trajectory.state_dict(step) for step in steps]

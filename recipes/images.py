@@ -46,7 +46,11 @@ def build(config: DictConfig, data: Split, seed: int) -> nn.Module:
 
 
 def make_optimizer(config: DictConfig, model: nn.Module, steps_per_epoch: int) -> tuple[Any, Any]:
-    """The optimizer, and the schedule of its learning rate (one triangle over all epochs, or none)."""
+    """The optimizer, and the schedule of its learning rate (one triangle over all epochs, or none).
+
+    Raises ValueError for a peak that is not within the epochs."""
+    if config.peak is not None and not 0 < config.peak < config.epochs:
+        raise ValueError(f"the learning rate's peak={config.peak} has to lie between 0 and epochs={config.epochs}")
     options = {name: value for name, value in config.optimizer.items() if value is not None and name != "name"}
     if "betas" in options:
         options["betas"] = tuple(options["betas"])

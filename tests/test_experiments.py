@@ -239,6 +239,8 @@ def test_the_learning_rate_rises_to_its_peak_and_falls() -> None:
     assert rates.index(max(rates)) in (49, 50)
     assert 0 < rates[-1] < 0.002
     assert rates[0] == pytest.approx(0.002)
+    with pytest.raises(ValueError, match="peak=5 has to lie between 0 and epochs=5"):
+        images.make_optimizer(image_config("epochs=5", "peak=5"), nn.Linear(2, 2), 10)
 
 
 def test_settings_come_from_the_base_the_file_the_preset_and_the_line() -> None:
