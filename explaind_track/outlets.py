@@ -45,19 +45,16 @@ class Outlets:
         configuration: Mapping[str, Any],
     ) -> None:
         """sections, configuration: see `Panels`."""
-        self.run, self.writer = run, writer
+        self.writer = writer
+        self.seen = run is not None or writer is not None
+        """Whether anybody will see what goes out."""
         history = None if writer is None else writer.directory / HISTORY
         logged = set() if run is None or writer is None else steps_logged(writer.directory, run)
         self.panels = Panels(run, history, sections, configuration, logged)
         self._upload = None if run is None or writer is None else _begin_upload(run, writer.directory)
         self._unsent = 0
-        self.stay = before_exit(self._leave) if self.any else lambda: None
+        self.stay = before_exit(self._leave) if self.seen else lambda: None
         """Calls off what is done where the process goes before the end of the run."""
-
-    @property
-    def any(self) -> bool:
-        """Whether anybody will see what goes out."""
-        return self.run is not None or self.writer is not None
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """One row of the panels."""

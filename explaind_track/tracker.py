@@ -348,7 +348,7 @@ class Tracker:
     def _explain_samples(self, known: LiveSamples, step: Step) -> None:
         samples, changes = known.influences(self._told, step)
         self._row["samples/own_step"] = -float(samples.influence.sum())
-        if self._outlets.any:
+        if self._outlets.seen:
             self._outlets.panels.attempt(
                 "draw the samples", lambda: self._row.update(known.draw(self._told, samples, changes))
             )

@@ -81,6 +81,9 @@ def test_parameters_are_pruned(smoke: Smoke) -> None:
 def test_a_pulled_trajectory_is_pruned_as_the_one_that_was_recorded(smoke: Smoke, server: Server) -> None:
     trained = smoke("pruning", "seeds=[0]", "project=images", figures=("pruning",))
     (name,) = server.ask("state")["collections"]
+    rows = server.history(name.replace("trajectory-", ""))
+    assert [row["train/step"] for row in rows] == list(range(5))
+    assert all({"train/loss", "loss/kernel/linear1", "residual/test_loss"} <= row.keys() for row in rows)
     pulled = smoke("pruning", "seeds=[0]", f"trajectory=wandb:{name}", figures=("pruning",))
     assert pulled == trained
     assert server.downloads() > 2  # the manifest, a checkpoint, gradients
