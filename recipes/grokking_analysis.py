@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from explaind_track import Quadrature, Query, Trajectory, explain, sample_cosine
+from explaind_track import Quadrature, Query, Trajectory, explain
+from explaind_track.analysis import sample_cosine
 from recipes.common import configure, output_directory, save_figures, table, write_json
 from recipes.data import Split
 from recipes.grokking_figures import draw_balance, draw_cosines, draw_lasso, draw_maps, draw_phases

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.colors import Normalize, SymLogNorm
 
-from explaind_track import plots
+from explaind_track.analysis import plots
 from recipes.grokking_phases import Phases
 from recipes.modulo_addition import GROUPS
 

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from explaind_track import Influence
-from explaind_track.plots import EARLY_STEPS
+from explaind_track.analysis.plots import EARLY_STEPS
 
 SMOOTHING = 25
 """Steps over which curves are averaged before anything is read off them."""

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from explaind_track import Query, Tracker, Trajectory, how_to_look, open_run
+from explaind_track import Query, Tracker, Trajectory, open_run, where_to_look
 from recipes.data import Split, image_data
 from recipes.models import CNN, ResNet9
 
@@ -100,7 +100,7 @@ def train(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
     tracker.finish()
     if run is not None:
         run.finish()
-        print(how_to_look(run))
+        print(where_to_look(run))
     model.eval()
     return Run(model, data, Trajectory.open(directory))
 

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from explaind_track import Influence, Quadrature, Query, Tracker, Trajectory, how_to_look, open_run, plots
-from explaind_track.artifacts import directory_mb
+from explaind_track import Influence, Quadrature, Query, Tracker, Trajectory, open_run, where_to_look
+from explaind_track.analysis import plots
+from explaind_track.wandb_io.artifacts import directory_mb
 from recipes.common import configure, output_directory, write_json
 from recipes.data import Split, modulo_addition
 from recipes.models import ModuloTransformer
@@ -189,7 +190,7 @@ def main(arguments: list[str]) -> None:
     print(f"\n{out / 'summary.json'}")
     for key, value in summary.items():
         print(f"  {key:22} {value}")
-    print(f"{out / 'figures' / 'training.png'}\n{how_to_look(run)}")
+    print(f"{out / 'figures' / 'training.png'}\n{where_to_look(run)}")
     print(f"Look at its figures in a browser with `explaind-track report {out}`")
 
 

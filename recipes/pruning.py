@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from explaind_track import Quadrature, Query, evaluate_pruning, parameter_scores, prune_masks
+from explaind_track import Quadrature, Query
+from explaind_track.analysis import evaluate_pruning, parameter_scores, prune_masks
 from recipes import images
 from recipes.common import configure, output_directory, save_figures, table, write_json
 from recipes.data import Split

@@ -15,7 +15,8 @@ import xarray as xr
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from explaind_track import Quadrature, Query, accuracy_curve, explain, step_scores
+from explaind_track import Quadrature, Query, explain
+from explaind_track.analysis import accuracy_curve, step_scores
 from recipes import images
 from recipes.common import configure, output_directory, save_figures, table, write_json
 from recipes.data import Split

@@ -12,8 +12,8 @@ from optimizers import Lion
 from reference import Reference, Rule, Training, Turn, copies, gauss_legendre, reference
 from torch import Tensor, nn
 
-from explaind_track import Batch, Query, Step, Stepper, resolve_groups
-from explaind_track.groups import Groups, GroupSpec
+from explaind_track import Batch, Query, Step, StepObserver, resolve_groups
+from explaind_track.core.groups import Groups, GroupSpec
 
 SAMPLES, QUERIES, TOKENS = 7, 3, 4
 
@@ -321,31 +321,31 @@ class Case:
         training = self.training()
         model, parameters = training.model, dict(training.model.named_parameters())
         buffers = copies(model.named_buffers())
-        stepper: Stepper | None = None
+        observer: StepObserver | None = None
         for number, (turn, losses) in enumerate(training.losses()):
             auxiliary = self.auxiliary_gradients(model)
             clip = training.backward(turn, losses)
             if number == first:
-                stepper = Stepper(training.optimizer, parameters)
-            if stepper is not None:
-                stepper.before(
+                observer = StepObserver(training.optimizer, parameters)
+            if observer is not None:
+                observer.before(
                     buffers, {part: {n: g * clip for n, g in own.items()} for part, own in auxiliary.items()}
                 )
             training.optimizer.step()
             after = copies(model.named_buffers())
-            if stepper is not None:
-                yield stepper.after(number, after, (batch_of(turn, clip, self.dtype),))
+            if observer is not None:
+                yield observer.after(number, after, (batch_of(turn, clip, self.dtype),))
             buffers = after
 
     def lasting_steps(self, first: int = 0) -> list[Step]:
         """The same steps, in tensors of their own."""
-        made = Stepper.after
+        made = StepObserver.after
 
-        def after(self: Stepper, *arguments: Any) -> Step:
+        def after(self: StepObserver, *arguments: Any) -> Step:
             return self.lasting(made(self, *arguments))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Stepper, "after", after)
+            patch.setattr(StepObserver, "after", after)
             return list(self.steps(first))
 
     def sample_options(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from test_sample_axis import AXES as SAMPLE_AXES
 from test_sample_axis import of_samples, wanted
 
 from explaind_track import Quadrature
-from explaind_track.autodiff import ForwardModeFallback
+from explaind_track.errors import ForwardModeFallbackWarning
 
 PAGE = Path(__file__).with_name("README.md")
 HEAD = """# What is exact
@@ -118,6 +118,6 @@ def page() -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", ForwardModeFallback)
+    warnings.simplefilter("ignore", ForwardModeFallbackWarning)
     PAGE.write_text(page())
     print(PAGE)

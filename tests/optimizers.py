@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from explaind_track import Rule, Update, update_rule
+from explaind_track import Rule, update_rule
 
 
 class Lion(torch.optim.Optimizer):
@@ -34,8 +34,8 @@ def _lion(optimizer: Lion, settings: Mapping[str, Any], state: Mapping[str, Any]
     (beta1, beta2), rate, held = settings["betas"], settings["lr"], state["momentum"]
     own, new = beta1 / beta2, (beta2 - beta1) / beta2
 
-    def precondition(direction: Tensor, update: Update) -> Tensor:
-        size = (held * own + update.gradient * new).abs_()
+    def precondition(direction: Tensor, seen: Tensor) -> Tensor:
+        size = (held * own + seen * new).abs_()
         return direction.mul_(torch.where(size > 0, 1 / size, 0))
 
     decay = rate * settings["weight_decay"]

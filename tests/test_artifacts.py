@@ -14,10 +14,10 @@ import wandb
 import xarray as xr
 from conftest import Server, make_job
 
-from explaind_track import Influence, Trajectory, TrajectoryError, explain, log_result, open_run
-from explaind_track.panels import LoggingWarning
-from explaind_track.recorder import FORMAT
-from explaind_track.remote import cache_directory, fetch_result
+from explaind_track import Trajectory, explain, log_result, open_influence, open_run
+from explaind_track.errors import LoggingWarning, TrajectoryError
+from explaind_track.record.remote import cache_directory, fetch_result
+from explaind_track.record.writer import FORMAT
 
 pytestmark = pytest.mark.usefixtures("closing_wandb")
 
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.usefixtures("closing_wandb")
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of the artifact for every new file."""
-    monkeypatch.setattr("explaind_track.artifacts.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("explaind_track.artifacts.BATCH_BYTES", 1)
-    monkeypatch.setattr("explaind_track.recorder.SEGMENT_BYTES", 1000)
+    monkeypatch.setattr("explaind_track.wandb_io.artifacts.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("explaind_track.wandb_io.artifacts.BATCH_BYTES", 1)
+    monkeypatch.setattr("explaind_track.record.writer.SEGMENT_BYTES", 1000)
 
 
 def train(directory: Path, steps: int, pause: float = 0.0, **options: Any) -> tuple[Any, Any, Any]:
@@ -178,7 +178,7 @@ def test_results_are_artifacts_that_descend_from_the_trajectory(server: Server, 
     influence = tracker.influence("query")
     influence.save(tmp_path / "influence.safetensors")
     log_result(run, tmp_path / "influence.safetensors", "influence", uses=Trajectory.open(name_of(run)))
-    found = Influence.load(f"wandb:{run.entity}/project/influence-{run.id}")
+    found = open_influence(f"wandb:{run.entity}/project/influence-{run.id}")
     xr.testing.assert_identical(found.data, influence.data)
     for kind, name, content in (("masks", "masks.safetensors", b"masks"), ("figure", "figure.png", b"\x89PNG")):
         (tmp_path / name).write_bytes(content)
@@ -188,14 +188,14 @@ def test_results_are_artifacts_that_descend_from_the_trajectory(server: Server, 
     assert {artifact.type for artifact in this.used_artifacts()} == {"trajectory"}
     assert {artifact.type for artifact in this.logged_artifacts()} == {"trajectory", "influence", "masks", "figure"}
     with pytest.raises(TrajectoryError, match="no result"):
-        Influence.load(name_of(run))
+        open_influence(name_of(run))
 
 
 @pytest.mark.usefixtures("eager")
 def test_a_slow_or_silent_server_holds_up_no_step(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explaind_track.artifacts.FINISH_SECONDS", 1.0)
+    monkeypatch.setattr("explaind_track.wandb_io.artifacts.FINISH_SECONDS", 1.0)
     job, run = make_job(), open_run("project", tmp_path)
     tracker = job.tracker(run=run, trajectory=tmp_path / "t", keyframe_every=4)
     longest = 0.0

@@ -13,9 +13,11 @@ from reference import flat
 from test_exactness import AXES, OWN_PARTS, cases, check, fixed, parts_of, run, wanted_influence
 from torch import Tensor, nn
 
-from explaind_track import Quadrature, Query, State, explain, plans
-from explaind_track.autodiff import ForwardModeFallback, Functional, activation_bytes, evaluation, sample_gradients
-from explaind_track.integrator import Integrator
+from explaind_track import Quadrature, Query, State, explain
+from explaind_track.engine import directions
+from explaind_track.engine.functional import Functional, activation_bytes, evaluation, sample_gradients
+from explaind_track.engine.integrator import Integrator
+from explaind_track.errors import ForwardModeFallbackWarning
 
 either_plan = pytest.mark.parametrize("cost", [0, inf], ids=["reverse", "forward"])
 
@@ -23,7 +25,7 @@ either_plan = pytest.mark.parametrize("cost", [0, inf], ids=["reverse", "forward
 @pytest.mark.parametrize(("cost", "memory"), [(0, 1), (inf, 1), (inf, 10_000)])
 @cases()
 def test_plans_and_chunks_do_not_matter(case: Case, cost: float, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "REVERSE_COST", cost)
+    monkeypatch.setattr(directions, "REVERSE_COST", cost)
     oracle, groups, parts = case.reference(1), case.resolved_groups(), parts_of(case)
     full, by_group = run(case, AXES, ("group",), memory=memory, **fixed(1, parts))
     wanted = wanted_influence(oracle, groups, parts)
@@ -38,7 +40,7 @@ def test_plans_and_chunks_do_not_matter(case: Case, cost: float, memory: int, mo
 @cases("adamw-thawed", "adamw-late")
 def test_chunks_may_differ_from_step_to_step(case: Case, cost: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that leaves some parameters alone needs less memory, and so takes larger chunks of queries."""
-    monkeypatch.setattr(plans, "REVERSE_COST", cost)
+    monkeypatch.setattr(directions, "REVERSE_COST", cost)
     wanted = wanted_influence(case.reference(1), case.resolved_groups()).sum((1, 2))
     for memory in range(500, 6_000, 250):
         influence = run(case, ("query", "output"), memory=memory, **fixed(1))
@@ -51,7 +53,7 @@ def test_chunks_may_differ_from_step_to_step(case: Case, cost: float, monkeypatc
 def test_a_step_that_moves_nothing_explains_nothing(
     cost: float, quadrature: Quadrature, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "REVERSE_COST", cost)
+    monkeypatch.setattr(directions, "REVERSE_COST", cost)
     every = tuple(dict(MLP().named_parameters()))
     case = Case("pause", loop=(mean(0, 1), mean(2, without=every), mean(3, 4)))
     influence = run(case, AXES, quadrature=quadrature)
@@ -134,7 +136,7 @@ def cubed(function: type[torch.autograd.Function], target: str) -> Case:
 @pytest.mark.parametrize("function", CUBES)
 def test_an_operation_without_forward_rule_falls_back_and_says_so_once(function: type[torch.autograd.Function]) -> None:
     case = cubed(function, "outputs")
-    with pytest.warns(ForwardModeFallback, match="influences are computed in reverse mode") as told:
+    with pytest.warns(ForwardModeFallbackWarning, match="influences are computed in reverse mode") as told:
         influence = run(case, AXES, **fixed(1))
     assert len(told) == 1
     check(influence.data["influence"], wanted_influence(case.reference(1), case.resolved_groups()))
@@ -145,19 +147,19 @@ class CubeModule(nn.Module):
         return Cube.apply(x)
 
 
-@pytest.mark.filterwarnings("ignore::explaind_track.autodiff.ForwardModeFallback")
+@pytest.mark.filterwarnings("ignore::explaind_track.errors.ForwardModeFallbackWarning")
 @either_plan
 def test_a_fallback_may_meet_parameters_that_the_target_does_not_know(
     cost: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "REVERSE_COST", cost)
+    monkeypatch.setattr(directions, "REVERSE_COST", cost)
     target = Target(lambda x, _: Query.activation(x, "activation"), lambda f, x, _: f.activation(f.first(x)))
     case = Case("early", model=lambda: MLP(CubeModule()), target=target, loop=LATE)
     influence = run(case, AXES, memory=1, **fixed(1))
     check(influence.data["influence"], wanted_influence(case.reference(1), case.resolved_groups()))
 
 
-@pytest.mark.filterwarnings("ignore::explaind_track.autodiff.ForwardModeFallback")
+@pytest.mark.filterwarnings("ignore::explaind_track.errors.ForwardModeFallbackWarning")
 @pytest.mark.parametrize("target", ["loss", "mean-loss"])
 @pytest.mark.parametrize("function", CUBES)
 def test_the_reverse_plan_does_without_special_rules(function: type[torch.autograd.Function], target: str) -> None:
@@ -166,7 +168,7 @@ def test_the_reverse_plan_does_without_special_rules(function: type[torch.autogr
     check(influence.data["influence"], wanted_influence(case.reference(1), case.resolved_groups()))
 
 
-@pytest.mark.filterwarnings("ignore::explaind_track.autodiff.ForwardModeFallback")
+@pytest.mark.filterwarnings("ignore::explaind_track.errors.ForwardModeFallbackWarning")
 @pytest.mark.parametrize("function", CUBES)
 def test_directional_derivatives_of_a_loss_vector(function: type[torch.autograd.Function]) -> None:
     """⟨μ, ∇L_k⟩ for every sample k and several directions μ."""

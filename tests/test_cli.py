@@ -16,21 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from explaind_track import (
-    Influence,
-    Quadrature,
-    Trajectory,
-    explain,
-    open_run,
-    parameter_scores,
-    prune_masks,
-    similarity,
-)
-from explaind_track.cli import main
-from explaind_track.panels import Panels
-from explaind_track.report import report
-from explaind_track.show import Follower, curve
-from explaind_track.workspace import other_than
+from explaind_track import Influence, Quadrature, Trajectory, explain, open_run
+from explaind_track.analysis import parameter_scores, prune_masks, similarity
+from explaind_track.cli.live_view import Follower, curve
+from explaind_track.cli.main import main
+from explaind_track.cli.report import report
+from explaind_track.wandb_io.panels import Panels
+from explaind_track.wandb_io.workspace import other_than
 
 pytestmark = pytest.mark.usefixtures("closing_wandb")
 
@@ -113,7 +105,7 @@ def test_show_draws_the_last_step_and_follows_the_record(run: Path) -> None:
 
 
 def test_a_long_record_is_followed_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("explaind_track.show.TAIL_BYTES", 100)
+    monkeypatch.setattr("explaind_track.cli.live_view.TAIL_BYTES", 100)
     for step in range(50):
         Panels(None, tmp_path / "history.jsonl", []).log({"train/step": step})
     follower = Follower(tmp_path)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import make_job
 
-from explaind_track import Influence, Trajectory, TrajectoryError
-from explaind_track.storage import _digest
+from explaind_track import Influence, Trajectory
+from explaind_track.errors import TrajectoryError
+from explaind_track.record.files import _digest
 
 
 @pytest.fixture(scope="module")

@@ -17,19 +17,10 @@ from numpy.typing import ArrayLike
 from reference import Reference
 from torch import nn
 
-from explaind_track import (
-    Explainer,
-    Influence,
-    Quadrature,
-    Query,
-    Rule,
-    Stepper,
-    UnexplainedUpdate,
-    explain,
-    update_rule,
-)
-from explaind_track.groups import Groups
-from explaind_track.path import gauss_legendre
+from explaind_track import Explainer, Influence, Quadrature, Query, Rule, StepObserver, explain, update_rule
+from explaind_track.core.groups import Groups
+from explaind_track.engine.path_integral import gauss_legendre
+from explaind_track.errors import UnexplainedUpdateError
 
 AXES = ("step", "group", "query", "output")
 EVERY_KEEP = [keep for count in range(5) for keep in combinations(AXES, count)]
@@ -205,16 +196,16 @@ def test_closing_is_exact_where_no_node_sees_a_derivative() -> None:
     """ReLU(w·x) with w from −3 to 1: the one node lies where the unit is off."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU()).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stepper, weight = Stepper(optimizer, dict(model.named_parameters())), model.get_parameter("0.weight")
+    observer, weight = StepObserver(optimizer, dict(model.named_parameters())), model.get_parameter("0.weight")
     weight.data.fill_(-3.0)
     weight.grad = torch.full_like(weight, -4.0)
-    stepper.before({})
+    observer.before({})
     optimizer.step()
     query, options = (
         Query.outputs(torch.ones(1, 1, dtype=torch.float64)),
         {"keep": AXES, "close": True, "progress": False},
     )
-    step = stepper.after(0, {})
+    step = observer.after(0, {})
     influence = explain([step], model, query, quadrature=Quadrature.fixed(1), **options)
     check(influence.data["change"], [[[1.0]]])
     check(influence.total(), [[[-1.0]]])
@@ -334,24 +325,24 @@ def test_a_warm_start_whose_past_rests_for_a_step() -> None:
 def test_an_unknown_optimizer_is_refused_with_the_remedy(cls: type[torch.optim.Optimizer]) -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=rf"(?s){cls.__name__}.*Adam.*SGD.*@explaind_track\.update_rule\.register"):
-        Stepper(cls(model.parameters(), lr=0.1), dict(model.named_parameters()))
+        StepObserver(cls(model.parameters(), lr=0.1), dict(model.named_parameters()))
 
 
 def test_closures_that_evaluate_many_times_are_refused() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"LBFGS.*many times"):
-        Stepper(torch.optim.LBFGS(model.parameters()), dict(model.named_parameters()))
+        StepObserver(torch.optim.LBFGS(model.parameters()), dict(model.named_parameters()))
 
 
 def test_parameters_that_are_no_real_numbers_are_refused() -> None:
     model = nn.Linear(2, 2, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"real numbers.*weight \(torch.complex64\)"):
-        Stepper(torch.optim.SGD(model.parameters()), dict(model.named_parameters()))
+        StepObserver(torch.optim.SGD(model.parameters()), dict(model.named_parameters()))
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"2 parameter\(s\).*\(2, 2\)"):
-        Stepper(torch.optim.SGD(nn.Linear(2, 2).parameters()), dict(nn.Linear(2, 2).named_parameters()))
+        StepObserver(torch.optim.SGD(nn.Linear(2, 2).parameters()), dict(nn.Linear(2, 2).named_parameters()))
 
 
 class Halved(torch.optim.SGD):
@@ -380,7 +371,7 @@ HALVED = Case("halved", optimizer=lambda model: Halved(model.parameters(), lr=0.
 
 
 def test_a_step_that_its_rule_does_not_explain_is_refused() -> None:
-    with pytest.raises(UnexplainedUpdate, match=r"Halved.*first\.weight.*register"):
+    with pytest.raises(UnexplainedUpdateError, match=r"Halved.*first\.weight.*register"):
         next(HALVED.steps())
 
 

@@ -15,11 +15,12 @@ import pytest
 import wandb
 from conftest import Server, make_job
 
-from explaind_track import Trajectory, TrajectoryError, open_run
-from explaind_track.media import from_json
-from explaind_track.panels import LoggingWarning, Panels
-from explaind_track.runs import is_running, read_rows
-from explaind_track.sync import sync
+from explaind_track import Trajectory, open_run
+from explaind_track.errors import LoggingWarning, TrajectoryError
+from explaind_track.record.media import from_json
+from explaind_track.record.run_directory import is_running, read_rows
+from explaind_track.wandb_io.panels import Panels
+from explaind_track.wandb_io.sync import sync
 
 pytestmark = pytest.mark.usefixtures("closing_wandb")
 
@@ -62,7 +63,7 @@ def test_rows_arrive_once_and_in_order_through_failures_and_outages(
 
 
 def test_an_outage_at_the_end_is_repaired(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("explaind_track.artifacts.FINISH_SECONDS", 1.0)
+    monkeypatch.setattr("explaind_track.wandb_io.artifacts.FINISH_SECONDS", 1.0)
     job, run = make_job(), open_run("project", tmp_path, settings=wandb.Settings(finish_timeout=2))
     tracker = job.tracker(run=run, trajectory=tmp_path / "t")
     job.run(tracker, 5)
@@ -87,7 +88,7 @@ def test_an_outage_at_the_end_is_repaired(server: Server, tmp_path: Path, monkey
 def test_a_key_that_expires_on_the_way_is_repaired(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explaind_track.artifacts.FINISH_SECONDS", 1.0)
+    monkeypatch.setattr("explaind_track.wandb_io.artifacts.FINISH_SECONDS", 1.0)
     job, run = make_job(), open_run("project", tmp_path, settings=wandb.Settings(finish_timeout=2))
     tracker = job.tracker(run=run, trajectory=tmp_path / "t")
     job.run(tracker, 5)

@@ -9,7 +9,8 @@ from cases import Case
 from hypothesis import Phase, given, settings
 from test_exactness import AXES, cases, check, fixed, run, wanted_influence
 
-from explaind_track import explain, plans, resolve_groups
+from explaind_track import explain, resolve_groups
+from explaind_track.engine import directions
 
 NAMES = ["embedding.weight", "blocks.0.first.weight", "blocks.0.first.bias", "blocks.1.first.weight", "scale"]
 
@@ -65,7 +66,7 @@ def test_any_partition_gives_the_same_sums(case: Case, data: st.DataObject, memo
         for g in sorted(set(members))
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "REVERSE_COST", cost)
+        patch.setattr(directions, "REVERSE_COST", cost)
         full, by_query = run(case, AXES, ("step", "query"), groups=groups, memory=memory, **fixed(1))
     wanted = wanted_influence(case.reference(1), groups)
     check(full.data["influence"], wanted)

@@ -32,7 +32,7 @@ def main(rank: int, out: Path) -> None:
     import lightning.pytorch as lightning
     from lightning.pytorch.strategies import DDPStrategy
 
-    from explaind_track.guests.lightning import TrackerCallback
+    from explaind_track.callbacks.lightning import TrackerCallback
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:

@@ -14,7 +14,7 @@ from explaind_track import Query, Tracker, Trajectory, open_run
 
 pytestmark = [
     pytest.mark.usefixtures("closing_wandb"),
-    pytest.mark.filterwarnings("ignore", "error::explaind_track.samples.SampleMismatch"),  # of our hosts
+    pytest.mark.filterwarnings("ignore", "error::explaind_track.errors.SampleMismatchWarning"),  # of our hosts
 ]
 
 
@@ -38,7 +38,7 @@ def sample_loss(model: nn.Module, batch: Any) -> torch.Tensor:
 @pytest.mark.parametrize(("accumulated", "clip"), [(1, None), (2, 0.02)])
 def test_lightning(accumulated: int, clip: float | None, tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
-    from explaind_track.guests.lightning import TrackerCallback
+    from explaind_track.callbacks.lightning import TrackerCallback
 
     class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
@@ -99,7 +99,7 @@ def test_lightning_samples_are_those_of_its_precision(trainer_options: dict[str,
     """They add up to the gradient that bfloat16 gave, which others miss by 0.4%; where values are clipped, they are
     refused."""
     lightning = pytest.importorskip("lightning.pytorch")
-    from explaind_track.guests.lightning import TrackerCallback
+    from explaind_track.callbacks.lightning import TrackerCallback
 
     class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
@@ -132,7 +132,7 @@ def test_lightning_samples_are_those_of_its_precision(trainer_options: dict[str,
 
 def test_several_processes_have_samples_of_their_own() -> None:
     pytest.importorskip("lightning.pytorch")
-    from explaind_track.guests.lightning import TrackerCallback
+    from explaind_track.callbacks.lightning import TrackerCallback
 
     TrackerCallback(queries={"test": Query.outputs(X[:4])}).check_alone(2)
     with pytest.raises(ValueError, match="samples of the main one alone; leave sample_loss= out"):
@@ -144,7 +144,7 @@ def test_lightning_reuses_its_run(server: Server, tmp_path: Path) -> None:
     from lightning.pytorch.demos.boring_classes import BoringModel
     from lightning.pytorch.loggers import WandbLogger
 
-    from explaind_track.guests.lightning import TrackerCallback
+    from explaind_track.callbacks.lightning import TrackerCallback
 
     logger = WandbLogger(project="project", save_dir=tmp_path)
     callback = TrackerCallback(queries={"test": Query.outputs(torch.ones(2, 32))})
@@ -168,7 +168,7 @@ def test_transformers(accumulated: int, clip: float, tmp_path: Path, monkeypatch
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from explaind_track.guests.transformers import TrackerCallback
+    from explaind_track.callbacks.transformers import TrackerCallback
 
     torch.manual_seed(0)
     config = transformers.BertConfig(

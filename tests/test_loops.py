@@ -12,7 +12,7 @@ from loops import LOOPS, Loop
 from torch import Tensor, nn
 
 from explaind_track import Quadrature, Query, Tracker, Trajectory, explain
-from explaind_track.samples import SampleMismatch
+from explaind_track.errors import SampleMismatchWarning
 
 REFINED = Quadrature(tolerance=1e-9, nodes=4, max_nodes=64)
 TWO = {"quadrature": Quadrature.fixed(2), "progress": False}
@@ -66,7 +66,7 @@ def measure(loop: Loop, directory: Path) -> Measured:
     refusal, error = "", float("nan")
     try:
         keep = ("group", "query", "output", "sample")
-        with pytest.warns(SampleMismatch) if loop.rounded else nullcontext():
+        with pytest.warns(SampleMismatchWarning) if loop.rounded else nullcontext():
             samples = explain(trajectory, model, live.query, keep=keep, sample_loss=loop.sample_loss, data=data, **TWO)
         kernel = explain(trajectory, model, live.query, keep=keep[:-1], **TWO).data["influence"].sel(part="kernel")
         error = float(abs(samples.data["influence"].sum("sample") - kernel).max() / abs(kernel).max())

@@ -10,10 +10,11 @@ import torch
 import wandb
 from conftest import Server, make_job
 
-from explaind_track import Quadrature, Trajectory, how_to_look, open_run, panels
-from explaind_track.panels import LoggingWarning, Panels
-from explaind_track.resume import ResumeWarning
-from explaind_track.runs import read_rows
+from explaind_track import Quadrature, Trajectory, open_run, where_to_look
+from explaind_track.errors import LoggingWarning, ResumeWarning
+from explaind_track.record.run_directory import read_rows
+from explaind_track.wandb_io import panels
+from explaind_track.wandb_io.panels import Panels
 
 pytestmark = pytest.mark.usefixtures("closing_wandb")
 
@@ -44,8 +45,8 @@ def test_nobody_logged_in_means_offline_and_how_to_go_on(tmp_path: Path) -> None
     tracker.finish()
     assert Path(run.settings.sync_dir).is_relative_to(tmp_path)
     assert tracker.staging_mb == 0
-    assert f"wandb leet {run.settings.sync_dir}" in how_to_look(run)
-    assert f"wandb sync {run.settings.sync_dir}" in how_to_look(run)
+    assert f"wandb leet {run.settings.sync_dir}" in where_to_look(run)
+    assert f"wandb sync {run.settings.sync_dir}" in where_to_look(run)
 
 
 class Broken:
@@ -164,9 +165,9 @@ def test_steps_that_are_taken_again_are_not_logged_twice(server: Server, tmp_pat
     run = open_run("project", tmp_path, id="again")
     tracker = job.tracker(run=run, trajectory=tmp_path / "t", keyframe_every=4)
     job.run(tracker, 6)
-    tracker._outlets.panels.close()
+    tracker._outputs.panels.close()
     tracker._writer._lock.release()  # the process is gone, and with it the steps that were not written yet
-    tracker._outlets.stay()
+    tracker._outputs.stay()
     run.finish()
     job = make_job()
     run = open_run("project", tmp_path, id="again", resume="must")

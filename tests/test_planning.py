@@ -11,8 +11,9 @@ import torch
 import xarray as xr
 from conftest import Job, make_job, sample_loss
 
-from explaind_track import Influence, Quadrature, Query, Trajectory, explain, plan_explanation, planning
-from explaind_track.sources import query_digest
+from explaind_track import Influence, Quadrature, Query, Trajectory, explain, open_influence, plan_explanation
+from explaind_track.explanation import plan
+from explaind_track.explanation.digests import query_digest
 
 KEEPS = [
     ("step", "group"),
@@ -98,12 +99,12 @@ def test_results_on_disk_go_on_where_they_stopped(
     with pytest.raises(KeyboardInterrupt):
         explain(trajectory, job.model, query, out=tmp_path / "r", **options)
     with pytest.raises(ValueError, match="no complete result"):
-        Influence.load(tmp_path / "r")
+        open_influence(tmp_path / "r")
     calls, least = 0, 10**9
     found = explain(trajectory, job.model, query, out=tmp_path / "r", **options)
     monkeypatch.undo()
     xr.testing.assert_allclose(found.data, wanted, rtol=1e-10, atol=1e-13)
-    xr.testing.assert_identical(Influence.load(tmp_path / "r").data, found.data)
+    xr.testing.assert_identical(open_influence(tmp_path / "r").data, found.data)
     if len(keep) > 2:
         assert calls < whole
         assert isinstance(found.data["influence"].values.base, np.ndarray)
@@ -113,7 +114,7 @@ def test_results_on_disk_go_on_where_they_stopped(
 
 def test_what_does_not_fit_is_refused(recorded: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     job, directory = recorded
-    monkeypatch.setattr(planning, "room", lambda: 1000)
+    monkeypatch.setattr(plan, "room", lambda: 1000)
     for keep in (KEEPS[1], KEEPS[4]):
         options = options_of(job, keep)
         with pytest.raises(ValueError, match=r"5 query × 3 output.*out="):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from explaind_track.pruning import evaluate_pruning, prune_masks, pruned, sparsity
+from explaind_track.analysis.pruning import evaluate_pruning, prune_masks, pruned, sparsity
 
 
 def network() -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from explaind_track import Quadrature, Tracker, Trajectory, explain
-from explaind_track.ranks import Ranks
+from explaind_track.tracking.ddp import Ranks
 
 RANKS, STEPS = 2, 4
 LOOPS = ("plain", "per_sample", "accumulated", "accumulated_per_sample", "unnamed", "random")
@@ -94,7 +94,7 @@ def save(tracker: Tracker, directory: Path) -> None:
 
 
 def own_history(directory: Path) -> list[dict[str, float]]:
-    from explaind_track.runs import read_rows
+    from explaind_track.record.run_directory import read_rows
 
     return read_rows(directory)
 

@@ -14,8 +14,8 @@ import wandb
 from conftest import Server
 
 from explaind_track import Influence, Quadrature, Trajectory, explain
-from explaind_track.runs import read_rows, read_tie
-from explaind_track.sync import sync
+from explaind_track.record.run_directory import read_rows, read_tie
+from explaind_track.wandb_io.sync import sync
 from recipes.modulo_addition import task
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("closing_wandb")]

@@ -20,9 +20,9 @@ import xarray as xr
 from conftest import sample_loss
 from torch import nn
 
-from explaind_track import Influence, Query, Tracker, Trajectory, TrajectoryError
-from explaind_track.resume import ResumeWarning
-from explaind_track.runs import read_rows
+from explaind_track import Influence, Query, Tracker, Trajectory
+from explaind_track.errors import ResumeWarning, TrajectoryError
+from explaind_track.record.run_directory import read_rows
 
 STEPS = 23
 
@@ -180,7 +180,7 @@ def test_sigterm_loses_no_step(tmp_path: Path) -> None:
 
     def slow() -> None:
         def wait(tracker: Tracker) -> None:
-            log = tracker._outlets.panels.log
+            log = tracker._outputs.panels.log
 
             def counted(row: dict[str, float]) -> None:
                 log(row)
@@ -188,7 +188,7 @@ def test_sigterm_loses_no_step(tmp_path: Path) -> None:
                     os.write(tell, b"x")
                     time.sleep(30)
 
-            tracker._outlets.panels.log = counted  # type: ignore[method-assign, assignment]
+            tracker._outputs.panels.log = counted  # type: ignore[method-assign, assignment]
 
         job(tmp_path / "t", prepare=wait)
 
@@ -211,14 +211,14 @@ def test_steps_that_are_lost_are_named(tmp_path: Path, whole: Whole) -> None:
 
 def stop_hard(directory: Path, number: int) -> None:
     def prepare(tracker: Tracker) -> None:
-        log = tracker._outlets.panels.log
+        log = tracker._outputs.panels.log
 
         def counted(row: dict[str, float]) -> None:
             log(row)
             if row["train/step"] == number - 1:
                 os._exit(9)
 
-        tracker._outlets.panels.log = counted  # type: ignore[method-assign, assignment]
+        tracker._outputs.panels.log = counted  # type: ignore[method-assign, assignment]
 
     job(directory, prepare=prepare)
 

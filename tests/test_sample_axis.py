@@ -16,10 +16,10 @@ from reference import copies
 from test_exactness import cases, check
 from torch import Tensor, nn
 
-from explaind_track import Batch, Influence, Quadrature, Query, Step, Stepper, Tracker, Trajectory, explain
-from explaind_track import products as products_module
-from explaind_track.autodiff import ForwardModeFallback
-from explaind_track.samples import SampleMismatch, random_state
+from explaind_track import Batch, Influence, Quadrature, Query, Step, StepObserver, Tracker, Trajectory, explain
+from explaind_track.core.rng import random_state
+from explaind_track.engine import per_sample as products_module
+from explaind_track.errors import ForwardModeFallbackWarning, SampleMismatchWarning
 
 AXES = ("step", "seen", "group", "query", "output", "sample")
 
@@ -108,7 +108,7 @@ def test_some_samples_are_pieces_of_all(case: Case) -> None:
 
 @cases("sgd-full")
 def test_a_loss_that_vmap_refuses_goes_forward_and_says_so(case: Case) -> None:
-    with pytest.warns(ForwardModeFallback, match="one direction at a time"):
+    with pytest.warns(ForwardModeFallbackWarning, match="one direction at a time"):
         found = of_samples(case, ("query", "output", "sample"))["influence"]
     check(found, wanted(case, list(range(7))).sum((0, 1, 2)))
 
@@ -134,7 +134,7 @@ def test_dropout_batch_norm_and_clipping_are_exact_as_they_ran(name: str, rows: 
     x, y = torch.randn(9, 3, dtype=torch.float64), torch.randint(0, 3, (9,))
     query = Query.outputs(torch.randn(2, 3, dtype=torch.float64))
     query = query.sum() if rows == "sum" else query
-    stepper, parameters = Stepper(optimizer, dict(model.named_parameters())), dict(model.named_parameters())
+    observer, parameters = StepObserver(optimizer, dict(model.named_parameters())), dict(model.named_parameters())
     steps: list[Step] = []
     buffer = {name: torch.zeros(9, *value.shape, dtype=torch.float64) for name, value in parameters.items()}
     total = torch.zeros(len(query) * 3, 9, dtype=torch.float64)
@@ -151,10 +151,10 @@ def test_dropout_batch_norm_and_clipping_are_exact_as_they_ran(name: str, rows: 
             found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
             for n, gradient in zip(parameters, found, strict=True):
                 own[n][k] = gradient * factor / len(index)
-        stepper.before(before)
+        observer.before(before)
         optimizer.step()
         batch = Batch(len(index), factor / len(index), index, None, state)
-        step = stepper.lasting(stepper.after(number, copies(model.named_buffers()), (batch,)))
+        step = observer.lasting(observer.after(number, copies(model.named_buffers()), (batch,)))
         steps.append(step)
         model.eval()
         middle = {n: (step.before.parameters[n] + step.after.parameters[n]) / 2 for n in parameters}
@@ -172,7 +172,7 @@ def test_dropout_batch_norm_and_clipping_are_exact_as_they_ran(name: str, rows: 
                 torch.stack([rule.e * b + rule.d * o for b, o in zip(buffer[n], own[n], strict=True)])
             )
             total += phi[n].flatten(1) @ feature.flatten(1).T
-        stepper.settle()
+        observer.settle()
     found = explain(
         steps, model, query, keep=("query", "output", "sample"), quadrature=Quadrature.fixed(1), progress=False,
         sample_loss=sample_loss, data=lambda index: (x[index], y[index]),
@@ -227,7 +227,7 @@ def test_an_undeclared_clip_is_told_of(tmp_path: Path) -> None:
             job.optimizer.step()
     tracker.finish()
     for samples, count in ((None, 3), ([0, 4], 2)):
-        with pytest.warns(SampleMismatch, match=f"at {count} of 3 steps.*clipped"):
+        with pytest.warns(SampleMismatchWarning, match=f"at {count} of 3 steps.*clipped"):
             explain(
                 Trajectory.open(tmp_path / "t"), job.model, job.queries["loss"], keep=("sample",), progress=False,
                 sample_loss=sample_loss, data=lambda index: (job.x[index], job.y[index]), samples=samples,

@@ -8,7 +8,8 @@ from cases import Case
 from conftest import make_job
 from test_exactness import cases, check
 
-from explaind_track import Quadrature, Trajectory, parameter_scores
+from explaind_track import Quadrature, Trajectory
+from explaind_track.analysis import parameter_scores
 
 
 @pytest.mark.parametrize("part", ["kernel", "regularization"])

@@ -12,7 +12,8 @@ from conftest import make_job, sample_loss
 from test_exactness import cases, check
 from test_sample_axis import lasting, of_samples
 
-from explaind_track import Quadrature, Trajectory, sample_cosine, similarity
+from explaind_track import Quadrature, Trajectory
+from explaind_track.analysis import sample_cosine, similarity
 
 
 def of_case(case: Case, **options: Any) -> xr.DataArray:

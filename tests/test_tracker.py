@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from conftest import make_job, sample_loss
 from torch import nn
 
-from explaind_track import NonFiniteError, Quadrature, Query, Tracker
-from explaind_track.samples import SampleMismatch
+from explaind_track import Quadrature, Query, Tracker
+from explaind_track.errors import NonFiniteError, SampleMismatchWarning
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ def test_per_sample_gradients_serve_as_the_step_gradient(weight: Any) -> None:
 
 
 def test_per_sample_gradients_add_up_over_micro_batches_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("explaind_track.samples.CHUNK_BYTES", 1000)  # two samples at a time
+    monkeypatch.setattr("explaind_track.engine.samples.CHUNK_BYTES", 1000)  # two samples at a time
     job = make_job()
     tracker = job.tracker()
     expected = torch.autograd.grad(sample_loss(job.model, (job.x[:9], job.y[:9])).sum(), [*job.model.parameters()])
@@ -135,7 +135,7 @@ def test_only_every_nth_step_is_explained(tmp_path: Path) -> None:
 def test_per_sample_losses_that_miss_the_gradient_are_told_of() -> None:
     job = make_job()
     tracker = job.tracker()
-    with pytest.warns(SampleMismatch, match="do not add up"), tracker.step():
+    with pytest.warns(SampleMismatchWarning, match="do not add up"), tracker.step():
         tracker.batch((job.x[:8], job.y[:8]), weight="sum")
         sample_loss(job.model, (job.x[:8], job.y[:8])).mean().backward()
         job.optimizer.step()

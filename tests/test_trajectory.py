@@ -14,9 +14,9 @@ import xarray as xr
 from conftest import OPTIMIZERS, make_job, sample_loss
 from torch import nn
 
-from explaind_track import Influence, Query, Tracker, Trajectory, TrajectoryError, explain
-from explaind_track.recorder import SEGMENT_BYTES
-from explaind_track.replay import ReplayWarning
+from explaind_track import Influence, Query, Tracker, Trajectory, explain
+from explaind_track.errors import ReplayWarning, TrajectoryError
+from explaind_track.record.writer import SEGMENT_BYTES
 
 
 @pytest.fixture
@@ -38,14 +38,14 @@ def test_replayed_steps_are_the_live_ones_bit_for_bit(optimizer: str, tmp_path: 
     def keep(step_tensors: dict[str, torch.Tensor]) -> None:
         live.append(step_tensors)
 
-    after = tracker._stepper.after
+    after = tracker._observer.after
 
     def watched(*args, **kwargs):  # type: ignore[no-untyped-def]
         step = after(*args, **kwargs)
         keep({f"{part}.{name}": value for part in step.parts for name, value in step.parts[part].items()})
         return step
 
-    tracker._stepper.after = watched  # type: ignore[method-assign]
+    tracker._observer.after = watched  # type: ignore[method-assign]
     job.run(tracker, 10)
     tracker.finish()
     for step, expected in zip(Trajectory.open(tmp_path / "t").steps(), live, strict=True):
@@ -172,7 +172,7 @@ def test_tied_weights_and_buffers_are_in_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_segment_ends_where_its_bytes_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert SEGMENT_BYTES == 2**26
-    monkeypatch.setattr("explaind_track.recorder.SEGMENT_BYTES", 1000)
+    monkeypatch.setattr("explaind_track.record.writer.SEGMENT_BYTES", 1000)
     job = make_job()
     tracker = job.tracker(trajectory=tmp_path / "t")
     job.run(tracker, 9)
@@ -260,7 +260,7 @@ def test_a_replay_that_misses_its_keyframe_says_so(
 
         return replayed
 
-    monkeypatch.setattr("explaind_track.stepper.Stepper._prove", lambda *_: None)
+    monkeypatch.setattr("explaind_track.core.observer.StepObserver._prove", lambda *_: None)
     monkeypatch.setattr(torch.optim.AdamW, "step", inexact(1e-9))
     with pytest.warns(ReplayWarning, match="other bits"):
         list(trajectory.steps())

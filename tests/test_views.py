@@ -14,21 +14,14 @@ from test_exactness import cases, check, full
 from test_sample_axis import lasting, of_samples
 from torch import Tensor, nn
 
-from explaind_track import (
-    Quadrature,
-    Trajectory,
-    accuracy_curve,
-    explain,
-    kernel_view,
-    sparse_prediction,
-    step_scores,
-)
-from explaind_track.rankings import extrapolate_first_moment, top_steps
+from explaind_track import Quadrature, Trajectory, explain
+from explaind_track.analysis import accuracy_curve, kernel_machine, sparse_prediction, step_scores
+from explaind_track.analysis.step_ranking import extrapolate_first_moment, top_steps
 
 
 def view(case: Case, loss: Any, outputs: Any = None, **options: Any) -> xr.Dataset:
     options = {"data": case.sample_options()["data"], "quadrature": Quadrature.fixed(1), "progress": False, **options}
-    return kernel_view(
+    return kernel_machine(
         lasting(case), case.make(9), case.query(), loss=loss, groups=case.resolved_groups(),
         outputs=outputs or (lambda model, batch: model(batch[0])), **options,
     )  # fmt: skip

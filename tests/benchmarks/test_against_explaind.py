@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from explaind_track import Explainer, Quadrature, Query, Step, Stepper, resolve_groups
-from explaind_track.groups import Groups
+from explaind_track import Explainer, Quadrature, Query, Step, StepObserver, resolve_groups
+from explaind_track.core.groups import Groups
 from recipes.data import Split, modulo_addition
 from recipes.models import ModuloTransformer
 
@@ -83,7 +83,7 @@ class Ours:
     def add(self, step: Step) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if self.at_midpoints:
-                patch.setattr("explaind_track.integrator.gauss_legendre", midpoints)
+                patch.setattr("explaind_track.engine.integrator.gauss_legendre", midpoints)
             start = perf_counter()
             self.explainer.add(step)
             self.seconds.append(perf_counter() - start)
@@ -138,7 +138,7 @@ def run() -> Run:
     parameters = dict(model.named_parameters())
     groups = resolve_groups(2, parameters)
     assert len(groups) == 6
-    stepper = Stepper(optimizer_path.optimizer, parameters)
+    observer = StepObserver(optimizer_path.optimizer, parameters)
     outputs, loss = Query.outputs(split.x_test), Query.loss(split.x_test, split.y_test).mean()
     fixed, shares = Quadrature.fixed(NODES), (*PARTS, "momentum")
     ours = {
@@ -153,9 +153,9 @@ def run() -> Run:
             x, y = data_path.get_batch(batch)
             optimizer_path.zero_grad()
             F.nll_loss(model(x), y).backward()
-            stepper.before({})
+            observer.before({})
             optimizer_path.step()
-            step = stepper.after(number, {})
+            step = observer.after(number, {})
             model_path.log_checkpoint()
             optimizer_path.log_checkpoint()
             for one in ours.values():

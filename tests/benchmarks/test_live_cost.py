@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from explaind_track import Explainer, Quadrature, Query, Step, Stepper, resolve_groups
-from explaind_track.autodiff import Functional, sample_gradients
-from explaind_track.step import State
+from explaind_track import Explainer, Quadrature, Query, Step, StepObserver, resolve_groups
+from explaind_track.core.step import State
+from explaind_track.engine.functional import Functional, sample_gradients
 from recipes.data import Split, modulo_addition
 from recipes.models import ModuloTransformer
 from recipes.modulo_addition import GROUPS, sample_loss
@@ -31,23 +31,23 @@ class Training:
         self.data: Split = modulo_addition(113, 4000, 2000, 0)
         self.model = ModuloTransformer()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=4.0)
-        self.stepper = Stepper(self.optimizer, dict(self.model.named_parameters()))
+        self.observer = StepObserver(self.optimizer, dict(self.model.named_parameters()))
         self.training: list[float] = []
         self.watching: list[float] = []
 
     def step(self) -> Step:
         times = [perf_counter()]
         if self.training:
-            self.stepper.settle()
+            self.observer.settle()
         times.append(perf_counter())
         self.optimizer.zero_grad()
         F.nll_loss(self.model(self.data.x_train), self.data.y_train).backward()
         times.append(perf_counter())
-        self.stepper.before({})
+        self.observer.before({})
         times.append(perf_counter())
         self.optimizer.step()
         times.append(perf_counter())
-        step = self.stepper.after(len(self.training), {})
+        step = self.observer.after(len(self.training), {})
         times.append(perf_counter())
         settled, backward, before, stepped, after = (end - start for start, end in pairwise(times))
         self.training.append(backward + stepped)

@@ -9,7 +9,7 @@ import wandb
 from conftest import Server
 
 from explaind_track import open_run
-from explaind_track.panels import AXIS, Panels
+from explaind_track.wandb_io.panels import AXIS, Panels
 
 KEYS, ROWS = 60, 400
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from explaind_track import Quadrature, Query, Tracker, Trajectory, explain
-from explaind_track.autodiff import Functional, sample_gradients
-from explaind_track.features import Features
+from explaind_track.engine.features import Features
+from explaind_track.engine.functional import Functional, sample_gradients
 
 pytestmark = pytest.mark.slow
 

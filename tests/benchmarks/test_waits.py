@@ -12,7 +12,7 @@ import wandb
 from conftest import Server, close_wandb, make_job
 
 from explaind_track import open_run
-from explaind_track.sync import sync
+from explaind_track.wandb_io.sync import sync
 
 STEPS = 90
 """A third of them before it fails, a third while it fails, a third after."""
@@ -22,7 +22,7 @@ FINISH_SECONDS = 3.0
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("closing_wandb"),
-    pytest.mark.filterwarnings("ignore::explaind_track.panels.LoggingWarning"),
+    pytest.mark.filterwarnings("ignore::explaind_track.errors.LoggingWarning"),
 ]
 
 
@@ -88,8 +88,8 @@ FAULTS: dict[str, Callable[[Place], Any]] = {
 def test_the_longest_step(
     fault: str, until: str, server: Server, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explaind_track.artifacts.POLL_SECONDS", 0.05)
-    monkeypatch.setattr("explaind_track.artifacts.BATCH_BYTES", 1)
+    monkeypatch.setattr("explaind_track.wandb_io.artifacts.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("explaind_track.wandb_io.artifacts.BATCH_BYTES", 1)
     for module in ("artifacts", "panels"):
         monkeypatch.setattr(f"explaind_track.{module}.FINISH_SECONDS", FINISH_SECONDS)
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):

@@ -1,0 +1,91 @@
+"""Figures. Needs matplotlib (the `recipes` extra)."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+from explaind_track.core.influence import Influence
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+EARLY_STEPS = 10
+"""An optimizer's first steps move a model by far more than all others do: they do not set the scale."""
+
+
+def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit: str) -> "Figure":
+    """Fig. 3(a): accuracy; importance of the kernel in every group; importance of kernel and regularization in total;
+    relative regularization influence D of every group. All over the training step; the first `EARLY_STEPS` may lie off
+    the scale.
+
+    influence: kept over step and group. accuracy: "step", and any curves by their name. unit: of the query's outputs.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    for name, values in accuracy.items():
+        if name != "step":
+            axes[0, 0].plot(accuracy["step"], values, label=name)
+    _label(axes[0, 0], "accuracy", "fraction correct")
+    total = influence.total_importance()
+    both = r"$\bar{\Psi}_s(\Theta)$, $\bar{\Psi}^{reg}_s(\Theta)$"
+    curves(axes[1, 0], total, "part", "importance of kernel and regularization", f"{both}, {unit}")
+    kernel, name = influence.importance().sel(part="kernel"), r"$\bar{\Psi}_s(\Theta_{layer})$"
+    curves(axes[0, 1], kernel, "group", "importance of the kernel, by layer", f"{name}, {unit}")
+    difference, name = influence.relative_regularization(), r"$D_s(\Theta_{layer})$"
+    curves(axes[1, 1], difference, "group", "kernel minus regularization, by layer", f"{name}, {unit}")
+    axes[1, 1].axhline(0, color="gray", linewidth=0.5)
+    for axis in axes[1]:
+        axis.set_xlabel("training step")
+    return figure
+
+
+def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int]) -> "Figure":
+    """Heat map of how much training samples changed the loss of single queries: changes (queries, samples)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 0.35 * len(samples), 1.5 + 0.3 * len(changes)), layout="constrained")
+    axis = figure.subplots()
+    limit = float(abs(changes).max()) or 1.0
+    image = axis.imshow(changes, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axis.set_xticks(range(len(samples)), [str(sample) for sample in samples], rotation=90, fontsize=8)
+    axis.set_xlabel("training sample")
+    axis.set_ylabel("query")
+    figure.colorbar(image, label="change of the query's loss")
+    return figure
+
+
+def cosine_map(cosines: "np.ndarray[Any, Any]") -> "Figure":
+    """Heat map of how alike the training samples' influences on two queries are: cosines (queries, queries)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.5 + 0.3 * len(cosines), 1.5 + 0.3 * len(cosines)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+    axis.set_xlabel("query")
+    axis.set_ylabel("query")
+    figure.colorbar(image, label="cosine over the step's samples")
+    return figure
+
+
+def curves(axis: "Axes", values: xr.DataArray, along: str, title: str, unit: str) -> None:
+    """One curve over the steps for each label of the axis `along`."""
+    for label in values[along].values:
+        one = values.sel({along: label})
+        axis.plot(one["step"], one, label=label, linewidth=0.8)
+    if values.sizes["step"] > EARLY_STEPS:
+        shown = values.isel(step=slice(EARLY_STEPS, None))
+        low, high = min(0.0, float(shown.min())), float(shown.max())
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    _label(axis, title, unit)
+
+
+def _label(axis: "Axes", title: str, unit: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_ylabel(unit)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.2)

@@ -1,0 +1,142 @@
+"""Pruning by scores (§4.1): masks of what to keep, a model that runs without the rest, and what that costs."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from explaind_track.engine.functional import evaluation
+
+Scores = Mapping[str, Tensor]
+"""A number for every entry of every parameter, by name: `parameter_scores`, magnitudes, …"""
+
+Masks = dict[str, Tensor]
+"""True for what is kept, by name, of the parameter's shape; parameters that are not there are kept whole."""
+
+
+def prune_masks(
+    scores: Scores,
+    keep: float,
+    *,
+    by: Literal["global", "layer"] = "global",
+    exclude: Sequence[str] = (),
+    unit: Literal["parameter", "filter"] = "parameter",
+) -> Masks:
+    """Keeps the fraction `keep` with the largest scores. Take `abs()` of signed scores first, where the size counts.
+
+    by:      rank all entries together, or within each parameter tensor.
+    exclude: patterns of parameters that stay whole and do not count (`"head.*"`: the paper keeps the output layer).
+    unit:    "filter" keeps or drops whole rows of the first axis (a convolution's filters, a linear layer's neurons) by
+             their summed score, a module's `weight` and `bias` together.
+
+    `keep · n` of n units are kept, rounded (of each tensor, by layer); ties go to the earlier one. Raises ValueError
+    for a fraction outside of 0 to 1, scores that are not finite, and patterns that exclude nothing or everything.
+    """
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep is a fraction between 0 and 1, not {keep}")
+    idle = [pattern for pattern in exclude if not any(fnmatchcase(name, pattern) for name in scores)]
+    if idle:
+        raise ValueError(f"exclude={idle} matches no parameter; there are {', '.join(scores)}")
+    names = [name for name in scores if not any(fnmatchcase(name, pattern) for pattern in exclude)]
+    if not names:
+        raise ValueError(f"exclude={list(exclude)} leaves nothing to prune")
+    bad = [name for name in names if not bool(scores[name].isfinite().all())]
+    if bad:
+        raise ValueError(f"the scores of {', '.join(bad[:5])} are not finite")
+    layers = [(name,) for name in names] if unit == "parameter" else _layers(names)
+    ranked = [_ranked(scores, layer, unit) for layer in layers]
+    if by == "layer":
+        kept = [_largest(values, keep) for values in ranked]
+    else:
+        whole = _largest(torch.cat(ranked), keep)
+        kept = list(whole.split([len(values) for values in ranked]))
+    return {name: _as(mask, scores[name], unit) for layer, mask in zip(layers, kept, strict=True) for name in layer}
+
+
+def _layers(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The parameters of each module, which share their filters."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    return [tuple(members) for members in layers.values()]
+
+
+def _ranked(scores: Scores, layer: Sequence[str], unit: str) -> Tensor:
+    """One score for each unit of a layer."""
+    if unit == "parameter":
+        return scores[layer[0]].flatten()
+    counts = {scores[name].shape[:1] for name in layer}
+    if len(counts) > 1 or counts == {torch.Size()}:
+        shapes = {name: tuple(scores[name].shape) for name in layer}
+        raise ValueError(f"the parameters of one module do not share their first axis, so it has no filters: {shapes}")
+    return torch.stack([scores[name].reshape(len(scores[name]), -1).sum(1) for name in layer]).sum(0)
+
+
+def _largest(values: Tensor, fraction: float) -> Tensor:
+    count = round(fraction * len(values))
+    mask = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    mask[values.argsort(descending=True, stable=True)[:count]] = True
+    return mask
+
+
+def _as(mask: Tensor, like: Tensor, unit: str) -> Tensor:
+    if unit == "parameter":
+        return mask.reshape(like.shape)
+    return mask.reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape)
+
+
+def sparsity(masks: Mapping[str, Tensor]) -> float:
+    """The fraction of entries that the masks drop."""
+    dropped = sum(int((~mask).sum()) for mask in masks.values())
+    return dropped / max(1, sum(mask.numel() for mask in masks.values()))
+
+
+@contextmanager
+def pruned(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """The model with what the masks drop set to 0, within the context; its own values come back after it, bit for bit.
+
+    Sets parameters in place and keeps aside only what is dropped. Raises ValueError for masks that do not fit.
+    """
+    parameters = dict(model.named_parameters())
+    wrong = [
+        f"{name}: mask {tuple(mask.shape)}, parameter {tuple(parameters[name].shape) if name in parameters else None}"
+        for name, mask in masks.items()
+        if name not in parameters or mask.shape != parameters[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"the masks do not fit the model. {'; '.join(wrong[:5])}")
+    aside: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, mask in masks.items():
+            gone = ~mask.to(parameters[name].device)
+            aside[name] = parameters[name][gone]
+            parameters[name][gone] = 0
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, values in aside.items():
+                parameters[name][~masks[name].to(values.device)] = values
+
+
+@torch.no_grad()
+def evaluate_pruning(model: nn.Module, masks: Mapping[str, Tensor], x: Any, y: Tensor) -> dict[str, float]:
+    """What pruning costs a classifier, on inputs x with labels y (X,), in eval mode.
+
+    `accuracy` of the pruned model; `agreement`, the fraction of decisions that stay; `kl`, the mean
+    KL(model ‖ pruned model) in nats; `sparsity`, the fraction of the masks' entries that are dropped. Outputs are
+    logits or log-probabilities (X, O).
+    """
+    with evaluation(model):
+        before = model(x).double().log_softmax(-1)
+        with pruned(model, masks):
+            after = model(x).double().log_softmax(-1)
+    return {
+        "accuracy": float((after.argmax(-1) == y).double().mean()),
+        "agreement": float((after.argmax(-1) == before.argmax(-1)).double().mean()),
+        "kl": float((before.exp() * (before - after)).sum(-1).mean()),
+        "sparsity": sparsity(masks),
+    }

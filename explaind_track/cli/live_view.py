@@ -1,0 +1,138 @@
+"""The terminal view of a run on this disk, which follows it while it trains. Needs rich (the `cli` extra)."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from explaind_track.record import files
+from explaind_track.record.files import MANIFEST
+from explaind_track.record.run_directory import HISTORY, is_finished, is_running
+from explaind_track.record.writer import FORMAT
+from explaind_track.wandb_io.artifacts import last_step
+from explaind_track.wandb_io.panels import AXIS
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+
+RECENT = 200
+"""How many of the last rows the curves and the speed are taken from."""
+
+TAIL_BYTES = 2**22
+BARS = "▁▂▃▄▅▆▇█"
+CURVE = 12
+
+
+class Follower:
+    """The last rows of a record that may still grow, read piece by piece."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / HISTORY
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        self._offset = max(0, size - TAIL_BYTES)
+        self._skip = self._offset > 0  # that is the middle of a line
+        self.rows: deque[dict[str, Any]] = deque(maxlen=RECENT)
+
+    def read(self) -> bool:
+        """Takes in what was written since; whether that was anything."""
+        if not self._path.is_file():
+            return False
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            content = file.read()
+        whole = content.rfind(b"\n") + 1
+        self._offset += whole
+        lines = content[:whole].splitlines()[int(self._skip and whole > 0) :]
+        self._skip = self._skip and whole == 0
+        self.rows.extend(json.loads(line) for line in lines)
+        return bool(lines)
+
+
+def curve(values: Sequence[float]) -> str:
+    """The values as a line of bars, from the smallest to the largest of them."""
+    values = [values[place * len(values) // CURVE] for place in range(CURVE)] if len(values) > CURVE else values
+    low, high = min(values), max(values)
+    return "".join(BARS[int((value - low) / ((high - low) or 1) * (len(BARS) - 1))] for value in values)
+
+
+def state_of(directory: Path) -> str:
+    """`running`, `finished`, or `stopped` before its record was ended."""
+    if is_running(directory):
+        return "running"
+    entries = files.read_manifest(directory, FORMAT)[1] if (directory / MANIFEST).is_file() else []
+    return "finished" if is_finished(directory, last_step(entries)) else "stopped"
+
+
+def latest(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last value of everything."""
+    values: dict[str, Any] = {}
+    for row in rows:
+        values |= row
+    return values
+
+
+def view(directory: Path, rows: Sequence[Mapping[str, Any]], state: str) -> "Group":
+    """The last step by group: importances, D and the change of the loss, with their curves; residual and speed."""
+    from rich.console import Group
+    from rich.table import Table
+
+    explained = [row for row in rows if "kernel/total" in row or any(key.startswith("residual/") for key in row)]
+    last = explained[-1] if explained else {}
+    groups = [key.removeprefix("kernel/") for key in last if key.startswith("kernel/")]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("group", "kernel Ψ̄", "", "decay Ψ̄", "D", "", "change of loss"):
+        table.add_column(name, justify="left" if name in ("group", "") else "right", no_wrap=True)
+    for group in groups:
+        loss = [last[key] for key in (f"loss/kernel/{group}", f"loss/reg/{group}") if key in last]
+        table.add_row(
+            group,
+            _number(last.get(f"kernel/{group}")),
+            _curve_of(explained, f"kernel/{group}"),
+            _number(last.get(f"reg/{group}")),
+            _number(last.get(f"D/{group}")),
+            _curve_of(explained, f"D/{group}"),
+            _number(sum(loss) if loss else None),
+        )
+    return Group(f"[bold]{directory}[/]  {state}", _headline(rows), "", table)
+
+
+def _headline(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "no step yet"
+    seconds = [sum(value for key, value in row.items() if key.startswith("cost/seconds")) for row in rows]
+    own = [row["cost/seconds_influence"] for row in rows if "cost/seconds_influence" in row]
+    parts = [f"step {rows[-1][AXIS]}"]
+    if sum(seconds) > 0:
+        parts.append(
+            f"{len(seconds) / sum(seconds):.1f} steps/s, {100 * sum(own) / sum(seconds):.0f}% of it explaining"
+        )
+    for key, value in latest(rows).items():
+        if (key.startswith("residual/") and key != "residual/nodes") or key.endswith(("/loss", "/accuracy")):
+            parts.append(f"{key} {_number(value)}")
+    return "  ·  ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _curve_of(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    values = [row[key] for row in rows if key in row]
+    return curve(values) if values else ""
+
+
+def follow(directory: Path, console: "Console", seconds: float = 0.5) -> None:
+    """Shows the run, and as long as a process writes it, what becomes of it."""
+    from rich.live import Live
+
+    follower = Follower(directory)
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            running = is_running(directory)
+            follower.read()
+            live.update(view(directory, list(follower.rows), state_of(directory)), refresh=True)
+            if not running:
+                return
+            time.sleep(seconds)

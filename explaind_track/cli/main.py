@@ -1,0 +1,194 @@
+"""The command `explaind-track`: what was recorded, as it trains and afterwards."""
+
+import os
+import shutil
+from pathlib import Path
+
+import click
+
+from explaind_track.cli.analyses import explain, opened, prune, similarity
+from explaind_track.cli.common import AS_JSON, RUN, entries_of, local_run, report_errors, tell
+from explaind_track.cli.live_view import Follower, follow, latest, state_of, view
+from explaind_track.errors import TrajectoryError
+from explaind_track.record import files
+from explaind_track.record.media import PICTURE
+from explaind_track.record.remote import RemoteArtifact
+from explaind_track.record.run_directory import HISTORY, POINTER, find_runs, read_rows, read_tie
+from explaind_track.record.writer import FORMAT
+from explaind_track.wandb_io.artifacts import directory_mb, last_step
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="explaind_track")
+def main() -> None:
+    """Look at recorded training runs, explain them, and bring them to and from Weights & Biases.
+
+    RUN is a directory on this disk: a trajectory, or what holds one as `trajectory/` (a recipe's results, or a run of
+    W&B, offline ones included). explain, prune, similarity and verify also take `wandb:entity/project/name:alias`.
+
+    Exit codes: 0 all is well, 1 something is wrong with the run or with W&B, 2 the command was misused.
+    """
+
+
+@main.command()
+@click.argument("root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".")
+@AS_JSON
+@report_errors
+def runs(root: Path, as_json: bool) -> None:
+    """List the runs under ROOT (this directory if not given)."""
+    found = []
+    for directory in find_runs(root):
+        head, entries = entries_of(directory)
+        tie = read_tie(directory)
+        found.append(
+            {
+                "run": os.path.relpath(directory),
+                "state": state_of(directory),
+                "steps": last_step(entries),
+                "mb": round(directory_mb(directory), 1),
+                "optimizer": head.get("optimizer", "").rsplit(".", 1)[-1],
+                "wandb": None if tie is None else tie.path,
+                "offline": tie is not None and tie.offline,
+            }
+        )
+    lines = [
+        f"{r['steps']:>9} steps {r['mb']:>9} MB  {r['optimizer']:8} {r['state']:9} {r['run']}  {r['wandb'] or ''}"
+        for r in found
+    ]
+    tell(as_json, found, "\n".join(line.rstrip() for line in lines) or f"no run under {root}")
+
+
+@main.command()
+@RUN
+@click.option("--once", is_flag=True, help="Show it as it is now, and do not follow it.")
+@AS_JSON
+@report_errors
+def show(run: str, once: bool, as_json: bool) -> None:
+    """Watch RUN in the terminal, also while it trains.
+
+    Its influences by group, its residual and its speed; as JSON, the latest value of everything.
+    """
+    directory = local_run(run)
+    follower = Follower(directory)
+    follower.read()
+    if as_json:
+        tell(True, {"state": state_of(directory), "row": latest(follower.rows)}, "")
+        return
+    from rich.console import Console
+
+    console = Console()
+    if once:
+        console.print(view(directory, list(follower.rows), state_of(directory)))
+    else:
+        follow(directory, console)
+
+
+@main.command()
+@click.argument("name")
+@click.argument("directory", type=click.Path(path_type=Path))
+@AS_JSON
+@report_errors
+def pull(name: str, directory: Path, as_json: bool) -> None:
+    """Fetch the trajectory NAME from W&B.
+
+    NAME is `[wandb:]entity/project/name:alias`; DIRECTORY, a new one, receives all its files. A pull that breaks off
+    goes on where it stopped. To look at a few steps only, open NAME itself: that fetches only what it needs.
+    """
+    from tqdm import tqdm
+
+    if directory.exists() and any(directory.iterdir()):
+        raise TrajectoryError(f"{directory} is not empty; name a new directory")
+    remote = RemoteArtifact(name)
+    source = remote.manifest_directory()
+    head, entries = files.read_manifest(source, FORMAT)
+    for entry in tqdm(entries, "pull", unit="file", disable=as_json):
+        path = remote.locate(entry)
+        (directory / entry.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, directory / entry.path)
+    for name in remote.artifact.manifest.entries:
+        if name == HISTORY or PICTURE.fullmatch(name):
+            remote.artifact.get_entry(name).download(root=str(directory))
+    files.write_manifest(directory, head, entries)
+    steps = last_step(entries)
+    tell(as_json, {"directory": str(directory), "steps": steps}, f"{directory} holds {steps} steps of {remote.name}")
+
+
+@main.command()
+@RUN
+@click.option("--replay", is_flag=True, help="Take every step again, and compare with every checkpoint, bit for bit.")
+@AS_JSON
+@report_errors
+def verify(run: str, replay: bool, as_json: bool) -> None:
+    """Check every file of RUN against the hash it was written with."""
+    from tqdm import tqdm
+
+    trajectory = opened(run)
+    for entry in trajectory.entries:
+        trajectory.file(entry)
+    if replay:
+        for _ in tqdm(trajectory.steps(), "replay", len(trajectory), unit="step", disable=as_json):
+            pass
+    content = {"run": run, "steps": len(trajectory), "files": len(trajectory.entries), "replayed": replay}
+    words = f"{run}: {len(trajectory)} steps in {len(trajectory.entries)} files, all as they were written"
+    tell(as_json, content, words + (", and their replay meets every checkpoint" if replay else ""))
+
+
+@main.command()
+@RUN
+@click.option("--out", type=click.Path(path_type=Path), help="The HTML file; report.html beside the run if not given.")
+@AS_JSON
+@report_errors
+def report(run: str, out: Path | None, as_json: bool) -> None:
+    """Write RUN's report, one HTML file.
+
+    It needs no network; its figures can be zoomed and read off.
+    """
+    from explaind_track.cli.report import report as make
+    from explaind_track.cli.report import write_report
+
+    directory = local_run(run)
+    target = out or directory.parent / "report.html"
+    title = directory.resolve().parent.name if directory.name == POINTER else directory.resolve().name
+    html = make(read_rows(directory), entries_of(directory)[0], title, read_tie(directory), directory)
+    write_report(target, html)
+    tell(as_json, {"report": str(target)}, str(target))
+
+
+@main.command()
+@RUN
+@AS_JSON
+@report_errors
+def sync(run: str, as_json: bool) -> None:
+    """Send to W&B what it lacks of RUN.
+
+    Rows, the tables and pictures that they show, and the trajectory, from RUN's own record; nothing twice.
+    """
+    from dataclasses import asdict
+
+    from explaind_track.wandb_io.sync import sync as send
+
+    done = send(local_run(run), progress=not as_json)
+    sent = [f"{done.rows_sent} rows"] if done.rows_sent else []
+    sent += [f"{done.media_sent} files that rows show"] if done.media_sent else []
+    sent += ["the trajectory"] if done.artifact_sent else []
+    words = f"{done.url} has all {done.rows} rows and the trajectory"
+    tell(as_json, asdict(done), f"{words}; sent now: {', '.join(sent) or 'nothing, it had them'}")
+
+
+@main.command()
+@click.argument("project", metavar="ENTITY/PROJECT")
+@AS_JSON
+@report_errors
+def workspace(project: str, as_json: bool) -> None:
+    """Save our panels as a workspace at W&B.
+
+    In sections, from what changed to how far to trust it.
+    """
+    from explaind_track.wandb_io.workspace import save_workspace
+
+    url = save_workspace(project)
+    tell(as_json, {"url": url}, url)
+
+
+for command in (explain, prune, similarity):
+    main.add_command(command)

@@ -1,0 +1,183 @@
+"""Queries: what is explained. Inputs, and a differentiable target on the model's output for them (Cor. 3.3)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from explaind_track.core.tensors import tree_in_dims, tree_map, tree_rows
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""What the model is called with: one tensor, several positional arguments, or keyword arguments."""
+
+
+def _identity(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model returns a {type(output).__name__}, not a tensor: say which part of it to explain with "
+            "Query.function(x, lambda output: output.logits)"
+        )
+    return output
+
+
+@dataclass(frozen=True)
+class Query:
+    """X inputs and the target `h(f_θ(x))` on them, O numbers for each.
+
+    Make one with the constructors below; `mean()` and `sum()` turn the targets of all inputs into one.
+    """
+
+    inputs: Inputs
+    target: Callable[..., Tensor] = _identity
+    """`target(output, *labels)` → (X, …); what follows the first axis is flattened to O."""
+    labels: tuple[Tensor, ...] = ()
+    """What the target takes beside the output, (X, …) each."""
+    module: str | None = None
+    """Name of the submodule whose output is explained; None: the model's."""
+    reduction: Literal["mean", "sum"] | None = None
+    is_loss: bool = False
+    """Panels show a loss by its signed change, and need one to rank training samples by."""
+    is_classified: bool = False
+    """The output scores classes and `labels[0]` holds the right ones: panels show loss and accuracy."""
+
+    def __post_init__(self) -> None:
+        try:
+            tree_rows((self.inputs, self.labels))
+        except ValueError as error:
+            raise ValueError(f"a query's inputs and labels: {error}") from None
+
+    @classmethod
+    def outputs(cls, x: Inputs, y: Tensor | None = None) -> "Query":
+        """Every output of the model, (X, O). With class labels `y` (X,), panels show loss and accuracy beside."""
+        if y is None:
+            return cls(x)
+        return cls(x, lambda output, _: _identity(output), (y,), is_classified=True)
+
+    @classmethod
+    def loss(cls, x: Inputs, y: Tensor, loss: Callable[[Any, Tensor], Tensor] | None = None) -> "Query":
+        """The loss of every input, (X, 1). loss: `(output, y)` → (X,), unreduced; cross-entropy if not given, which
+        is the same on logits and on log-probabilities."""
+        return cls(x, loss or (lambda output, y: F.cross_entropy(output, y, reduction="none")), (y,), is_loss=True)
+
+    @classmethod
+    def logit(cls, x: Inputs, index: int | Tensor) -> "Query":
+        """One output: the same for all inputs, or an index (X,) for each."""
+        if isinstance(index, int):
+            return cls(x, lambda output: output[:, index, None])
+        return cls(x, lambda output, index: output.gather(1, index[:, None]), (index,))
+
+    @classmethod
+    def margin(cls, x: Inputs, y: Tensor, other: Tensor | None = None) -> "Query":
+        """Output `y` (X,) minus output `other` (X,), or minus the largest of the others."""
+        if other is not None:
+            return cls(x, lambda f, y, o: f.gather(1, y[:, None]) - f.gather(1, o[:, None]), (y, other))
+
+        def against_best(output: Tensor, y: Tensor) -> Tensor:
+            rest = output.scatter(1, y[:, None], float("-inf"))
+            return output.gather(1, y[:, None]) - rest.amax(1, keepdim=True)
+
+        return cls(x, against_best, (y,))
+
+    @classmethod
+    def projection(cls, x: Inputs, matrix: Tensor) -> "Query":
+        """`A f(x)` for a matrix A of shape (P, O)."""
+        return cls(x, lambda output: output @ matrix.to(output).T)
+
+    @classmethod
+    def entropy(cls, x: Inputs) -> "Query":
+        """The entropy (in nats) of softmax(output), (X, 1)."""
+
+        def entropy(output: Tensor) -> Tensor:
+            logarithm = output.log_softmax(-1)
+            return -(logarithm.exp() * logarithm).sum(-1, keepdim=True)
+
+        return cls(x, entropy)
+
+    @classmethod
+    def function(cls, x: Inputs, function: Callable[..., Tensor], *labels: Tensor) -> "Query":
+        """`function(output, *labels)` → (X, …) for any differentiable function that treats its rows one by one."""
+        return cls(x, function, labels)
+
+    @classmethod
+    def activation(cls, x: Inputs, module: str) -> "Query":
+        """What the submodule `module` returns (Cor. 3.3 (ii)), flattened to (X, O)."""
+        return cls(x, module=module)
+
+    def mean(self) -> "Query":
+        """The mean of the targets over the inputs: one query with O outputs."""
+        return replace(self, reduction="mean")
+
+    def sum(self) -> "Query":
+        """The sum of the targets over the inputs: one query with O outputs."""
+        return replace(self, reduction="sum")
+
+    @property
+    def size(self) -> int:
+        """The number of inputs."""
+        return tree_rows(self.inputs)
+
+    def __len__(self) -> int:
+        """X, the number of targets along the query axis: the number of inputs, or 1 after `mean` or `sum`."""
+        return 1 if self.reduction else self.size
+
+    def rows(self, start: int, stop: int, device: torch.device) -> "Query":
+        """The same query for inputs `start` to `stop` only, on `device`."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[start:stop].to(device)
+
+        return replace(self, inputs=tree_map(cut, self.inputs), labels=tree_map(cut, self.labels))
+
+    @property
+    def in_dims(self) -> tuple[Any, Any]:
+        """For `vmap` over the rows of `(inputs, labels)`: 0 for tensors, None for anything else."""
+        return tree_in_dims(self.inputs), tree_in_dims(self.labels)
+
+    def single(self, inputs: Any, labels: Any) -> "Query":
+        """The query of one row, given without its row axis."""
+
+        def row(tensor: Tensor) -> Tensor:
+            return tensor.unsqueeze(0)
+
+        return replace(self, inputs=tree_map(row, inputs), labels=tree_map(row, labels))
+
+    def output(self, model: nn.Module) -> Any:
+        """The output of the model, or of the submodule that is explained."""
+        if self.module is None:
+            return self._call(model)
+        try:
+            submodule = model.get_submodule(self.module)
+        except AttributeError:
+            names = ", ".join(name for name, _ in model.named_modules() if name)
+            raise ValueError(f"the model has no submodule '{self.module}'; it has {names}") from None
+        kept: list[Any] = []
+        handle = submodule.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+        try:
+            self._call(model)
+        finally:
+            handle.remove()
+        if len(kept) != 1:
+            raise ValueError(
+                f"the submodule '{self.module}' ran {len(kept)} times in one forward pass; an activation query needs "
+                "one that runs once"
+            )
+        return kept[0]
+
+    def _call(self, model: nn.Module) -> Any:
+        if isinstance(self.inputs, Mapping):
+            return model(**self.inputs)
+        return model(*self.inputs) if isinstance(self.inputs, tuple) else model(self.inputs)
+
+    def __call__(self, model: nn.Module, output: Any = None) -> Tensor:
+        """The targets of these inputs, (rows, O), before any reduction."""
+        value = self.target(self.output(model) if output is None else output, *self.labels)
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != self.size:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"a query's target must return a tensor with one row for each of its {self.size} inputs, not {shape}; "
+                "for a scalar over all inputs return the rows and use Query.mean() or Query.sum()"
+            )
+        return value.reshape(self.size, -1)

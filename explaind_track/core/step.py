@@ -1,0 +1,208 @@
+"""The step: what one optimizer step did, the type that everything else passes through."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explaind_track.core.rules import Rule
+from explaind_track.core.tensors import Tensors
+
+PARTS = ("kernel", "regularization", "past", "rounding")
+"""The parts of a step, which add up to `θ_s − θ_{s+1}`; auxiliary losses are parts by their own names beside them."""
+
+SHARES = {"momentum": "kernel"}
+"""Shares of a part that can be asked for beside it: a share's name, and the part it belongs to."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Parameters and buffers of the model, by name (tied parameters once, under their first name)."""
+
+    parameters: Tensors
+    buffers: Tensors
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one (micro-)batch and how they entered the step's gradient `Σ_k w_k ∇L_k`."""
+
+    size: int
+    weight: Tensor | float
+    """`w_{i,k}`: one number for all samples or a tensor (N,)."""
+    index: Tensor | None = None
+    """Which training samples these are, (N,) int64; None if the loop did not say."""
+    data: Any = None
+    """The batch itself; None where a trajectory has only its index."""
+    random_state: Mapping[str, Tensor] = field(default_factory=dict)
+    """The random state before the batch's forward pass, by device; empty where nothing random was drawn."""
+    clipped: bool = False
+    """Whether the step's gradient was clipped by value: what is left of it is no sum over samples."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a part other than the kernel has put into the optimizer, each of the parameter's shape or None if 0."""
+
+    buffer: Tensor | None
+    """Its share of the momentum buffer."""
+    gradient: Tensor | None = None
+    """Its share of `G_s`, if it is an auxiliary loss."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One parameter's update `θ_s − θ_{s+1}`, and the parts it is made of; the equations are those of `rules`.
+
+    The gradient and the buffer are split along with it: what none of `sources` has put in is the training samples'.
+    All tensors have the parameter's shape.
+    """
+
+    before: Tensor
+    after: Tensor
+    gradient: Tensor
+    """`G_s`, with the sign that the optimizer gives it (`maximize` turns it around)."""
+    rule: Rule
+    sources: Mapping[str, Contribution]
+    """By part: `regularization` (coupled decay), `past` (what the optimizer had gathered before it was watched), and
+    the auxiliary losses."""
+    sign: float = 1.0
+    """−1 where the optimizer maximizes: the samples' gradients enter with it."""
+
+    def seen(self) -> Tensor:
+        """`G_s + λ θ_s`, as the optimizer saw the gradient."""
+        return self.gradient.add(self.before, alpha=self.rule.coupled) if self.rule.coupled else self.gradient
+
+    def precondition(self, direction: Tensor) -> Tensor:
+        """`P · direction`, over its leading axes if it has any; may write over `direction`: pass fresh tensors."""
+        return direction if self.rule.precondition is None else self.rule.precondition(direction, self.seen())
+
+    def entered(self, direction: Tensor) -> Tensor:
+        """`b Q · direction`: what a gradient puts into the buffer, and the adjoint of that; may write over it."""
+        if self.rule.enter is not None:
+            direction = self.rule.enter(direction, self.seen())
+        return direction.mul_(self.rule.b)
+
+    def _combine(self, buffer: Tensor | None, gradient: Tensor | None) -> Tensor:
+        """`P (e · buffer + d · gradient)`; the buffer may be written over."""
+        rule = self.rule
+        total = torch.zeros_like(self.before) if buffer is None or not rule.e else buffer.mul_(rule.e)
+        if gradient is not None and rule.d:
+            total.add_(gradient, alpha=rule.d)
+        return self.precondition(total)
+
+    def kernel_gradient(self) -> Tensor:
+        """`Σ_k w_k ∇L_k(θ_s)`: the gradient without the auxiliary losses'. Not to be written over."""
+        own = self.gradient
+        for source in self.sources.values():
+            if source.gradient is not None:
+                own = own - source.gradient
+        return own
+
+    def _kernel_buffer(self) -> Tensor | None:
+        """`M_s`, a fresh tensor."""
+        if self.rule.buffer is None:
+            return None
+        buffer = self.rule.buffer.clone()
+        for source in self.sources.values():
+            if source.buffer is not None:
+                buffer -= source.buffer
+        return buffer
+
+    def kernel(self) -> Tensor:
+        """`u_s = P (e M_s + d G_s)`: what the training samples did (Thm. 3.1, summed over the samples)."""
+        return self._combine(self._kernel_buffer(), self.kernel_gradient())
+
+    def momentum(self) -> Tensor:
+        """`P e β M_{s−1}`: the share of the kernel part that comes from earlier steps' gradients."""
+        buffer = self._kernel_buffer()
+        if buffer is None:
+            return torch.zeros_like(self.before)
+        return self._combine(buffer.sub_(self.entered(self.kernel_gradient().clone())), None)
+
+    def source(self, name: str) -> Tensor:
+        """`P (e · buffer + d · gradient)` of one of the sources; 0 if this parameter has none of that name."""
+        source = self.sources.get(name, Contribution(None))
+        return self._combine(None if source.buffer is None else source.buffer.clone(), source.gradient)
+
+    def regularization(self) -> Tensor:
+        """`r_s = P (e R_s + d λ θ_s) + γ θ_s`: what weight decay did."""
+        rule, buffer = self.rule, self.sources.get("regularization", Contribution(None)).buffer
+        result = self.before * rule.decoupled
+        if rule.coupled or buffer is not None:
+            held = None if buffer is None else buffer.clone()
+            result += self._combine(held, self.before * rule.coupled if rule.d else None)
+        return result
+
+    def rounding(self) -> Tensor:
+        """`(θ_s − θ_{s+1})` less all other parts: what float arithmetic did."""
+        rest = (self.before - self.after).sub_(self.kernel()).sub_(self.regularization())
+        for name in self.sources:
+            if name != "regularization":
+                rest -= self.source(name)
+        return rest
+
+    def adjoint(self, direction: Tensor) -> Tensor:
+        """`(b Q e + d) P · direction`: its product with `w_k ∇L_k` is the sample's influence through its own step."""
+        preconditioned = self.precondition(direction.clone())
+        return self.entered(preconditioned * self.rule.e).add_(preconditioned, alpha=self.rule.d)
+
+
+class Part(Mapping[str, Tensor]):
+    """One part of a step by parameter, computed when asked for and not kept."""
+
+    def __init__(self, updates: Mapping[str, Update], compute: Callable[[Update], Tensor]) -> None:
+        self._updates, self._compute = updates, compute
+
+    def __getitem__(self, parameter: str) -> Tensor:
+        return self._compute(self._updates[parameter])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._updates)
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What training step `number` did: `θ_s` → `θ_{s+1}`.
+
+    Its tensors belong to whoever made the step (the training loop, or a trajectory's replay) and hold until that
+    goes on to its next step.
+    """
+
+    number: int
+    before: State
+    after: State
+    updates: Mapping[str, Update]
+    """By parameter; a parameter that the step did not touch (frozen, or without a gradient) has none."""
+    batches: tuple[Batch, ...] = ()
+    warm: bool = False
+    """Whether the optimizer had a past before it was watched, so that there is a part `past`."""
+    auxiliary: tuple[str, ...] = ()
+    """The auxiliary losses, each a part of its own: terms of the loss that belong to no training sample."""
+    mark: object = field(default_factory=object)
+    """Stands for this very step."""
+    follows: object = None
+    """The mark of the step whose `after` is, bit for bit, this one's `before`; None where there is none."""
+
+    @cached_property
+    def parts(self) -> Mapping[str, Part]:
+        """The parts that add up to `θ_s − θ_{s+1}`, and `SHARES` of them. `past` is there only on a warm start."""
+        compute: dict[str, Callable[[Update], Tensor]] = {"kernel": Update.kernel, "momentum": Update.momentum}
+        compute["regularization"] = Update.regularization
+        for name in (*self.auxiliary, *(["past"] if self.warm else [])):
+            compute[name] = partial(Update.source, name=name)
+        compute["rounding"] = Update.rounding
+        return {name: Part(self.updates, function) for name, function in compute.items()}
+
+
+def weights_of(batch: Batch, like: Tensor) -> Tensor:
+    """`w_{i,k}` for every sample, (N,)."""
+    if isinstance(batch.weight, Tensor):
+        return batch.weight.to(like)
+    return torch.full((batch.size,), batch.weight, dtype=like.dtype, device=like.device)

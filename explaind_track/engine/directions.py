@@ -1,0 +1,191 @@
+"""The two ways to differentiate a step's targets in the directions of its parts and groups.
+
+*Forward*: one directional derivative for each (part, group) gives all outputs of all queries at once. *Reverse*: one
+gradient for each output gives every direction, down to the single parameter. The counts decide, like an einsum path.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from explaind_track.core.groups import Groups
+from explaind_track.core.queries import Query
+from explaind_track.core.step import SHARES, State, Step
+from explaind_track.core.tensors import Tensors, size_in_bytes
+from explaind_track.engine.functional import Functional, vjp_rows
+from explaind_track.engine.targets import target_of
+
+REVERSE_COST = 5
+"""What one output's gradients cost, in units of one forward-mode direction; measured: 3 reduced, 5 query by query."""
+
+PASS_ROWS = 5
+"""Directions in one forward pass. Measured on the modulo-113 Transformer (6 groups × 2 parts, a whole live step): one
+group at a time, 38 ms, since passes repeat each other's work; two, 27 ms; all at once, 28 ms: they carry zeros."""
+
+
+class DirectionalDerivatives(Protocol):
+    rows: int
+    """How many copies of a forward pass's activations are alive at once."""
+    held: int
+    """The bytes that are held beside them."""
+
+    def derivatives(self, chunk: Query, state: State) -> tuple[Tensor, Tensor]:
+        """At one node: those of each part and group, (P, G, x, O), and of the rounding, (x, O), for a chunk of queries
+        (its share of the one target where the query is reduced)."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a step is to be differentiated: P parts in each of G groups, and if `rounding`, what those parts leave
+    over of the step, in all groups together."""
+
+    parts: tuple[str, ...]
+    groups: Groups
+    rounding: bool
+
+    @property
+    def rows(self) -> int:
+        """R, the directions of one group: one for each part, and one more if the rounding is wanted."""
+        return len(self.parts) + self.rounding
+
+    def fill(self, step: Step, parameter: str, rows: Sequence[Tensor]) -> None:
+        """Writes the parts of one parameter's step, and last the rounding if it is wanted, into R rows of its shape."""
+        for row, part in zip(rows, self.parts, strict=False):
+            row.copy_(step.parts[part][parameter])
+        if self.rounding:
+            rest = rows[-1].copy_(step.before.parameters[parameter]).sub_(step.after.parameters[parameter])
+            for row, part in zip(rows, self.parts, strict=False):
+                if part not in SHARES:
+                    rest -= row
+
+
+def choose_derivatives(
+    functional: Functional, query: Query, step: Step, wanted: Wanted, outputs: int, memory: int
+) -> DirectionalDerivatives:
+    """outputs: O, for each query."""
+    plan = (
+        ReverseDerivatives
+        if outputs * REVERSE_COST <= len(wanted.parts) * len(wanted.groups) + 1
+        else ForwardDerivatives
+    )
+    return plan(functional, query, step, wanted, memory)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Directions that are differentiated together, (R, *shape) for each of the parameters they share."""
+
+    tangents: dict[str, Tensor]
+    cells: list[tuple[int, int] | None]
+    """What each row is: (part, group), or None for the rounding."""
+
+
+class ForwardDerivatives:
+    """Passes over the queries, of neighbouring groups together. A pass differentiates with respect to its own groups'
+    parameters only, so what lies before them in the model carries no derivative. The rounding is spread over the
+    passes, since only its sum is asked for."""
+
+    def __init__(self, functional: Functional, query: Query, step: Step, wanted: Wanted, memory: int) -> None:
+        self._functional, self._query, self._step, self._wanted = functional, query, step, wanted
+        moving = [[name for name in names if name in step.updates] for names in wanted.groups.values()]
+        self._bundles: list[dict[int, list[str]]] = []
+        sizes: list[int] = []
+        for group, names in enumerate(moving):
+            if not names:
+                continue
+            bundle = {**(self._bundles[-1] if self._bundles else {}), group: names}
+            if self._bundles and self._rows(bundle) <= PASS_ROWS and self._bytes(bundle) <= memory // 2:
+                self._bundles[-1], sizes[-1] = bundle, self._bytes(bundle)
+            else:
+                self._bundles.append({group: names})
+                sizes.append(self._bytes(self._bundles[-1]))
+        self.rows = max(map(self._rows, self._bundles))
+        keep = sum(sizes) <= memory // 2
+        self.held = sum(sizes) if keep else max(sizes)
+        self._kept = [self._pass(bundle) for bundle in self._bundles] if keep else None
+
+    def _rows(self, bundle: dict[int, list[str]]) -> int:
+        return len(bundle) * len(self._wanted.parts) + self._wanted.rounding
+
+    def _bytes(self, bundle: dict[int, list[str]]) -> int:
+        members = {name: self._step.before.parameters[name] for names in bundle.values() for name in names}
+        return self._rows(bundle) * size_in_bytes(members)
+
+    def _pass(self, bundle: dict[int, list[str]]) -> _Pass:
+        count = len(self._wanted.parts)
+        tangents = {}
+        total = self._rows(bundle)
+        for position, names in enumerate(bundle.values()):
+            own = [*range(position * count, (position + 1) * count), *range(len(bundle) * count, total)]
+            for name in names:
+                value = self._step.before.parameters[name]
+                tangents[name] = value.new_zeros(total, *value.shape)
+                self._wanted.fill(self._step, name, [tangents[name][row] for row in own])
+        cells: list[tuple[int, int] | None] = [(part, group) for group in bundle for part in range(count)]
+        return _Pass(tangents, cells + [None] * self._wanted.rounding)
+
+    def _passes(self) -> Iterator[_Pass]:
+        yield from self._kept if self._kept is not None else map(self._pass, self._bundles)
+
+    def derivatives(self, chunk: Query, state: State) -> tuple[Tensor, Tensor]:
+        function = self._functional.at(state, target_of(self._query, chunk))
+        influence: Tensor | None = None
+        rounding = torch.zeros(())
+        for one in self._passes():
+            primals = {name: state.parameters[name] for name in one.tangents}
+            rows = self._functional.jvp(function, primals, one.tangents)
+            if influence is None:
+                influence = rows.new_zeros(len(self._wanted.parts), len(self._wanted.groups), *rows.shape[1:])
+                rounding = torch.zeros_like(rows[0])
+            for cell, row in zip(one.cells, rows, strict=True):
+                if cell is None:
+                    rounding += row
+                else:
+                    influence[cell] = row
+        assert influence is not None  # a step that moves nothing has no plan
+        return influence, rounding
+
+
+class ReverseDerivatives:
+    """A gradient for each output, of all queries together where they are reduced to one target, else of each."""
+
+    def __init__(self, functional: Functional, query: Query, step: Step, wanted: Wanted, memory: int) -> None:
+        self._functional, self._query, self._wanted = functional, query, wanted
+        self._directions = {}
+        for name in step.updates:
+            value = step.before.parameters[name]
+            self._directions[name] = value.new_empty(wanted.rows, *value.shape)
+            wanted.fill(step, name, list(self._directions[name]))
+        size = size_in_bytes(step.before.parameters)
+        self._at_once = max(1, memory // 2 // size)
+        self.rows = 1
+        self.held = (len(wanted.parts) + 3) * size + (0 if query.reduction else min(query.size, self._at_once) * size)
+
+    def derivatives(self, chunk: Query, state: State) -> tuple[Tensor, Tensor]:
+        primals = {name: state.parameters[name] for name in self._directions}
+        if self._query.reduction is not None:
+            function = self._functional.at(state, target_of(self._query, chunk))
+            products = self._products(vjp_rows(function, primals))
+        else:
+            device = next(iter(primals.values())).device
+            pieces = (chunk.rows(start, start + self._at_once, device) for start in range(0, chunk.size, self._at_once))
+            gradients = (self._functional.query_gradients(piece, state, primals) for piece in pieces)
+            products = torch.cat([self._products(one) for one in gradients], dim=2)
+        count = len(self._wanted.parts)
+        return products[:count], products[count:].sum((0, 1))
+
+    def _products(self, gradients: Tensors) -> Tensor:
+        """The gradients' inner products with each part, and last the rounding if wanted, by group: (R, G, x, O)."""
+        example = next(iter(gradients.values()))
+        products = example.new_zeros(self._wanted.rows, len(self._wanted.groups), *example.shape[:2])
+        for group, names in enumerate(self._wanted.groups.values()):
+            for name in names:
+                if name in self._directions:
+                    direction = rearrange(self._directions[name], "r ... -> r (...)")
+                    gradient = gradients[name].reshape(*example.shape[:2], -1)
+                    products[:, group] += einsum(gradient, direction, "x o d, r d -> r x o")
+        return products

@@ -1,0 +1,138 @@
+"""The path from θ_s to θ_{s+1}: its nodes, the terms that are integrated along it, and what they leave over.
+
+Ψ_s(part, Θ_g, x)_j = ∫₀¹ ⟨∇_θ f_{θ_s(t)}(x)_j, part restricted to Θ_g⟩ dt,   θ_s(t) = θ_s + t (θ_{s+1} − θ_s)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from einops import reduce
+from torch import Tensor
+
+from explaind_track.core.step import State, Step
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """How a step is integrated: Gauss–Legendre nodes, doubled from `nodes` to at most `max_nodes` until the step's
+    residual ‖remainder‖₂ / ‖change‖₂ (over queries × outputs) is at most `tolerance`, or at its rounding floor.
+
+    `Quadrature.fixed(n)` always takes n nodes. Raises ValueError unless 1 ≤ nodes ≤ max_nodes.
+    """
+
+    tolerance: float = 1e-3
+    nodes: int = 1
+    max_nodes: int = 64
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.nodes <= self.max_nodes:
+            raise ValueError(f"expected 1 <= nodes <= max_nodes, got nodes={self.nodes}, max_nodes={self.max_nodes}")
+
+    @classmethod
+    def fixed(cls, nodes: int) -> "Quadrature":
+        return cls(tolerance=0.0, nodes=nodes, max_nodes=nodes)
+
+
+@lru_cache
+def gauss_legendre(nodes: int) -> tuple[tuple[float, float], ...]:
+    """Nodes and weights on [0, 1], as pairs: Gauss–Legendre in even panels of at most four nodes.
+
+    One node is the midpoint, up to four are plain Gauss–Legendre. Beyond, panels spread the nodes evenly: a ReLU
+    network's derivative jumps along the path, and of the rules with n nodes the midpoints see jumps best. On the
+    modulo-113 Transformer (8 nodes) the residual of one panel is 30% above theirs, of panels of four 9%; and on smooth
+    networks the error still falls with the eighth power of the count, where midpoints' falls with the second.
+    """
+    panels = -(-nodes // 4)
+    found: list[tuple[float, float]] = []
+    start = 0.0
+    for panel in range(panels):
+        count = nodes // panels + (panel < nodes % panels)
+        width = count / nodes
+        points, weights = np.polynomial.legendre.leggauss(count)
+        found += zip((start + width * (points + 1) / 2).tolist(), (width * weights / 2).tolist(), strict=True)
+        start += width
+    return tuple(found)
+
+
+def interpolate(step: Step, time: float) -> State:
+    """θ_s(t), with the buffers of step s."""
+    before, after = step.before.parameters, step.after.parameters
+    moved = {name: torch.lerp(before[name], after[name], time) for name in step.updates}
+    return State({**before, **moved}, step.before.buffers)
+
+
+@dataclass
+class Terms:
+    """One step's influences on some of the queries (x of them, O outputs each), for P parts and G groups."""
+
+    influence: Tensor
+    """Ψ, (P, G, x, O)."""
+    rounding: Tensor
+    """The influence of what float arithmetic did to the parameters, summed over the groups, (x, O)."""
+    change: Tensor
+    """f(θ_{s+1}, b_s) − f(θ_s, b_s), (x, O)."""
+    buffers: Tensor
+    """f(θ_{s+1}, b_{s+1}) − f(θ_{s+1}, b_s): what the model's buffers did to the prediction, (x, O)."""
+    after: Tensor
+    """f(θ_{s+1}, b_{s+1}), (x, O)."""
+    spread: Tensor | None
+    """While integrating, Σ_t w_t J_t², (P, G, x, O); None where nobody wants the sums closed."""
+    remainder: Tensor
+    """What the split leaves over, [f(θ_{s+1}, b_s) − f(θ_s, b_s)] + ΣΨ, before any closing; (x, O)."""
+
+    @classmethod
+    def start(cls, before: Tensor, moved: Tensor, after: Tensor, parts: int, groups: int, close: bool) -> "Terms":
+        """Zero influences, and the changes from the three predictions, (x, O) each. close: whether to close them."""
+        cells = before.new_zeros(parts, groups, *before.shape)
+        zeros = torch.zeros_like(before)
+        spread = cells.clone() if close else None
+        return cls(cells, zeros, moved - before, after - moved, after, spread, zeros.clone())
+
+    def add(self, influence: Tensor, rounding: Tensor, weight: float) -> None:
+        """Adds one node's directional derivatives, (P, G, x, O) and (x, O), with the node's weight."""
+        self.influence.add_(influence, alpha=weight)
+        if self.spread is not None:
+            self.spread.addcmul_(influence, influence, value=weight)
+        self.rounding.add_(rounding, alpha=weight)
+
+    def finish(self, owned: Sequence[bool]) -> None:
+        """Finds the remainder once all nodes are in. owned: True for each of the P parts, False for shares of them.
+
+        Closing makes the sums exact by sharing the remainder out, per output, in proportion to each term's variance
+        over the nodes; where there is none (one node, a linear path), to its size; and where all terms are 0, evenly.
+        Shares of parts stay as they are.
+        """
+        parts = self.influence if all(owned) else self.influence[[place for place, own in enumerate(owned) if own]]
+        self.remainder = self.change + parts.sum((0, 1)) + self.rounding
+        if self.spread is None:
+            return
+        mask = parts.new_tensor(owned)[:, None, None, None].expand_as(self.influence)
+        size = self.influence.abs() * mask
+        variance = (self.spread - self.influence.square()).clamp(min=0) * mask
+        noise = size.square() * (16 * torch.finfo(size.dtype).eps)
+        share = torch.where(_total(variance - noise) > 0, variance, size)
+        share = torch.where(_total(share) > 0, share, mask)
+        self.influence = self.influence - share / _total(share) * self.remainder
+
+    def grouped(self) -> "Terms":
+        """The same terms with all groups as one."""
+        return replace(self, influence=self.influence.sum(1, keepdim=True), spread=None)
+
+    def copy(self) -> "Terms":
+        """The same terms in tensors of their own, to be added to."""
+        own = {name: value.clone() for name, value in vars(self).items() if name != "spread"}
+        return Terms(**own, spread=None)
+
+    def __iadd__(self, other: "Terms") -> "Terms":
+        """Adds another step's terms; `after` becomes that step's."""
+        for name in ("influence", "rounding", "change", "buffers", "remainder"):
+            getattr(self, name).add_(getattr(other, name))
+        self.after = other.after
+        return self
+
+
+def _total(terms: Tensor) -> Tensor:
+    return reduce(terms, "p g x o -> 1 1 x o", "sum")

@@ -1,0 +1,68 @@
+"""What of a query is differentiated: its targets, by chunks, summed over what is not kept, or some of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explaind_track.core.queries import Query
+from explaind_track.core.step import State
+from explaind_track.engine.functional import Functional, evaluation
+
+
+def target_of(query: Query, chunk: Query) -> Callable[[nn.Module], Tensor]:
+    """The targets of a chunk of the query, (x, O); where the query is reduced, the chunk's share of them, (1, O)."""
+    if query.reduction is None:
+        return chunk
+    scale = 1.0 if query.reduction == "sum" else 1.0 / query.size
+    return lambda model: chunk(model).sum(0, keepdim=True) * scale
+
+
+def kept_targets(query: Query, keep: Sequence[str]) -> Query:
+    """The query whose targets are those of `query`, summed over "query" and "output" where they are not kept: for
+    influences are linear in the target."""
+    if "output" not in keep:
+        target = query.target
+
+        def over_outputs(output: Any, *labels: Tensor) -> Tensor:
+            value = target(output, *labels)
+            return value.reshape(value.shape[0], -1).sum(1)
+
+        query = replace(query, target=over_outputs, is_classified=False)
+    return query if "query" in keep or query.reduction else query.sum()
+
+
+def some_outputs(query: Query, start: int, stop: int) -> Query:
+    """The query's outputs `start` to `stop` only."""
+    target = query.target
+
+    def cut(output: Any, *labels: Tensor) -> Tensor:
+        value = target(output, *labels)
+        return value.reshape(value.shape[0], -1)[:, start:stop]
+
+    return replace(query, target=cut, is_classified=False)
+
+
+def output_count(model: nn.Module, query: Query) -> int:
+    """O, the targets of one input."""
+    one = query.rows(0, 1, next(model.parameters()).device)
+    with evaluation(model), torch.no_grad():
+        return int(one(model).shape[1])
+
+
+def check_query(model: nn.Module, query: Query) -> None:
+    """Raises ValueError if the query's targets cannot be differentiated with respect to the model's parameters."""
+    parameters = {name: value.detach().requires_grad_() for name, value in model.named_parameters()}
+    device = next(iter(parameters.values())).device
+    one = query.rows(0, 1, device)
+    with evaluation(model), torch.enable_grad():
+        value: Tensor = Functional(model)(State(parameters, dict(model.named_buffers())), one)
+    if not value.dtype.is_floating_point:
+        raise ValueError(f"the query's target is of type {value.dtype}: only real numbers have a derivative")
+    if not value.requires_grad:
+        raise ValueError(
+            "the query's target does not depend differentiably on the model's parameters: it must not detach its "
+            "input, leave torch, or go through argmax, comparison or rounding"
+        )

@@ -1,0 +1,98 @@
+"""What an explanation will take, before it starts: passes, memory and time; and the refusal of what does not fit."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from os import PathLike
+from time import perf_counter
+
+from explaind_track.core.influence import Influence
+
+
+class ExplanationPlan(ABC):
+    """An explanation that is planned and not yet computed."""
+
+    def __init__(self, progress: bool, out: str | PathLike[str] | None) -> None:
+        """progress: show a bar. out: a directory for the result, where it is gone on with; None: memory."""
+        self.progress, self.out = progress, out
+
+    @property
+    @abstractmethod
+    def shape(self) -> dict[str, int]:
+        """Of the influences, by axis."""
+
+    @property
+    @abstractmethod
+    def result_bytes(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def working_bytes(self) -> int:
+        """About what is held beside the result."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """How often the trajectory is gone through."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """The steps that are gone through in all passes together."""
+
+    @abstractmethod
+    def seconds(self) -> float:
+        """An estimate, from the time that a step or two take."""
+
+    @abstractmethod
+    def compute(self) -> Influence: ...
+
+    def run(self) -> Influence:
+        """Computes it. Raises ValueError, before any work, for what does not fit into memory."""
+        if self.out is None:
+            self._refuse_what_does_not_fit()
+        return self.compute()
+
+    def describe(self) -> str:
+        """Passes, memory and time in words. Takes as long as a few steps do, since it tries them."""
+        axes = " × ".join(f"{size} {axis}" for axis, size in self.shape.items()) or "one number"
+        lines = [
+            f"influences: {axes}, {self.result_bytes / 1e6:,.1f} MB",
+            f"work:       {self.steps} steps in {self.passes} pass(es), with about {self.working_bytes / 1e6:,.0f} MB",
+            f"time:       about {_duration(self.seconds())}",
+        ]
+        if self.out is None and self.result_bytes > room():
+            lines.append(f"too large for the memory ({room() / 1e9:,.1f} GB): needs out=, a directory")
+        return "\n".join(lines)
+
+    def _refuse_what_does_not_fit(self) -> None:
+        if self.result_bytes > room():
+            axes = " × ".join(f"{size} {axis}" for axis, size in self.shape.items())
+            raise ValueError(
+                f"the result ({axes}) takes {self.result_bytes / 1e9:,.2f} GB, of {room() / 1e9:,.2f} GB that can be "
+                "had here: pass out=, a directory that it is written to piece by piece, or keep fewer axes, a shorter "
+                "window, or fewer samples"
+            )
+
+
+def room() -> int:
+    """Bytes that a result may take: half of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def timed(action: Callable[[], object]) -> float:
+    """The seconds that an action takes once it is warm, but it is not done twice if it takes long."""
+    started = perf_counter()
+    action()
+    first = perf_counter() - started
+    if first > 5:
+        return first
+    started = perf_counter()
+    action()
+    return perf_counter() - started
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,125 @@
+"""Tables and pictures of the panels: kept with our own record, and made into W&B's from there.
+
+In a row of history.jsonl a table is {"columns": […], "data": [[…], …]}. A picture, which may be a cell of a table, is
+{"picture": "media/<sha256>.png"}: a file beside it, known by its content.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from explaind_track.errors import TrajectoryError
+from explaind_track.record.files import file_sha256, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEDIA = "media"
+PICTURE = re.compile(rf"{MEDIA}/[0-9a-f]{{64}}\.png")
+"""What a picture's file is called, beside the rows."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns by name, and rows of numbers, words and pictures: a PNG, or the file that holds it."""
+
+    columns: list[str]
+    data: list[list[Any]]
+
+
+def figure_png(figure: "Figure") -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def image_png(image: Any) -> bytes:
+    """image: an array or a PIL image, as `wandb.Image` takes it."""
+    import wandb
+
+    content = io.BytesIO()
+    shown = wandb.Image(image).image
+    assert shown is not None  # it is for images that are elsewhere
+    shown.save(content, format="png")
+    return content.getvalue()
+
+
+def with_files(row: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The row with each of its pictures written to a file. Raises TrajectoryError where that fails."""
+
+    def write(value: Any) -> Any:
+        if not isinstance(value, bytes):
+            return value
+        path = directory / MEDIA / f"{hashlib.sha256(value).hexdigest()}.png"
+        if not path.is_file():
+            write_atomic(path, value)
+        return path
+
+    return _each(row, write)
+
+
+def to_json(value: Any) -> Any:
+    """What `json.dumps` is told of tables, and of pictures in files."""
+    if isinstance(value, Table):
+        return {"columns": value.columns, "data": value.data}
+    if isinstance(value, Path):
+        return {"picture": f"{MEDIA}/{value.name}"}
+    raise TypeError(f"{value!r} has no place in a record")
+
+
+def from_json(
+    row: Mapping[str, Any], directory: Path, damaged: Literal["raise", "leave out"] = "raise"
+) -> dict[str, Any]:
+    """A row as it was recorded in the directory. damaged: what becomes of a value with a picture that is missing or not
+    what was written: TrajectoryError, or a row without it."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        path = directory / MEDIA / Path(value["picture"]).name
+        if not path.is_file() or file_sha256(path) != path.stem:
+            raise TrajectoryError(f"{path} is missing or was altered; a row of the panels shows it")
+        return path
+
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        try:
+            found |= _each({key: Table(**value) if isinstance(value, dict) and "columns" in value else value}, read)
+        except TrajectoryError:
+            if damaged == "raise":
+                raise
+    return found
+
+
+def for_wandb(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as `run.log` takes it."""
+    import wandb
+
+    def show(value: Any) -> Any:
+        if isinstance(value, bytes):
+            import PIL.Image
+
+            return wandb.Image(PIL.Image.open(io.BytesIO(value)))
+        return wandb.Image(str(value)) if isinstance(value, Path) else value
+
+    shown = _each(row, show)
+    tables = {key: wandb.Table(columns=one.columns, data=one.data) for key, one in shown.items() if is_table(one)}
+    return {**shown, **tables}
+
+
+def is_table(value: Any) -> bool:
+    return isinstance(value, Table)
+
+
+def _each(row: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The row with every value changed; of tables, every cell."""
+    return {
+        key: Table(one.columns, [[change(cell) for cell in line] for line in one.data])
+        if is_table(one)
+        else change(one)
+        for key, one in row.items()
+    }

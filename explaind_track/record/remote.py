@@ -1,0 +1,114 @@
+"""What W&B keeps, fetched on demand: each file once, whole, and as it was written, or not at all."""
+
+import time
+from pathlib import Path
+
+from explaind_track.errors import TrajectoryError
+from explaind_track.record.files import MANIFEST, Entry, file_sha256
+
+PREFIX = "wandb:"
+ATTEMPTS = 8
+CHUNK = 2**20
+
+
+def cache_directory() -> Path:
+    """Where fetched files are kept, each under its hash. It may be removed at any time."""
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("explaind_track"))
+
+
+class RemoteArtifact:
+    """An artifact of W&B. `name` is `entity/project/name:alias`, with `latest` for a missing alias."""
+
+    def __init__(self, name: str) -> None:
+        """Raises TrajectoryError where W&B does not answer or has no such artifact."""
+        import wandb
+
+        wanted = name.removeprefix(PREFIX)
+        wanted = wanted if ":" in wanted else f"{wanted}:latest"
+        try:
+            self.artifact = wandb.Api().artifact(wanted)
+        except (wandb.errors.Error, ValueError) as error:
+            raise TrajectoryError(
+                f"W&B gives no artifact {wanted!r} ({error}); it is named entity/project/name:alias"
+            ) from None
+        self.name = self.artifact.source_qualified_name
+
+    def manifest_directory(self) -> Path:
+        """A directory that holds the trajectory's manifest."""
+        directory = cache_directory() / "manifests" / str(self.artifact.digest)
+        if MANIFEST not in self.artifact.manifest.entries:
+            raise TrajectoryError(f"{self.name} holds no trajectory: there is no {MANIFEST} in it")
+        self.artifact.get_entry(MANIFEST).download(root=str(directory))
+        return directory
+
+    def locate(self, entry: Entry) -> Path:
+        """The file of the trajectory, fetched if it is not here yet."""
+        return self.fetch(entry.path, entry.size, entry.sha256)
+
+    def fetch(self, path: str, size: int, sha256: str) -> Path:
+        """The artifact's file `path`. A download that breaks off goes on where it stopped, also in another process.
+
+        Raises TrajectoryError if the file is not there, is another than expected, or does not arrive.
+        """
+        from filelock import FileLock
+
+        target = cache_directory() / "files" / sha256[:2] / sha256
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock")):
+            if target.is_file() and target.stat().st_size == size and file_sha256(target) == sha256:
+                return target
+            part = target.with_suffix(".part")
+            self._complete(path, size, part)
+            found = file_sha256(part)
+            if found != sha256:
+                part.unlink()
+                raise TrajectoryError(
+                    f"{path} of {self.name} is not what was written: its sha256 is {found}, {sha256} was expected"
+                )
+            part.replace(target)
+        return target
+
+    def _complete(self, path: str, size: int, part: Path) -> None:
+        import requests
+
+        for attempt in range(ATTEMPTS):
+            try:
+                self._append(path, part)
+                if part.stat().st_size == size:
+                    return
+                reason = f"{part.stat().st_size} of {size} bytes"
+                if part.stat().st_size > size:
+                    part.unlink()
+            except requests.RequestException as error:
+                reason = str(error)
+            time.sleep(min(0.1 * 2**attempt, 10))
+        raise TrajectoryError(
+            f"{path} of {self.name} does not arrive ({reason}); try again, it goes on where it stopped"
+        )
+
+    def _append(self, path: str, part: Path) -> None:
+        """Asks for the rest of the file, and writes what comes."""
+        import requests
+
+        have = part.stat().st_size if part.is_file() else 0
+        files = list(self.artifact.files(names=[path]))
+        if not files:
+            raise TrajectoryError(f"{self.name} has no file {path!r}")
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        with requests.get(files[0].direct_url, headers=headers, stream=True, timeout=60) as answer:
+            answer.raise_for_status()
+            with part.open("ab" if answer.status_code == requests.codes.partial_content else "wb") as file:
+                for chunk in answer.iter_content(CHUNK):
+                    file.write(chunk)
+
+
+def fetch_result(name: str) -> Path:
+    """The single file of an artifact that `artifacts.log_result` made. Raises TrajectoryError."""
+    remote = RemoteArtifact(name)
+    file, sha256 = (remote.artifact.metadata.get(key) for key in ("file", "sha256"))
+    if not file or not sha256:
+        raise TrajectoryError(f"{remote.name} is no result of this package: its metadata names no file and hash")
+    size = remote.artifact.manifest.entries[file].size
+    return remote.fetch(file, int(size or 0), sha256)

@@ -1,0 +1,128 @@
+"""What a Tracker computes of every step: influences on each of its queries, and the row of metrics that shows them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explaind_track.analysis.parameter_scores import ParameterScores
+from explaind_track.core.groups import Groups
+from explaind_track.core.influence import Influence
+from explaind_track.core.queries import Query
+from explaind_track.core.step import PARTS, SHARES, Step
+from explaind_track.engine.path_integral import Quadrature
+from explaind_track.engine.samples import SampleInfluence, Samples
+from explaind_track.explanation.explainer import Explainer
+from explaind_track.wandb_io import panels
+
+LIVE_AXES = (("step", "group"), ("query", "output"))
+
+
+class Live:
+    """Explains the steps it is given, in their order, on several queries at once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        queries: Mapping[str, Query],
+        groups: Groups,
+        auxiliary: Sequence[str],
+        quadrature: Quadrature,
+        memory: int,
+        scores: str | None,
+    ) -> None:
+        """auxiliary: the names of the auxiliary losses; scores: the query whose parameters' influences are summed up.
+
+        Raises ValueError for queries that cannot be differentiated, and for names that are taken or unknown.
+        """
+        taken = set(auxiliary) & {*PARTS, *SHARES}
+        if taken:
+            raise ValueError(f"auxiliary losses cannot be called {sorted(taken)}: parts of a step have these names")
+        if scores is not None and scores not in queries:
+            raise ValueError(f"scores names the query {scores!r}; there are {', '.join(queries)}")
+        self.groups, self._auxiliary, self._quadrature = groups, tuple(auxiliary), quadrature
+        self.explainers = {
+            name: Explainer(model, query, groups, LIVE_AXES, self.parts(query), quadrature, memory=memory)
+            for name, query in queries.items()
+        }
+        self.losses = [name for name, query in queries.items() if query.is_loss]
+        self.scores = (
+            None if scores is None else ParameterScores(model, queries[scores], quadrature=quadrature, memory=memory)
+        )
+
+    def parts(self, query: Query) -> tuple[str, ...]:
+        """The rounding is left to the remainder, which it cannot be told from (both are of the size of float rounding),
+        and a live step costs a tenth less. A loss is cheap to split (one gradient serves every part), so there the
+        momentum share is told as well."""
+        own = ("kernel", "regularization", *self._auxiliary, "past")
+        return ("kernel", "momentum", *own[1:]) if query.is_loss else own
+
+    def add(self, step: Step) -> tuple[dict[str, float], list[str]]:
+        """Explains a step. Returns its row of metrics, and what is to be doubted about it."""
+        metrics: dict[str, float] = {}
+        doubts: list[str] = []
+        for place, (name, explainer) in enumerate(self.explainers.items()):
+            row, _ = explainer.add(step)
+            query, parts = explainer.integrator.query, explainer.integrator.parts(step)
+            if place == 0 or not query.is_loss:
+                prefix = "" if place == 0 else f"{name}/"
+                metrics |= panels.importance_row(prefix, parts, list(self.groups), row)
+            if query.is_loss:
+                own = "loss" if name == self.losses[0] else name
+                scale = 1.0 if query.reduction == "mean" else 1.0 / query.size
+                metrics |= panels.change_row(own, parts, list(self.groups), row, scale)
+            metrics |= {f"{name}/{metric}": value for metric, value in explainer.metrics.items()}
+            metrics[f"residual/{name}"] = float(row["residual"])
+            metrics["residual/nodes"] = explainer.nodes
+            doubts += self._doubt(name, step.number, row)
+        if self.scores is not None:
+            self.scores.add(step)
+        return metrics, doubts
+
+    def _doubt(self, name: str, number: int, row: Mapping[str, Tensor]) -> list[str]:
+        residual, rule = float(row["residual"]), self._quadrature
+        limit = max(rule.tolerance or panels.RESIDUAL_LIMIT, 2 * float(row["residual_floor"]))
+        if residual <= limit or float(row["change"].abs().sum()) == 0:
+            return []
+        rest = f"the split of '{name}' leaves {residual:.2g} of the change over, more than {limit:.2g}"
+        more = "Tracker(quadrature=Quadrature(tolerance=…, max_nodes=…)) takes more nodes"
+        return [f"step {number}: {rest} ({self.explainers[name].nodes} nodes). {more}"]
+
+    def tabulate(self, samples: Samples, step: Step) -> SampleInfluence:
+        """The influences of the step's own samples on the first loss query, through this step's gradient alone."""
+        integrator = self.explainers[self.losses[0]].integrator
+        mean = integrator.for_query(replace(integrator.query, reduction="mean"))
+        return samples.influence(step, mean.gradient(step, integrator.nodes(step)))
+
+    def by_query(self, samples: Samples, step: Step, count: int) -> Tensor:
+        """The same on the first `count` inputs of that query, one by one, (queries, samples)."""
+        integrator = self.explainers[self.losses[0]].integrator
+        query, nodes = integrator.query, integrator.nodes(step)
+        device = next(iter(step.before.parameters.values())).device
+        rows = []
+        for place in range(min(count, query.size)):
+            single = integrator.for_query(replace(query.rows(place, place + 1, device), reduction="mean"))
+            rows.append(samples.influence(step, single.gradient(step, nodes)).influence)
+        return torch.stack(rows)
+
+    def influence(self, query: str, keep: tuple[str, ...]) -> Influence:
+        if keep not in LIVE_AXES:
+            raise ValueError(f"live influences keep {LIVE_AXES[0]} or {LIVE_AXES[1]}, not {keep}; explain() the rest")
+        return self.explainers[query].results()[LIVE_AXES.index(keep)]
+
+    def parameter_scores(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.scores is None:
+            raise ValueError("parameter scores were not asked for: pass scores= and a query's name to the Tracker")
+        own = self.scores.rows
+        return {n: own[n][0].clone() if n in own else torch.zeros_like(p) for n, p in parameters.items()}
+
+    def configuration(self) -> dict[str, Any]:
+        """What was asked for, as W&B's configuration of the run has it."""
+        queries = {name: explainer.integrator.query for name, explainer in self.explainers.items()}
+        return {
+            "groups": {name: list(members) for name, members in self.groups.items()},
+            "queries": {name: {"targets": len(query), "loss": query.is_loss} for name, query in queries.items()},
+            "quadrature": asdict(self._quadrature),
+        }

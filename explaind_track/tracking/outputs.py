@@ -1,0 +1,107 @@
+"""Where a Tracker's steps go: rows to the panels, steps to the record on this disk, the record to W&B."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from explaind_track.core.observer import StepObserver
+from explaind_track.errors import LoggingWarning
+from explaind_track.record.resume import resume as resume_run
+from explaind_track.record.run_directory import HISTORY, mark_finished, steps_logged, tie
+from explaind_track.record.trajectory import Trajectory
+from explaind_track.record.writer import TrajectoryWriter
+from explaind_track.tracking.exits import before_exit
+from explaind_track.wandb_io.artifacts import TrajectoryUpload
+from explaind_track.wandb_io.panels import AXIS, Panels
+
+if TYPE_CHECKING:
+    import wandb
+
+
+def begin_record(
+    directory: str | PathLike[str] | None,
+    resume: bool | int,
+    keyframe_every: int,
+    model: nn.Module,
+    observer: StepObserver,
+) -> tuple[Trajectory | None, TrajectoryWriter | None]:
+    """The record that is gone on with, None if the run begins; and what writes it."""
+    if directory is None:
+        if resume is not False:
+            raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
+        return None, None
+    record = None if resume is False else resume_run(Path(directory), model, observer, resume)
+    entries = None if record is None else record.entries
+    return record, TrajectoryWriter(directory, model, observer, keyframe_every, entries)
+
+
+class Outputs:
+    """Those of one run; there may be none."""
+
+    def __init__(
+        self,
+        run: "wandb.Run | None",
+        writer: TrajectoryWriter | None,
+        sections: Sequence[str],
+        configuration: Mapping[str, Any],
+    ) -> None:
+        """sections, configuration: see `Panels`."""
+        self.writer = writer
+        self.seen = run is not None or writer is not None
+        """Whether anybody will see what goes out."""
+        history = None if writer is None else writer.directory / HISTORY
+        logged = set() if run is None or writer is None else steps_logged(writer.directory, run)
+        self.panels = Panels(run, history, sections, configuration, logged)
+        self._upload = None if run is None or writer is None else _begin_upload(run, writer.directory)
+        self._unsent = 0
+        self.stay = before_exit(self._leave) if self.seen else lambda: None
+        """Calls off what is done where the process goes before the end of the run."""
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """One row of the panels."""
+        self.panels.log({AXIS: step, **row})
+
+    def end_rows(self) -> None:
+        """Waits until W&B has the rows, or gives up; `send` tells of it."""
+        self._unsent = self.panels.close()
+
+    def end_record(self, steps: int) -> None:
+        """The record is complete, with so many steps."""
+        if self.writer is not None:
+            self.writer.close(steps)
+            mark_finished(self.writer.directory, steps)
+
+    def send(self) -> float:
+        """Waits until W&B has the record. Warns, with the command that completes them, of rows and files that it does
+        not take. Returns the MB that W&B's copies of the record take on this disk."""
+        staging_mb = 0.0 if self._upload is None else self._upload.finish()
+        if self._unsent and self.writer is not None:
+            warnings.warn(
+                f"W&B did not take {self._unsent} rows of the panels; they are all in our record: send them "
+                f"with `explaind-track sync {self.writer.directory}`",
+                LoggingWarning,
+                stacklevel=3,
+            )
+        return staging_mb
+
+    def _leave(self) -> None:
+        if self.writer is not None:
+            self.writer.flush()
+        self.panels.close()
+
+
+def _begin_upload(run: "wandb.Run", directory: Path) -> TrajectoryUpload | None:
+    try:
+        tie(directory, run)
+        return TrajectoryUpload(run, directory)
+    except Exception as error:
+        warnings.warn(
+            f"W&B does not tell of its run ({error!r}); the trajectory stays in {directory} alone",
+            LoggingWarning,
+            stacklevel=4,
+        )
+        return None

@@ -1,0 +1,70 @@
+"""What a training loop tells of the step at hand: its batches, and what they weigh in the step's gradient."""
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from explaind_track.core.rng import random_state
+from explaind_track.core.step import Batch
+from explaind_track.core.tensors import tree_map
+from explaind_track.tracking.ddp import Ranks
+
+
+@dataclass
+class StepBatches:
+    """Of one step; `exchange` ends the telling."""
+
+    own: list[Batch] = field(default_factory=list)
+    """This rank's batches; a sample's weight is that in the rank's loss, and after `exchange` that in the step."""
+    every: tuple[Batch, ...] = ()
+    """After `exchange`: all ranks' batches."""
+    norms: dict[int, float] = field(default_factory=dict)
+    """By training index: the norms of the samples' gradients, where these were taken one by one."""
+    loss: float | None = None
+    """Where `Tracker.backward` has computed it; after `exchange`, the mean over the ranks."""
+    clip: float = 1.0
+    """The factor that the gradient was clipped by."""
+
+    def clip_by_norm(self, factor: float) -> None:
+        self.clip = factor
+        self.own = [replace(batch, weight=batch.weight * factor) for batch in self.own]
+
+    def clip_by_value(self) -> None:
+        self.own = [replace(batch, clipped=True) for batch in self.own]
+
+    def forget_unused_randomness(self, device: torch.device) -> None:
+        """A batch during whose passes nothing random was drawn needs no random state."""
+        states = [*(batch.random_state for batch in self.own), random_state(device)]
+        for place, (start, end) in enumerate(pairwise(states)):
+            if all(torch.equal(start[name], end[name]) for name in start):
+                self.own[place] = replace(self.own[place], random_state={})
+
+    def exchange(self, ranks: Ranks) -> None:
+        """Brings together what the ranks were told."""
+        self.own = [replace(batch, weight=batch.weight / ranks.count) for batch in self.own]
+        self.every = tuple(self.own)
+        if ranks.count == 1:
+            return
+        seen = ranks.gather(([_for_others(batch) for batch in self.own], self.norms, self.loss))
+        self.every = tuple(
+            batch for rank, (others, *_) in enumerate(seen) for batch in (self.own if rank == ranks.own else others)
+        )
+        self.norms = {index: norm for _, norms, _ in seen for index, norm in norms.items()}
+        losses = [loss for *_, loss in seen if loss is not None]
+        self.loss = sum(losses) / len(losses) if losses else None
+
+
+def _for_others(batch: Batch) -> Batch:
+    """A batch as other ranks are told of it: with its samples only where nothing else names them."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu()
+
+    return replace(
+        batch,
+        weight=moved(batch.weight) if isinstance(batch.weight, Tensor) else batch.weight,
+        index=None if batch.index is None else moved(batch.index),
+        data=tree_map(moved, batch.data) if batch.index is None else None,
+    )

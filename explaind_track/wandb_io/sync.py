@@ -1,0 +1,166 @@
+"""Brings a W&B run up to what our own record holds: every row and every file, each once."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from explaind_track.errors import TrajectoryError
+from explaind_track.record import files
+from explaind_track.record.files import MANIFEST, Lock
+from explaind_track.record.media import for_wandb, from_json
+from explaind_track.record.run_directory import Tie, read_rows, read_tie, trajectory_directory
+from explaind_track.record.writer import FORMAT
+from explaind_track.wandb_io.artifacts import trajectory_version
+from explaind_track.wandb_io.media_sync import check_media, send_lost_media
+from explaind_track.wandb_io.panels import AXIS, FINISH_SECONDS, define_metrics
+
+if TYPE_CHECKING:
+    import wandb
+
+SETTLE_SECONDS = 120.0
+"""How long W&B may take until its history shows the rows that it has received."""
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What a sync has found and done."""
+
+    run: str
+    url: str
+    rows: int
+    """In our record, and now at W&B."""
+    rows_sent: int
+    """Of these, the ones that it lacked."""
+    media_sent: int
+    """Files of tables and pictures whose rows W&B had already."""
+    artifact_sent: bool
+
+
+def sync(given: str | PathLike[str], progress: bool = True) -> Synced:
+    """Sends to the run's W&B run whatever our record holds and W&B does not.
+
+    Rows are told apart by their training step. An offline run that W&B has not seen is first sent as it is, with its
+    tables and console output; what a killed process left out of it is then added from our record.
+
+    Raises TrajectoryError if there is no record, if it belongs to no W&B run or is still being written; and at the end,
+    naming it, for what W&B does not confirm. Other errors of W&B come as they are.
+    """
+    directory = trajectory_directory(given)
+    tie = read_tie(directory)
+    if tie is None:
+        raise TrajectoryError(f"{directory} belongs to no W&B run: it was recorded by a Tracker without run=")
+    lock = Lock(directory)
+    try:
+        return _sync(directory, tie, progress)
+    finally:
+        lock.release()
+
+
+def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
+    import wandb
+
+    entity = tie.entity or wandb.Api().default_entity
+    path = f"{entity}/{tie.project}/{tie.id}"
+    known = found = _find_run(path) is not None
+    if not known and tie.offline and Path(tie.directory).is_dir():
+        _send_offline_run(Path(tie.directory), tie, entity)
+        known = _find_run(path) is not None
+    options: dict[str, Any] = {} if known else {"config": dict(tie.config), "name": tie.name}
+    settings = wandb.Settings(console="off", silent=not progress)
+    run = wandb.init(
+        entity=entity, project=tie.project, id=tie.id, resume="allow", mode="online", dir=_work_directory(tie),
+        settings=settings, reinit="create_new", **options,
+    )  # fmt: skip
+    try:
+        rows = read_rows(directory)
+        missing = _missing(rows, _steps_at_wandb(path, run.starting_step) if known else Counter())
+        media_sent = send_lost_media(run, _find_run(path), directory, tie) if known else 0
+        define_metrics(run, {key.split("/")[0] for row in missing for key in row if "/" in key})
+        for row in tqdm(missing, "rows", unit="row", disable=not progress or not missing):
+            run.log(for_wandb(from_json(row, directory, damaged="leave out")))
+        artifact_sent = _send_trajectory(run, directory, f"{entity}/{tie.project}/{tie.artifact}")
+        expected, url = run.starting_step + len(missing), run.url or path
+    finally:
+        run.finish()
+    if lost := _missing(rows, _steps_at_wandb(path, expected)):
+        raise TrajectoryError(f"W&B has not taken {len(lost)} rows of {path}; run the same command again")
+    check_media(_find_run(path), directory)
+    if found:
+        return Synced(path, url, len(rows), len(missing), media_sent, artifact_sent)
+    return Synced(path, url, len(rows), len(rows), media_sent, artifact_sent=(directory / MANIFEST).is_file())
+
+
+def _find_run(path: str) -> Any:
+    """The run at W&B, or None."""
+    import wandb
+
+    try:
+        return wandb.Api().run(path)
+    except (wandb.errors.Error, ValueError) as error:
+        if "not find" in str(error) or "not found" in str(error):
+            return None
+        raise
+
+
+def _send_offline_run(directory: Path, tie: Tie, entity: str | None) -> None:
+    """What `wandb sync` makes of the run's own log; a log torn by a killed process is sent as far as it goes."""
+    where = ["-e", entity] if entity else []
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", *where, "-p", tie.project, str(directory)]
+    subprocess.run(command, check=False, capture_output=True, env={**os.environ, "WANDB_SILENT": "true"})
+
+
+def _work_directory(tie: Tie) -> str | None:
+    """Beside the run's own directory, where W&B puts all runs of that place."""
+    place = Path(tie.directory).parent
+    return str(place.parent) if place.name == "wandb" and place.is_dir() else None
+
+
+def _steps_at_wandb(path: str, expected: int) -> Counter[int]:
+    """How often each training step is in the run's history, once that shows all the rows that W&B has received:
+    `expected` is the `_step` that comes next. Raises TrajectoryError if it does not, since rows that are not shown yet
+    would be sent twice."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        run = _find_run(path)
+        steps = [row["_step"] for row in run.scan_history(keys=["_step"])] if run is not None else []
+        if max(steps, default=-1) + 1 >= expected:
+            return Counter(int(row[AXIS]) for row in run.scan_history(keys=[AXIS])) if steps else Counter()
+        if time.monotonic() > deadline:
+            raise TrajectoryError(f"W&B does not show all the rows of {path} that it has received; try again later")
+        time.sleep(0.5)
+
+
+def _missing(rows: list[dict[str, Any]], there: Counter[int]) -> list[dict[str, Any]]:
+    """The rows that W&B lacks; of several rows of one step, the last."""
+    left, missing = Counter(there), []
+    for row in rows:
+        if left[row[AXIS]]:
+            left[row[AXIS]] -= 1
+        else:
+            missing.append(row)
+    return missing
+
+
+def _send_trajectory(run: "wandb.Run", directory: Path, name: str) -> bool:
+    """Logs the trajectory unless W&B has it as it is here; whether it had to."""
+    import wandb
+
+    if not (directory / MANIFEST).is_file():
+        return False  # killed before its first checkpoint
+    digest = files.digest(*files.read_manifest(directory, FORMAT))
+    with suppress(wandb.errors.Error, ValueError):
+        if wandb.Api().artifact(f"{name}:final").metadata.get("digest") == digest:
+            return False
+    artifact = trajectory_version(directory, name.rsplit("/", 1)[1], final=True)
+    run.log_artifact(artifact, aliases=["latest", f"step-{artifact.metadata['steps']}", "final"])
+    artifact.wait(int(FINISH_SECONDS))
+    return True

@@ -1,0 +1,74 @@
+"""A saved workspace at W&B with our panels in the order they are read in. Needs wandb-workspaces (`workspace`)."""
+
+from typing import TYPE_CHECKING, Any
+
+from explaind_track.wandb_io.panels import AXIS, QUERY_COSINES, SAMPLE_MAP, SAMPLES
+
+if TYPE_CHECKING:
+    import wandb_workspaces.workspaces as ws
+
+NAME = "explaind_track"
+
+
+def other_than(*words: str) -> str:
+    """A regular expression for all strings but these, without lookahead, which not every engine has."""
+    letters = sorted({word[0] for word in words if word})
+    branches = [f"[^{''.join(letters)}].*" if letters else ".+"]
+    branches += [letter + other_than(*(word[1:] for word in words if word.startswith(letter))) for letter in letters]
+    return f"({'|'.join(branches)}){'' if '' in words else '?'}"
+
+
+GROUP = f"{other_than('total')}$"
+
+# Patterns of keys, not their list: groups are each run's own, and a project may hold runs of many models. The names in
+# front of a slash belong to the first query; what other queries own has their name before it.
+SECTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "Predictions": (
+        {"title": "loss", "metric_regex": "^[^/]+/loss$"},
+        {"title": "accuracy", "metric_regex": "^[^/]+/accuracy$"},
+    ),
+    "Kernel against weight decay": (
+        {"title": "importance of all groups together", "metric_regex": "^(kernel|reg|past)/total$"},
+        {"title": "kernel minus regularization (D), by group", "metric_regex": f"^D/{GROUP}"},
+    ),
+    "Importance by group": (
+        {"title": "of the training samples (kernel)", "metric_regex": f"^kernel/{GROUP}", "plot_type": "stacked-area"},
+        {"title": "of weight decay", "metric_regex": f"^reg/{GROUP}", "plot_type": "stacked-area"},
+    ),
+    "Change of the loss": (
+        {"title": "through the training samples", "metric_regex": f"^loss/kernel/{GROUP}"},
+        {"title": "through weight decay", "metric_regex": f"^loss/reg/{GROUP}"},
+        {"title": "in all, and through each part", "metric_regex": "^loss/(change|(kernel|reg|momentum|past)/total)$"},
+    ),
+    "How far to trust it, and its cost": (
+        {"title": "residual", "metric_regex": f"^residual/{other_than('nodes', 'nonfinite')}$", "log_y": True},
+        {"title": "numbers that are not finite", "metric_regex": "^residual/nonfinite$"},
+        {"title": "seconds for each step", "metric_regex": "^cost/seconds_.*", "plot_type": "stacked-area"},
+    ),
+}
+
+
+def make_workspace(entity: str, project: str) -> "ws.Workspace":
+    """The workspace, not saved yet: line plots over the training step, and the media of samples."""
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.reports.v2.interface import LinePlot, MediaBrowser
+
+    axis = ws.SectionPanelSettings(x_axis=AXIS)
+    panels: dict[str, list[Any]] = {
+        name: [LinePlot(x=AXIS, **panel) for panel in given] for name, given in SECTIONS.items()
+    }
+    panels["Samples"] = [MediaBrowser(media_keys=[SAMPLES, SAMPLE_MAP, QUERY_COSINES])]
+    sections = [
+        ws.Section(name=name, is_open=True, panels=drawn, panel_settings=axis) for name, drawn in panels.items()
+    ]
+    settings = ws.WorkspaceSettings(x_axis=AXIS)
+    return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections, settings=settings)
+
+
+def save_workspace(project: str) -> str:
+    """Saves it at W&B as a new view of `entity/project`; returns its address. ValueError for another name."""
+    entity, slash, name = project.partition("/")
+    if not slash or not name:
+        raise ValueError(f"a workspace belongs to ENTITY/PROJECT, not to {project!r}")
+    saved = make_workspace(entity, name).save()
+    return str(saved.url)
