@@ -12,6 +12,7 @@ from explaind_track.core.step import Batch, State, Step, Update
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.explanation.explain import explain, plan_explanation
 from explaind_track.explanation.explainer import Explainer
+from explaind_track.explanation.task import Task
 from explaind_track.record.results import open_influence
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.tracking.tracker import Tracker
@@ -32,6 +33,7 @@ __all__ = [  # noqa: RUF022 (by use)
     "resolve_groups",
     # explain: take a recorded run apart
     "Trajectory",
+    "Task",
     "explain",
     "plan_explanation",
     "Influence",

@@ -24,6 +24,9 @@ from explaind_track import Query, Tracker
 
 torch.set_num_threads(1)
 
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
 
 @dataclass
 class Job:
@@ -89,8 +92,11 @@ def make_job(optimizer: str = "adamw", dtype: torch.dtype = torch.float64) -> Jo
 
 def in_ranks(script: str, directory: Path, count: int) -> None:
     """Runs `script RANK DIRECTORY` in so many processes at once; what one of them raises is shown."""
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{TESTS}:{TESTS / 'explanation'}:{TESTS / 'engine'}",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "error::UserWarning", script]
     with ExitStack() as stack:
         running = []
@@ -122,7 +128,7 @@ class Server:
 
     def __init__(self, state: Path) -> None:
         self.state = state
-        script = Path(__file__).with_name("wandb_standin.py")
+        script = TESTS / "wandb_standin.py"
         self._process = subprocess.Popen([sys.executable, str(script), "--dir", str(state)], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
         while not (state / "port").is_file():
@@ -222,7 +228,7 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
     out = tmp_path_factory.mktemp("recipe") / "run"
     done = subprocess.run(
         [sys.executable, "-m", "recipes.modulo_addition", "preset=smoke", f"out={out}"],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -3,6 +3,7 @@
 python tests/exactness.py
 """
 
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -11,13 +12,15 @@ from pathlib import Path
 import torch
 from cases import CASES, MODELS, OPTIMIZERS, Case
 from loops import LOOPS
-from test_exactness import AXES, run, wanted_influence
-from test_loops import measure
-from test_sample_axis import AXES as SAMPLE_AXES
-from test_sample_axis import of_samples, wanted
 
-from explaind_track import Quadrature
-from explaind_track.errors import ForwardModeFallbackWarning
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("engine", "explanation", "tracking")]
+from test_exactness import AXES, run, wanted_influence  # noqa: E402
+from test_loops import measure  # noqa: E402
+from test_sample_axis import AXES as SAMPLE_AXES  # noqa: E402
+from test_sample_axis import of_samples, wanted  # noqa: E402
+
+from explaind_track import Quadrature  # noqa: E402
+from explaind_track.errors import ForwardModeFallbackWarning  # noqa: E402
 
 PAGE = Path(__file__).with_name("README.md")
 HEAD = """# What is exact

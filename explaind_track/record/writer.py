@@ -14,6 +14,7 @@ from explaind_track.core.observer import StepObserver
 from explaind_track.core.rng import random_state
 from explaind_track.core.step import Batch, Step
 from explaind_track.core.tensors import Tensors, tree_map
+from explaind_track.errors import TrajectoryError
 from explaind_track.record import files
 from explaind_track.record.files import Entry
 
@@ -91,7 +92,7 @@ class TrajectoryWriter:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise files.TrajectoryError(f"{self.directory} cannot be made: {error}") from error
+            raise TrajectoryError(f"{self.directory} cannot be made: {error}") from error
         self._lock = files.Lock(self.directory)
         files.write_manifest(self.directory, self._head, self._entries)
 

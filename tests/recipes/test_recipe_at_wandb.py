@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
-from conftest import Server
+from conftest import ROOT, Server
 
 from explaind_track import Influence, Quadrature, Trajectory, explain
 from explaind_track.record.run_directory import read_rows, read_tie
@@ -29,7 +29,7 @@ def begin(out: Path, **environment: str) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "recipes.modulo_addition", "preset=smoke", f"steps={STEPS}", "samples_every=50"]
     return subprocess.Popen(
         [*command, f"out={out}"],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env={**{k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import MODELS, OPTIMIZERS
+from conftest import TESTS
 from loops import LOOPS, Loop
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ def measure(loop: Loop, directory: Path) -> Measured:
 
 
 def test_the_page_tells_of_all_that_is_tested() -> None:
-    page = Path(__file__).with_name("README.md").read_text()
+    page = (TESTS / "README.md").read_text()
     for name in (*OPTIMIZERS, *MODELS, *(loop.id for loop in LOOPS)):
         assert f"| {name} |" in page, "run `python tests/exactness.py`"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import wandb
-from conftest import Server, make_job
+from conftest import TESTS, Server, make_job
 
 from explaind_track import Trajectory, open_run
 from explaind_track.errors import LoggingWarning, TrajectoryError
@@ -202,7 +202,7 @@ def test_a_full_disk_of_wandb_stops_nothing_and_loses_nothing(
     """W&B's directory, its staging of artifacts and its cache are on a disk that fills up; our record is on another."""
     names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "TMPDIR", "HOME")
     alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    places = [str(Path(__file__).parent), str(small_disk), str(tmp_path / "t")]
+    places = [str(TESTS), str(small_disk), str(tmp_path / "t")]
     command = [sys.executable, "-c", STAGING_FULL, *places, mode]
     done = subprocess.run(
         command, env={**alone, **dict.fromkeys(names, str(small_disk))}, capture_output=True, text=True, check=False,
@@ -257,7 +257,7 @@ def test_a_killed_run_is_repaired_without_gaps_or_doubles(count: int, server: Se
         for number in range(len(modes)):
             (out / str(number)).mkdir(parents=True)
         alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not beside our own
-        command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(out), *modes]
+        command = [sys.executable, "-c", KILLED, str(TESTS), str(out), *modes]
         driver = subprocess.Popen(command, env=alone)
         waiting = {number: generator.uniform(0, 1.5) for number in range(len(modes))}
         started: dict[int, float] = {}
@@ -294,7 +294,7 @@ def test_media_that_were_on_their_way_at_a_kill_arrive(
     server.faults(fail_uploads=1.0)
     (tmp_path / "0").mkdir()
     alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), "online"]
+    command = [sys.executable, "-c", KILLED, str(TESTS), str(tmp_path), "online"]
     driver = subprocess.Popen(command, env=alone)
     found: list[dict[str, Any]] = []
     deadline = time.monotonic() + 60

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import xarray as xr
-from conftest import OPTIMIZERS, make_job, sample_loss
+from conftest import OPTIMIZERS, TESTS, make_job, sample_loss
 from torch import nn
 
 from explaind_track import Influence, Query, Tracker, Trajectory, explain
@@ -277,7 +277,7 @@ def test_a_killed_run_leaves_a_whole_trajectory(tmp_path: Path) -> None:
         "job.run(tracker, 100000)\n"
     )
     directory = tmp_path / "t"
-    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(directory)]
+    command = [sys.executable, "-c", script, str(TESTS), str(directory)]
     process = subprocess.Popen(command, env=os.environ)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(list((directory / "steps").glob("*.safetensors"))) < 3:

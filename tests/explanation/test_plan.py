@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from conftest import Job, make_job, sample_loss
+from conftest import ROOT, TESTS, Job, make_job, sample_loss
 
 from explaind_track import Influence, Quadrature, Query, Trajectory, explain, open_influence, plan_explanation
 from explaind_track.explanation import plan
@@ -129,7 +129,8 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import torch.distributed as dist
 from conftest import make_job
-from test_planning import KEEPS, options_of
+sys.path.insert(0, sys.argv[1] + '/explanation')
+from test_plan import KEEPS, options_of
 from explaind_track import Trajectory, explain
 
 dist.init_process_group("gloo")
@@ -147,8 +148,8 @@ def test_two_processes_find_what_one_does(recorded: tuple[Job, Path], tmp_path: 
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    arguments = [str(Path(__file__).parent), str(directory), str(tmp_path)]
-    root = Path(__file__).parents[1]
+    arguments = [str(TESTS), str(directory), str(tmp_path)]
+    root = ROOT
     done = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, env=_environment(root))
     assert done.returncode == 0, done.stderr[-3000:]
     for place, keep in enumerate(KEEPS[1:]):
