@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from explaind_track.core.faithfulness import faithfulness
 from explaind_track.engine.functional import evaluation
 
 Scores = Mapping[str, Tensor]
@@ -131,12 +132,11 @@ def evaluate_pruning(model: nn.Module, masks: Mapping[str, Tensor], x: Any, y: T
     logits or log-probabilities (X, O).
     """
     with evaluation(model):
-        before = model(x).double().log_softmax(-1)
+        before = model(x)
         with pruned(model, masks):
-            after = model(x).double().log_softmax(-1)
+            after = model(x)
     return {
         "accuracy": float((after.argmax(-1) == y).double().mean()),
-        "agreement": float((after.argmax(-1) == before.argmax(-1)).double().mean()),
-        "kl": float((before.exp() * (before - after)).sum(-1).mean()),
+        **faithfulness(before, after),
         "sparsity": sparsity(masks),
     }

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.queries import Query
-from explaind_track.core.step import Step, Update, weights_of
+from explaind_track.core.step import Step, Update
 from explaind_track.core.tensors import cuts, size_in_bytes
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional, SampleLoss
@@ -132,7 +132,7 @@ def _own_gradients(step: Step, samples: SampleAxis, chunk: slice, products: Samp
             here = mine[rows].nonzero()[:, 0]
             where = places[rows][here] - chunk.start
             for name, total in result.items():
-                weight = weights_of(batch, total)[rows][here] * step.updates[name].sign
+                weight = batch.weights(total)[rows][here] * step.updates[name].sign
                 total.index_add_(0, where, gradients[name][here] * weight.reshape(-1, *[1] * (total.ndim - 1)))
     return result
 
@@ -142,7 +142,7 @@ def _train_features(name: str, update: Update, own: dict[str, Tensor], momentum:
     rule, gradient = update.rule, own[name]
     if rule.buffer is None:
         return update.precondition(gradient * rule.d)
-    entered = update.entered(gradient.clone())
+    entered = update.into_buffer(gradient.clone())
     momentum[name] = entered.add_(momentum[name], alpha=rule.beta) if name in momentum else entered
     return update.precondition((momentum[name] * rule.e).add_(gradient, alpha=rule.d))
 

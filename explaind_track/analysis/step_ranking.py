@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from explaind_track.core.faithfulness import faithfulness
 from explaind_track.core.influence import Influence
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
@@ -107,14 +108,13 @@ def sparse_prediction(influence: Influence, steps: Sequence[int] | np.ndarray) -
 def accuracy_curve(influence: Influence, scores: xr.DataArray, fractions: Sequence[float]) -> xr.Dataset:
     """How well the decomposition that keeps the top steps stands for the model, for each fraction kept (Fig. 8):
     `agreement` with its decisions, and `kl` of its outputs, as `Influence.faithfulness`; (fraction)."""
-    model = torch.from_numpy(influence.data["final"].values).double().log_softmax(-1)
-    agreement, divergence = [], []
+    model = torch.from_numpy(influence.data["final"].values)
+    found = []
     for fraction in fractions:
-        values = sparse_prediction(influence, top_steps(scores, fraction)).transpose("query", "output").values
-        kernel = torch.from_numpy(values).double().log_softmax(-1)
-        agreement.append(float((kernel.argmax(-1) == model.argmax(-1)).double().mean()))
-        divergence.append(float((model.exp() * (model - kernel)).sum(-1).mean()))
-    variables = {"agreement": ("fraction", agreement), "kl": ("fraction", divergence)}
+        kept = sparse_prediction(influence, top_steps(scores, fraction)).transpose("query", "output")
+        found.append(faithfulness(model, torch.from_numpy(kept.values)))
+
+    variables = {name: ("fraction", [values[name] for values in found]) for name in ("agreement", "kl")}
     return xr.Dataset(variables, {"fraction": np.array(fractions)})
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from explaind_track.core.faithfulness import faithfulness
 from explaind_track.core.step import SHARES
 
 AXES = ("step", "group", "query", "output")
@@ -87,11 +88,8 @@ class Influence:
         """How well the path-kernel prediction stands for the model (Table 1), for outputs that score classes:
         `agreement`, the fraction of queries with the same decision, and `kl`, the mean KL(model ‖ path kernel) in
         nats. Raises ValueError unless query and output were kept."""
-        kernel = torch.from_numpy(self.prediction().values).double().log_softmax(-1)
-        model = torch.from_numpy(self.data["final"].values).double().log_softmax(-1)
-        agreement = (kernel.argmax(-1) == model.argmax(-1)).double().mean()
-        divergence = (model.exp() * (model - kernel)).sum(-1).mean()
-        return {"agreement": float(agreement), "kl": float(divergence)}
+        prediction = torch.from_numpy(self.prediction().values)
+        return faithfulness(torch.from_numpy(self.data["final"].values), prediction)
 
     @property
     def kept(self) -> tuple[str, ...]:

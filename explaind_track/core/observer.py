@@ -208,7 +208,7 @@ class StepObserver:
             if name in held:
                 held[name].mul_(update.rule.beta)
             if gradient is not None:
-                entered = update.entered(gradient.clone())
+                entered = update.into_buffer(gradient.clone())
                 held[name] = held[name].add_(entered) if name in held else entered
         return held.get(name)
 

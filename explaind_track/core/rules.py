@@ -85,7 +85,7 @@ def require_rule(optimizer: torch.optim.Optimizer) -> None:
         fallback(optimizer, {}, {}, True)
 
 
-def by(scale: Callable[[], Tensor]) -> Precondition:
+def diagonal(scale: Callable[[], Tensor]) -> Precondition:
     """The preconditioner that multiplies by `scale()`, elementwise."""
     return lambda direction, _: direction.mul_(scale())
 
@@ -109,7 +109,7 @@ def _adam(optimizer: torch.optim.Adam, settings: Settings, state: Mapping[str, A
         b=1 - beta1,
         e=rate / (1 - beta1**count),
         d=0.0,
-        precondition=by(lambda: (second / (1 - beta2**count)).sqrt_().add_(eps).reciprocal_()),
+        precondition=diagonal(lambda: (second / (1 - beta2**count)).sqrt_().add_(eps).reciprocal_()),
         coupled=coupled,
         decoupled=decoupled,
     )
@@ -128,7 +128,7 @@ def _nadam(optimizer: torch.optim.NAdam, settings: Settings, state: Mapping[str,
         b=1 - beta1,
         e=rate * ahead / (1 - product * ahead),
         d=rate * (1 - now) / (1 - product),
-        precondition=by(lambda: (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(eps).reciprocal_()),
+        precondition=diagonal(lambda: (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(eps).reciprocal_()),
         coupled=coupled,
         decoupled=decoupled,
     )
@@ -144,7 +144,7 @@ def _radam(optimizer: torch.optim.RAdam, settings: Settings, state: Mapping[str,
     scale: Precondition | None = None
     if length > 5:
         rectified = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length) * correction
-        scale = by(lambda: state["exp_avg_sq"].sqrt().add_(eps).reciprocal_().mul_(math.sqrt(rectified)))
+        scale = diagonal(lambda: state["exp_avg_sq"].sqrt().add_(eps).reciprocal_().mul_(math.sqrt(rectified)))
     coupled, decoupled = _decay(settings, rate)
     return Rule(
         buffer=state["exp_avg"],
@@ -185,14 +185,14 @@ def _rmsprop(optimizer: torch.optim.RMSprop, settings: Settings, state: Mapping[
         return second.sqrt().add_(eps).reciprocal_()
 
     if beta == 0:
-        return Rule(buffer=None, beta=0.0, b=1.0, e=0.0, d=rate, precondition=by(scale), coupled=decay)
-    return Rule(state["momentum_buffer"], beta, b=1.0, e=rate, d=0.0, enter=by(scale), coupled=decay)
+        return Rule(buffer=None, beta=0.0, b=1.0, e=0.0, d=rate, precondition=diagonal(scale), coupled=decay)
+    return Rule(state["momentum_buffer"], beta, b=1.0, e=rate, d=0.0, enter=diagonal(scale), coupled=decay)
 
 
 @update_rule.register
 def _adagrad(optimizer: torch.optim.Adagrad, settings: Settings, state: Mapping[str, Any], first: bool) -> Rule:
     rate = float(settings["lr"]) / (1 + (float(state["step"]) - 1) * settings["lr_decay"])
-    scale = by(lambda: state["sum"].sqrt().add_(settings["eps"]).reciprocal_())
+    scale = diagonal(lambda: state["sum"].sqrt().add_(settings["eps"]).reciprocal_())
     return Rule(None, beta=0.0, b=1.0, e=0.0, d=rate, precondition=scale, coupled=settings["weight_decay"])
 
 

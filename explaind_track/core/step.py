@@ -42,6 +42,12 @@ class Batch:
     clipped: bool = False
     """Whether the step's gradient was clipped by value: what is left of it is no sum over samples."""
 
+    def weights(self, like: Tensor) -> Tensor:
+        """`w_{i,k}` for every sample, (N,), of the type and on the device of `like`."""
+        if isinstance(self.weight, Tensor):
+            return self.weight.to(like)
+        return torch.full((self.size,), self.weight, dtype=like.dtype, device=like.device)
+
 
 @dataclass(frozen=True)
 class Contribution:
@@ -80,7 +86,7 @@ class Update:
         """`P · direction`, over its leading axes if it has any; may write over `direction`: pass fresh tensors."""
         return direction if self.rule.precondition is None else self.rule.precondition(direction, self.seen())
 
-    def entered(self, direction: Tensor) -> Tensor:
+    def into_buffer(self, direction: Tensor) -> Tensor:
         """`b Q · direction`: what a gradient puts into the buffer, and the adjoint of that; may write over it."""
         if self.rule.enter is not None:
             direction = self.rule.enter(direction, self.seen())
@@ -121,7 +127,7 @@ class Update:
         buffer = self._kernel_buffer()
         if buffer is None:
             return torch.zeros_like(self.before)
-        return self._combine(buffer.sub_(self.entered(self.kernel_gradient().clone())), None)
+        return self._combine(buffer.sub_(self.into_buffer(self.kernel_gradient().clone())), None)
 
     def source(self, name: str) -> Tensor:
         """`P (e · buffer + d · gradient)` of one of the sources; 0 if this parameter has none of that name."""
@@ -148,7 +154,7 @@ class Update:
     def adjoint(self, direction: Tensor) -> Tensor:
         """`(b Q e + d) P · direction`: its product with `w_k ∇L_k` is the sample's influence through its own step."""
         preconditioned = self.precondition(direction.clone())
-        return self.entered(preconditioned * self.rule.e).add_(preconditioned, alpha=self.rule.d)
+        return self.into_buffer(preconditioned * self.rule.e).add_(preconditioned, alpha=self.rule.d)
 
 
 class Part(Mapping[str, Tensor]):
@@ -199,10 +205,3 @@ class Step:
             compute[name] = partial(Update.source, name=name)
         compute["rounding"] = Update.rounding
         return {name: Part(self.updates, function) for name, function in compute.items()}
-
-
-def weights_of(batch: Batch, like: Tensor) -> Tensor:
-    """`w_{i,k}` for every sample, (N,)."""
-    if isinstance(batch.weight, Tensor):
-        return batch.weight.to(like)
-    return torch.full((batch.size,), batch.weight, dtype=like.dtype, device=like.device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from explaind_track.core.groups import Groups
 from explaind_track.core.rng import random_state, replayed_random_state
-from explaind_track.core.step import Batch, State, Step, weights_of
+from explaind_track.core.step import Batch, State, Step
 from explaind_track.core.tensors import Tensors, size_in_bytes, tree_slice
 from explaind_track.engine.functional import (
     Functional,
@@ -57,7 +57,7 @@ class SampleProducts:
         self.stands_alone(step, batch)
         rows = len(next(iter(directions.values())))
         passes = rows * len(self._groups)
-        weight = weights_of(batch, next(iter(directions.values())))
+        weight = batch.weights(next(iter(directions.values())))
         if parts is not None:
             present = parts[0].unique()
             if len(present) < passes:
@@ -77,7 +77,7 @@ class SampleProducts:
 
     def gradient(self, step: Step, batch: Batch, share: Tensor | float, parameters: Tensors) -> dict[str, Tensor]:
         """`Σ_k w_k share_k ∇L_k(θ_s)` of the whole batch, with respect to the parameters named."""
-        weight = weights_of(batch, next(iter(parameters.values()))) * share
+        weight = batch.weights(next(iter(parameters.values()))) * share
         all_of_them = torch.zeros(batch.size, dtype=torch.int64)
         found = self._part_gradients(step.before, batch, weight, all_of_them, all_of_them[:1], parameters)
         return {name: rows[0] for name, rows in found.items()}
@@ -121,7 +121,7 @@ class SampleProducts:
             for names in self._groups.values():
                 members = {name: directions[name] for name in names if name in directions}
                 if not members:
-                    result.append(weights_of(batch, next(iter(directions.values()))).new_zeros(rows, batch.size))
+                    result.append(batch.weights(next(iter(directions.values()))).new_zeros(rows, batch.size))
                     continue
                 primals = {name: state.parameters[name] for name in members}
                 pieces = [

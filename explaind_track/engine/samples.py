@@ -10,7 +10,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from explaind_track.core.rng import random_state, replayed_random_state
-from explaind_track.core.step import Batch, State, Step, weights_of
+from explaind_track.core.step import Batch, State, Step
 from explaind_track.core.tensors import Tensors, size_in_bytes, tree_rows, tree_slice
 from explaind_track.engine.functional import Functional, SampleLoss, differentiable_attention, sample_gradients
 from explaind_track.errors import SampleMismatchWarning
@@ -70,7 +70,7 @@ class Samples:
         for start in range(0, batch.size, size):
             chunk = tree_slice(batch.data, start, start + size)
             gradients, loss = sample_gradients(self._functional, self._sample_loss, state, chunk)
-            weight = weights_of(batch, loss)[start : start + size]
+            weight = batch.weights(loss)[start : start + size]
             squares = torch.zeros_like(loss)
             for name, gradient in gradients.items():
                 total[name] += einsum(gradient, weight, "n ..., n -> ...")
@@ -87,7 +87,7 @@ class Samples:
         for batch in batches:
             with replayed_random_state(batch.random_state), torch.enable_grad():
                 losses = self.losses(self._functional, free, batch)
-                summed = (losses * weights_of(batch, losses)).sum()
+                summed = (losses * batch.weights(losses)).sum()
                 parts = torch.autograd.grad(summed, list(moving.values()), allow_unused=True)
             for name, part in zip(moving, parts, strict=True):
                 if part is not None:
@@ -105,7 +105,7 @@ class Samples:
         for batch in step.batches:
             with replayed_random_state(batch.random_state), differentiable_attention():
                 loss, slope = self._slopes(step.before, batch, primals, direction)
-            weight = weights_of(batch, loss)
+            weight = batch.weights(loss)
             unnamed = torch.full((batch.size,), -1)
             for name, value in zip(
                 rows, (unnamed if batch.index is None else batch.index, slope * weight, loss, weight), strict=True

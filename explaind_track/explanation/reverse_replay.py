@@ -68,7 +68,7 @@ class Adjoint:
         if own is not None:
             mu[slot].add_(own, alpha=update.rule.e)
             self._decay[name] = 1.0
-        direction = update.entered(mu.clone())
+        direction = update.into_buffer(mu.clone())
         mu.mul_(update.rule.beta)
         self._decay[name] *= abs(update.rule.beta)
         return direction
