@@ -1,4 +1,8 @@
-"""The step: what one optimizer step did, the type that everything else passes through."""
+"""The step: what one optimizer step did, the type that everything else passes through.
+
+A `Step` holds the model before and after (`State`), the training samples that drove it (`Batch`), and for every
+parameter an `Update`, which splits `θ_s − θ_{s+1}` into the parts of the paper's Theorem 3.1.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +24,16 @@ SHARES = {"momentum": "kernel"}
 
 @dataclass(frozen=True)
 class State:
-    """Parameters and buffers of the model, by name (tied parameters once, under their first name)."""
+    """Parameters and buffers of the model, by name (tied parameters once, under their first name).
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import State
+        >>> model = torch.nn.BatchNorm1d(2)
+        >>> state = State(dict(model.named_parameters()), dict(model.named_buffers()))
+        >>> list(state.parameters), list(state.buffers)
+        (['weight', 'bias'], ['running_mean', 'running_var', 'num_batches_tracked'])
+    """
 
     parameters: Tensors
     buffers: Tensors
@@ -28,7 +41,15 @@ class State:
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one (micro-)batch and how they entered the step's gradient `Σ_k w_k ∇L_k`."""
+    """The samples of one (micro-)batch and how they entered the step's gradient `Σ_k w_k ∇L_k`.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Batch
+        >>> batch = Batch(size=4, weight=1 / 4, index=torch.tensor([7, 0, 2, 5]))  # the loss is the batch's mean
+        >>> batch.weights(like=torch.zeros(0))
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
 
     size: int
     weight: Tensor | float
@@ -63,8 +84,20 @@ class Contribution:
 class Update:
     """One parameter's update `θ_s − θ_{s+1}`, and the parts it is made of; the equations are those of `rules`.
 
-    The gradient and the buffer are split along with it: what none of `sources` has put in is the training samples'.
+    Gradient and momentum buffer are split along with it: what no contribution has put in is the training samples'.
     All tensors have the parameter's shape.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Rule, Update
+        >>> rule = Rule(buffer=None, beta=0.0, b=1.0, e=0.0, d=0.1, decoupled=0.01)  # θ ← θ − 0.1 G − 0.01 θ
+        >>> before, gradient = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])
+        >>> after = before - 0.1 * gradient - 0.01 * before
+        >>> update = Update(before, after, gradient, rule, contributions={})
+        >>> update.kernel(), update.regularization()
+        (tensor([ 0.3000, -0.1000]), tensor([0.0100, 0.0200]))
+        >>> bool(update.rounding().abs().max() < 1e-6)
+        True
     """
 
     before: Tensor
@@ -72,89 +105,98 @@ class Update:
     gradient: Tensor
     """`G_s`, with the sign that the optimizer gives it (`maximize` turns it around)."""
     rule: Rule
-    sources: Mapping[str, Contribution]
+    contributions: Mapping[str, Contribution]
     """By part: `regularization` (coupled decay), `past` (what the optimizer had gathered before it was watched), and
     the auxiliary losses."""
     sign: float = 1.0
     """−1 where the optimizer maximizes: the samples' gradients enter with it."""
 
-    def seen(self) -> Tensor:
-        """`G_s + λ θ_s`, as the optimizer saw the gradient."""
-        return self.gradient.add(self.before, alpha=self.rule.coupled) if self.rule.coupled else self.gradient
-
-    def precondition(self, direction: Tensor) -> Tensor:
-        """`P · direction`, over its leading axes if it has any; may write over `direction`: pass fresh tensors."""
-        return direction if self.rule.precondition is None else self.rule.precondition(direction, self.seen())
-
-    def into_buffer(self, direction: Tensor) -> Tensor:
-        """`b Q · direction`: what a gradient puts into the buffer, and the adjoint of that; may write over it."""
-        if self.rule.enter is not None:
-            direction = self.rule.enter(direction, self.seen())
-        return direction.mul_(self.rule.b)
-
-    def _combine(self, buffer: Tensor | None, gradient: Tensor | None) -> Tensor:
-        """`P (e · buffer + d · gradient)`; the buffer may be written over."""
-        rule = self.rule
-        total = torch.zeros_like(self.before) if buffer is None or not rule.e else buffer.mul_(rule.e)
-        if gradient is not None and rule.d:
-            total.add_(gradient, alpha=rule.d)
-        return self.precondition(total)
-
-    def kernel_gradient(self) -> Tensor:
-        """`Σ_k w_k ∇L_k(θ_s)`: the gradient without the auxiliary losses'. Not to be written over."""
-        own = self.gradient
-        for source in self.sources.values():
-            if source.gradient is not None:
-                own = own - source.gradient
-        return own
-
-    def _kernel_buffer(self) -> Tensor | None:
-        """`M_s`, a fresh tensor."""
-        if self.rule.buffer is None:
-            return None
-        buffer = self.rule.buffer.clone()
-        for source in self.sources.values():
-            if source.buffer is not None:
-                buffer -= source.buffer
-        return buffer
+    # ------------------------------------------------- the parts, which add up
 
     def kernel(self) -> Tensor:
         """`u_s = P (e M_s + d G_s)`: what the training samples did (Thm. 3.1, summed over the samples)."""
-        return self._combine(self._kernel_buffer(), self.kernel_gradient())
+        return self._displacement(self._kernel_buffer(), self.kernel_gradient())
+
+    def regularization(self) -> Tensor:
+        """`r_s = P (e R_s + d λ θ_s) + γ θ_s`: what weight decay did."""
+        rule = self.rule
+        buffer = self.contributions.get("regularization", Contribution(None)).buffer
+        result = self.before * rule.decoupled
+
+        if rule.coupled or buffer is not None:
+            fresh = None if buffer is None else buffer.clone()
+            result += self._displacement(fresh, self.before * rule.coupled if rule.d else None)
+        return result
+
+    def contribution(self, name: str) -> Tensor:
+        """`P (e · buffer + d · gradient)` of `past` or an auxiliary loss; 0 if this parameter has none of that name."""
+        part = self.contributions.get(name, Contribution(None))
+        return self._displacement(None if part.buffer is None else part.buffer.clone(), part.gradient)
+
+    def rounding(self) -> Tensor:
+        """`(θ_s − θ_{s+1})` less all other parts: what float arithmetic did."""
+        rest = (self.before - self.after).sub_(self.kernel()).sub_(self.regularization())
+        for name in self.contributions:
+            if name != "regularization":
+                rest -= self.contribution(name)
+        return rest
 
     def momentum(self) -> Tensor:
         """`P e β M_{s−1}`: the share of the kernel part that comes from earlier steps' gradients."""
         buffer = self._kernel_buffer()
         if buffer is None:
             return torch.zeros_like(self.before)
-        return self._combine(buffer.sub_(self.into_buffer(self.kernel_gradient().clone())), None)
 
-    def source(self, name: str) -> Tensor:
-        """`P (e · buffer + d · gradient)` of one of the sources; 0 if this parameter has none of that name."""
-        source = self.sources.get(name, Contribution(None))
-        return self._combine(None if source.buffer is None else source.buffer.clone(), source.gradient)
+        # β M_{s−1} = M_s − b Q G_s
+        entered = self.into_buffer(self.kernel_gradient().clone())
+        return self._displacement(buffer.sub_(entered), None)
 
-    def regularization(self) -> Tensor:
-        """`r_s = P (e R_s + d λ θ_s) + γ θ_s`: what weight decay did."""
-        rule, buffer = self.rule, self.sources.get("regularization", Contribution(None)).buffer
-        result = self.before * rule.decoupled
-        if rule.coupled or buffer is not None:
-            held = None if buffer is None else buffer.clone()
-            result += self._combine(held, self.before * rule.coupled if rule.d else None)
-        return result
+    # ------------------------------- the samples' gradient, and its way through
 
-    def rounding(self) -> Tensor:
-        """`(θ_s − θ_{s+1})` less all other parts: what float arithmetic did."""
-        rest = (self.before - self.after).sub_(self.kernel()).sub_(self.regularization())
-        for name in self.sources:
-            if name != "regularization":
-                rest -= self.source(name)
-        return rest
+    def kernel_gradient(self) -> Tensor:
+        """`Σ_k w_k ∇L_k(θ_s)`: the gradient without the auxiliary losses'. Not to be written over."""
+        gradient = self.gradient
+        for part in self.contributions.values():
+            if part.gradient is not None:
+                gradient = gradient - part.gradient
+        return gradient
+
+    def precondition(self, direction: Tensor) -> Tensor:
+        """`P · direction`, over its leading axes if it has any; may write over `direction`: pass fresh tensors."""
+        return direction if self.rule.precondition is None else self.rule.precondition(direction, self._seen_gradient())
+
+    def into_buffer(self, direction: Tensor) -> Tensor:
+        """`b Q · direction`: what a gradient puts into the buffer, and the adjoint of that; may write over it."""
+        if self.rule.enter is not None:
+            direction = self.rule.enter(direction, self._seen_gradient())
+        return direction.mul_(self.rule.b)
 
     def adjoint(self, direction: Tensor) -> Tensor:
         """`(b Q e + d) P · direction`: its product with `w_k ∇L_k` is the sample's influence through its own step."""
         preconditioned = self.precondition(direction.clone())
         return self.into_buffer(preconditioned * self.rule.e).add_(preconditioned, alpha=self.rule.d)
+
+    def _seen_gradient(self) -> Tensor:
+        """`G_s + λ θ_s`, as the optimizer saw the gradient."""
+        return self.gradient.add(self.before, alpha=self.rule.coupled) if self.rule.coupled else self.gradient
+
+    def _kernel_buffer(self) -> Tensor | None:
+        """`M_s`, the samples' share of the momentum buffer: a fresh tensor."""
+        if self.rule.buffer is None:
+            return None
+        buffer = self.rule.buffer.clone()
+        for part in self.contributions.values():
+            if part.buffer is not None:
+                buffer -= part.buffer
+        return buffer
+
+    def _displacement(self, buffer: Tensor | None, gradient: Tensor | None) -> Tensor:
+        """`P (e · buffer + d · gradient)`: how far they move the parameter; the buffer may be written over."""
+        rule = self.rule
+        total = torch.zeros_like(self.before) if buffer is None or not rule.e else buffer.mul_(rule.e)
+        if gradient is not None and rule.d:
+            total.add_(gradient, alpha=rule.d)
+        return self.precondition(total)
 
 
 class Part(Mapping[str, Tensor]):
@@ -179,6 +221,24 @@ class Step:
 
     Its tensors belong to whoever made the step (the training loop, or a trajectory's replay) and hold until that
     goes on to its next step.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import StepObserver
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        >>> observer = StepObserver(optimizer, dict(model.named_parameters()))
+        >>> model(torch.ones(5, 3)).mean().backward()
+        >>> observer.before(buffers={})
+        >>> optimizer.step()
+        >>> step = observer.after(number=0, buffers={})
+        >>> list(step.parts)
+        ['kernel', 'momentum', 'regularization', 'rounding']
+        >>> total = sum(step.parts[part]["weight"] for part in ("kernel", "regularization", "rounding"))
+        >>> moved = step.before.parameters["weight"] - step.after.parameters["weight"]
+        >>> torch.allclose(total, moved)
+        True
     """
 
     number: int
@@ -192,16 +252,19 @@ class Step:
     auxiliary: tuple[str, ...] = ()
     """The auxiliary losses, each a part of its own: terms of the loss that belong to no training sample."""
     mark: object = field(default_factory=object)
-    """Stands for this very step."""
+    """Stands for this very step, also in its copies; compared by identity."""
     follows: object = None
     """The mark of the step whose `after` is, bit for bit, this one's `before`; None where there is none."""
 
     @cached_property
     def parts(self) -> Mapping[str, Part]:
         """The parts that add up to `θ_s − θ_{s+1}`, and `SHARES` of them. `past` is there only on a warm start."""
-        compute: dict[str, Callable[[Update], Tensor]] = {"kernel": Update.kernel, "momentum": Update.momentum}
-        compute["regularization"] = Update.regularization
+        compute: dict[str, Callable[[Update], Tensor]] = {
+            "kernel": Update.kernel,
+            "momentum": Update.momentum,
+            "regularization": Update.regularization,
+        }
         for name in (*self.auxiliary, *(["past"] if self.warm else [])):
-            compute[name] = partial(Update.source, name=name)
+            compute[name] = partial(Update.contribution, name=name)
         compute["rounding"] = Update.rounding
         return {name: Part(self.updates, function) for name, function in compute.items()}

@@ -1,33 +1,87 @@
-"""Every error and warning of the package, so that they can be caught and filtered by name."""
+"""Every error and warning that is the package's alone, so that they can be caught and filtered by name.
 
+A wrong argument raises ValueError or TypeError, calls in a wrong order RuntimeError, and a directory that is not empty
+FileExistsError, as everywhere in Python. Each message says what to do.
 
-class TrajectoryError(RuntimeError):
-    """A trajectory on disk is not what was written: torn, altered, or of another format."""
+    warnings.filterwarnings("ignore", category=explaind_track.errors.ForwardModeFallbackWarning)
+"""
+
+__all__ = [
+    "ForwardModeFallbackWarning",
+    "LoggingWarning",
+    "NonFiniteError",
+    "ReplayWarning",
+    "ResumeWarning",
+    "SampleMismatchWarning",
+    "TrajectoryError",
+    "UnexplainedUpdateError",
+]
 
 
 class NonFiniteError(FloatingPointError):
-    """The gradient of a step holds numbers that are not finite."""
+    """The gradient of a step holds numbers that are not finite.
+
+    Raised by the Tracker before the optimizer uses it, so the parameters are still those before the step. Mend the
+    loss or the learning rate and go on from there, or make the Tracker with `on_nonfinite="mark"`: it then takes the
+    step, and marks its row instead of explaining it.
+    """
 
 
 class UnexplainedUpdateError(RuntimeError):
-    """A parameter moved by more than the optimizer's rule and float rounding explain."""
+    """A parameter moved by more than the optimizer's rule and float rounding explain.
+
+    Raised right after the step. Either something else wrote to the parameter while the optimizer stepped (a hook, a
+    second optimizer, a projection: do that outside of the step), or the optimizer is a subclass with arithmetic of its
+    own, which needs a rule of its own: see `explaind_track.update_rule`.
+    """
+
+
+class TrajectoryError(RuntimeError):
+    """A trajectory, or another part of a run's record, is not to be had as it was written.
+
+    Raised on opening, replaying, fetching, sending and going on with a record: a file of it is missing, torn, altered
+    or of another format; the replay misses a keyframe; another process is writing there; or W&B does not give or has
+    not taken all of it. The message names the file, and the command to repeat where repeating helps.
+    """
 
 
 class LoggingWarning(UserWarning):
-    """Something could not be logged; training goes on."""
+    """Something could not be logged; training goes on.
+
+    Mostly W&B does not answer, or has not taken rows or files: `explaind-track sync DIRECTORY` sends what it lacks from
+    the record on this disk. Or that disk is full: make room, for rows that could not be written are lost. Each kind of
+    failure is told of once.
+    """
 
 
 class ReplayWarning(UserWarning):
-    """Replaying gave other bits than the run that was recorded: another machine or version of torch."""
+    """Replaying a trajectory gave other bits than the run that was recorded, though the same numbers.
+
+    Another machine, thread count or version of torch rounds otherwise. The replay goes on from the recorded keyframe,
+    so that nothing accumulates; to get the bits of the run, replay where it ran. Other *numbers* raise TrajectoryError.
+    """
 
 
 class ResumeWarning(UserWarning):
-    """Some steps were trained before the run ended but are not in its record."""
+    """Some steps were trained before the run ended, but had not reached its record.
+
+    Given where `Tracker(..., resume=True)` goes on with a run that was killed. Training goes on from the last recorded
+    step and takes the lost ones again; start the data order at `tracker.number`.
+    """
 
 
 class SampleMismatchWarning(UserWarning):
-    """The per-sample losses do not add up to the gradient that the optimizer saw."""
+    """The per-sample losses do not add up to the gradient that the optimizer saw.
+
+    Influences of training samples are wrong at these steps until they do; those of parameter groups are exact all the
+    same. Tell `tracker.batch` of every batch, with its samples' weights in the loss; clip by `tracker.clip_grad_norm_`;
+    name losses that belong to no sample in `auxiliary=`; and explain in the mode (train or eval) of the training.
+    """
 
 
 class ForwardModeFallbackWarning(UserWarning):
-    """Some operation of the model cannot be differentiated the fast way; the results are the same, only later."""
+    """Some operation of the model cannot be differentiated the fast way.
+
+    Given once for a model, with torch's reason. The results are the same, only later. Replace the operation to get the
+    speed back, or ignore the warning.
+    """

@@ -86,7 +86,7 @@ class Replay:
             recorded |= {prefix + name: value for name, value in keyframe.prefixed(prefix)}
         found = {f"parameter:{name}": value.detach() for name, value in self.parameters.items()}
         found |= {f"buffer:{name}": value for name, value in self.buffers.items()}
-        for part, held in self.observer.buffers.items():
+        for part, held in self.observer.momentum_shares.items():
             found |= {f"share:{part}:{name}": value for name, value in held.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():

@@ -56,7 +56,7 @@ def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Litera
             trajectory = _cut(trajectory, at)
     finally:
         lock.release()
-    observer.go_on(replay.observer.buffers, dict(model.named_buffers()))
+    observer.go_on(replay.observer.momentum_shares, dict(model.named_buffers()))
     return trajectory
 
 

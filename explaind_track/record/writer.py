@@ -205,7 +205,7 @@ class TrajectoryWriter:
         observer = self._observer
         tensors = {f"parameter:{name}": value for name, value in observer.parameters.items()}
         tensors |= {f"buffer:{name}": value for name, value in buffers.items()}
-        for part, held in observer.buffers.items():
+        for part, held in observer.momentum_shares.items():
             tensors |= {f"share:{part}:{name}": value for name, value in held.items()}
         tensors |= {f"random:{device}": value for device, value in self._random.items()}
         plain: dict[str, dict[str, Any]] = {}
