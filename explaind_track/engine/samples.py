@@ -3,15 +3,14 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from explaind_track.core.rng import random_state, replayed_random_state
+from explaind_track.core.rng import replayed_random_state
 from explaind_track.core.step import Batch, State, Step
-from explaind_track.core.tensors import Tensors, size_in_bytes, tree_rows, tree_slice
+from explaind_track.core.tensors import Tensors, size_in_bytes, tree_slice
 from explaind_track.engine.functional import Functional, SampleLoss, differentiable_attention, sample_gradients
 from explaind_track.errors import SampleMismatchWarning
 
@@ -146,17 +145,3 @@ def compare_gradients(total: Tensors, gradients: Tensors, number: int) -> None:
             SampleMismatchWarning,
             stacklevel=2,
         )
-
-
-def make_batch(data: Any, index: Tensor | None, weight: Tensor | float | str, device: torch.device) -> Batch:
-    """A batch as `Tracker.batch` is told of it. Raises ValueError if its parts disagree about the number of samples."""
-    size = tree_rows(data)
-    if index is not None and index.shape != (size,):
-        raise ValueError(f"index must name the batch's {size} samples, ({size},), not {tuple(index.shape)}")
-    if isinstance(weight, str):
-        if weight not in ("mean", "sum"):
-            raise ValueError(f'weight is "mean", "sum", a number or a tensor (N,), not {weight!r}')
-        weight = 1.0 / size if weight == "mean" else 1.0
-    elif isinstance(weight, Tensor) and weight.shape != (size,):
-        raise ValueError(f"weight must have one number for each of the {size} samples, not {tuple(weight.shape)}")
-    return Batch(size, weight, index, data, random_state(device))

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from explaind_track.core.rng import random_state
 from explaind_track.core.step import Batch
-from explaind_track.core.tensors import tree_map
+from explaind_track.core.tensors import tree_map, tree_rows
 from explaind_track.tracking.ddp import Ranks
 
 
@@ -68,3 +69,17 @@ def _for_others(batch: Batch) -> Batch:
         index=None if batch.index is None else moved(batch.index),
         data=tree_map(moved, batch.data) if batch.index is None else None,
     )
+
+
+def make_batch(data: Any, index: Tensor | None, weight: Tensor | float | str, device: torch.device) -> Batch:
+    """A batch as `Tracker.batch` is told of it. Raises ValueError if its parts disagree about the number of samples."""
+    size = tree_rows(data)
+    if index is not None and index.shape != (size,):
+        raise ValueError(f"index must name the batch's {size} samples, ({size},), not {tuple(index.shape)}")
+    if isinstance(weight, str):
+        if weight not in ("mean", "sum"):
+            raise ValueError(f'weight is "mean", "sum", a number or a tensor (N,), not {weight!r}')
+        weight = 1.0 / size if weight == "mean" else 1.0
+    elif isinstance(weight, Tensor) and weight.shape != (size,):
+        raise ValueError(f"weight must have one number for each of the {size} samples, not {tuple(weight.shape)}")
+    return Batch(size, weight, index, data, random_state(device))

@@ -18,7 +18,6 @@ from explaind_track.core.step import State, Step
 from explaind_track.engine.functional import SampleLoss
 from explaind_track.engine.integrator import MEMORY, buffers_moved
 from explaind_track.engine.path_integral import Quadrature
-from explaind_track.engine.samples import make_batch
 from explaind_track.errors import NonFiniteError
 from explaind_track.record.resume import cut_history
 from explaind_track.record.trajectory import Trajectory
@@ -27,7 +26,7 @@ from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live import LIVE_AXES, Live
 from explaind_track.tracking.live_samples import LiveSamples
 from explaind_track.tracking.outputs import Outputs, begin_record
-from explaind_track.tracking.step_batches import StepBatches
+from explaind_track.tracking.step_batches import StepBatches, make_batch
 from explaind_track.wandb_io import panels
 
 if TYPE_CHECKING:
