@@ -134,9 +134,9 @@ def test_several_processes_have_samples_of_their_own() -> None:
     pytest.importorskip("lightning.pytorch")
     from explaind_track.callbacks.lightning import TrackerCallback
 
-    TrackerCallback(queries={"test": Query.outputs(X[:4])}).check_alone(2)
+    TrackerCallback(queries={"test": Query.outputs(X[:4])}).refuse_samples_in(2)
     with pytest.raises(ValueError, match="samples of the main one alone; leave sample_loss= out"):
-        TrackerCallback(queries={"test": Query.outputs(X[:4])}, sample_loss=sample_loss).check_alone(2)
+        TrackerCallback(queries={"test": Query.outputs(X[:4])}, sample_loss=sample_loss).refuse_samples_in(2)
 
 
 def test_lightning_reuses_its_run(server: Server, tmp_path: Path) -> None:
