@@ -7,35 +7,54 @@ Groups = Mapping[str, Sequence[str]]
 """The parameters of each group, by the group's name."""
 
 GroupSpec = int | Mapping[str, str | Sequence[str]] | None
-"""What a caller may say: a module depth, or for each group a pattern (or several, or plain parameter names)."""
+"""A caller's groups: a module depth, or for each group a pattern (or several, or plain parameter names)."""
 
 
 def resolve_groups(spec: GroupSpec, parameters: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The group of every parameter.
+    """The parameters of every group.
 
-    spec: None or a depth (None is 1) groups by the first so many parts of the parameters' module path, so that
-    `2` puts `attention.encoder.weight` into `attention.encoder`. A mapping gives each group's patterns, in which `*`
-    stands for anything: `{"attention": "attention.*", "mlp": ["linear1.*", "linear2.*"]}`.
+    Args:
+        spec: None or a depth (None is 1) groups by the first so many parts of the parameters' module path, so that `2`
+            puts `attention.encoder.weight` into `attention.encoder`. A mapping gives each group's patterns, in which
+            `*` stands for anything: `{"attention": "attention.*", "mlp": ["linear1.*", "linear2.*"]}`.
+        parameters: The names of the model's parameters.
 
-    Raises ValueError naming the parameters that are in no group or in two, and the groups that hold none.
+    Returns:
+        The groups in the order of the mapping, or of their first parameters; each parameter in exactly one.
+
+    Raises:
+        ValueError: Parameters are in no group or in two, or groups hold none; all of them are named.
+
+    Example:
+        >>> from explaind_track import resolve_groups
+        >>> names = ["embedding.weight", "blocks.0.weight", "blocks.1.weight"]
+        >>> resolve_groups(None, names)
+        {'embedding': ('embedding.weight',), 'blocks': ('blocks.0.weight', 'blocks.1.weight')}
+        >>> list(resolve_groups(2, names))
+        ['embedding', 'blocks.0', 'blocks.1']
+        >>> resolve_groups({"first": ["embedding.*", "blocks.0.*"], "last": "blocks.1.*"}, names)["last"]
+        ('blocks.1.weight',)
     """
     names = list(parameters)
     if spec is None or isinstance(spec, int):
         return _by_depth(1 if spec is None else spec, names)
+
     patterns = {group: (given,) if isinstance(given, str) else tuple(given) for group, given in spec.items()}
-    member: dict[str, list[str]] = {
+    groups_of: dict[str, list[str]] = {
         name: [group for group, given in patterns.items() if any(fnmatchcase(name, pattern) for pattern in given)]
         for name in names
     }
-    lost = [name for name, groups in member.items() if not groups]
-    torn = [f"{name} ({', '.join(groups)})" for name, groups in member.items() if len(groups) > 1]
-    groups = {group: tuple(name for name in names if group in member[name]) for group in patterns}
+    groups = {group: tuple(name for name in names if group in groups_of[name]) for group in patterns}
+
+    # All complaints at once: who mends patterns one message at a time gets nowhere.
+    in_none = [name for name, found in groups_of.items() if not found]
+    in_several = [f"{name} ({', '.join(found)})" for name, found in groups_of.items() if len(found) > 1]
     empty = [f"{group} ({', '.join(patterns[group])})" for group, members in groups.items() if not members]
     complaints = [
         f"{what}: {', '.join(which)}"
         for what, which in (
-            ("parameters in no group", lost),
-            ("parameters in more than one group", torn),
+            ("parameters in no group", in_none),
+            ("parameters in more than one group", in_several),
             ("groups without parameters", empty),
         )
         if which
@@ -51,8 +70,9 @@ def resolve_groups(spec: GroupSpec, parameters: Iterable[str]) -> dict[str, tupl
 def _by_depth(depth: int, names: list[str]) -> dict[str, tuple[str, ...]]:
     if depth < 1:
         raise ValueError(f"groups by module depth need a depth of at least 1, not {depth}")
+
     groups: dict[str, list[str]] = {}
     for name in names:
-        module = name.split(".")[:-1] or [name]
+        module = name.split(".")[:-1] or [name]  # a parameter of the model itself is a group by itself
         groups.setdefault(".".join(module[:depth]), []).append(name)
     return {group: tuple(members) for group, members in groups.items()}

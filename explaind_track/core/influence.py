@@ -1,26 +1,17 @@
 """Influence: labelled arrays of summed influences, and the sums of the paper's §4 by their names."""
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from explaind_track.core import influence_file
 from explaind_track.core.faithfulness import faithfulness
 from explaind_track.core.step import SHARES
 
 AXES = ("step", "group", "query", "output")
 """What an influence can be kept over; the axes that are not kept are summed over."""
-
-FORMAT = "explaind_track influence 2"
 
 
 @dataclass(frozen=True)
@@ -42,40 +33,128 @@ class Influence:
     - `initial`, `final` (query, output): the prediction before and after, if both axes are kept.
 
     Parts are `kernel`, `regularization` (and `past`); `momentum` is a share of the kernel, in no sum.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Query, StepObserver, explain
+        >>> _ = torch.manual_seed(0)
+        >>> model, x, y = torch.nn.Linear(2, 3), torch.randn(9, 2), torch.arange(9) % 3
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        >>> observer = StepObserver(optimizer, dict(model.named_parameters()))
+        >>> def training():
+        ...     for number in range(4):
+        ...         optimizer.zero_grad()
+        ...         torch.nn.functional.cross_entropy(model(x), y).backward()
+        ...         observer.before(buffers={})
+        ...         optimizer.step()
+        ...         yield observer.after(number, buffers={})
+        >>> groups = {"weights": "weight", "biases": "bias"}
+        >>> influence = explain(
+        ...     training(), model, Query.outputs(x), groups=groups, keep=("step", "group"), progress=False
+        ... )
+        >>> influence.kept, influence.data["influence"].dims
+        (('step', 'group'), ('part', 'step', 'group'))
+        >>> bool(influence.residual.max() < 1e-4)
+        True
     """
 
     data: xr.Dataset
 
     def importance(self) -> xr.DataArray:
-        """Ψ̄ and Ψ̄^reg: absolute influence, summed over queries and outputs (part, and step, group, query if kept)."""
+        """Ψ̄ and Ψ̄^reg: absolute influence, summed over outputs and the queries that are not kept (§4).
+
+        Returns:
+            (part, …): over step, group and query where they are kept.
+
+        Example:
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> labels = {"part": ["kernel", "regularization"], "group": ["body", "head"]}
+            >>> data = xr.Dataset({"importance": (("part", "group"), [[3.0, 1.0], [0.5, 0.25]])}, labels)
+            >>> Influence(data).importance().sel(part="kernel", group="head").item()
+            1.0
+        """
         return self.data["importance"]
 
     def total_importance(self) -> xr.DataArray:
-        """The importance of all groups together: their signed influences are summed first."""
+        """The importance of all groups together: their signed influences are summed first.
+
+        Returns:
+            (part, …): over step and query where they are kept.
+
+        Example:
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> data = xr.Dataset({"total_importance": ("part", [2.5, 0.5])}, {"part": ["kernel", "regularization"]})
+            >>> Influence(data).total_importance().sel(part="kernel").item()
+            2.5
+        """
         return self.data["total_importance"]
 
     def relative_regularization(self) -> xr.DataArray:
-        """D(Θ) = Σ_θ (Ψ − Ψ^reg), over the kept axes but `part`: signed kernel minus signed regularization."""
+        """D(Θ) = Σ_θ (Ψ − Ψ^reg): signed kernel minus signed regularization influence (§4).
+
+        Returns:
+            Over the kept axes.
+
+        Example:
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> labels = {"part": ["kernel", "regularization"], "group": ["body", "head"]}
+            >>> data = xr.Dataset({"influence": (("part", "group"), [[3.0, -1.0], [0.5, 0.5]])}, labels)
+            >>> Influence(data).relative_regularization().values
+            array([ 2.5, -1.5])
+        """
         influence = self.data["influence"]
         kernel, decay = influence.sel(part="kernel"), influence.sel(part="regularization")
         return (kernel - decay).drop_vars("part", errors="ignore").rename("relative_regularization")
 
     @property
     def residual(self) -> xr.DataArray:
-        """‖remainder‖₂ / ‖change‖₂ of every step, or of their sum."""
+        """‖remainder‖₂ / ‖change‖₂ of every step (step), or of the steps' sum: how exact the split is."""
         return self.data["residual"]
 
     def total(self) -> xr.DataArray:
-        """Everything that was subtracted from the prediction: all parts (no shares), groups and the rounding."""
+        """Everything that was subtracted from the prediction: all parts (no shares), groups and the rounding.
+
+        Returns:
+            Over those of step, query and output that are kept.
+
+        Example:
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> influence = (("part", "output"), [[3.0, -1.0], [0.5, 0.5], [2.0, -0.5]])
+            >>> labels = {"part": ["kernel", "regularization", "momentum"]}
+            >>> data = xr.Dataset({"influence": influence, "rounding": ("output", [0.0, 0.25])}, labels)
+            >>> Influence(data).total().values  # without the momentum, which is a share of the kernel
+            array([ 3.5 , -0.25])
+        """
         influence = self.data["influence"]
-        owned = influence.sel(part=[name for name in influence["part"].values if name not in SHARES])
-        axes = [axis for axis in ("part", "group") if axis in owned.dims]
-        return (owned.sum(axes) + self.data["rounding"]).rename("total")
+        whole = influence.sel(part=[name for name in influence["part"].values if name not in SHARES])
+        axes = [axis for axis in ("part", "group") if axis in whole.dims]
+        return (whole.sum(axes) + self.data["rounding"]).rename("total")
 
     def prediction(self) -> xr.DataArray:
-        """The path-kernel prediction f_{θ_0} − ΣΨ − ΣΨ^reg (Thm. 3.1), with what buffers did added, (query, output).
+        """The path-kernel prediction f_{θ_0} − ΣΨ − ΣΨ^reg (Thm. 3.1), with what buffers did added.
 
-        Raises ValueError unless query and output were kept.
+        Returns:
+            (query, output).
+
+        Raises:
+            ValueError: Query and output were not both kept.
+
+        Example:
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> cells = ("query", "output")
+            >>> influence = (("part", *cells), [[[-1.0, 1.0]], [[0.5, 0.0]]])
+            >>> data = xr.Dataset(
+            ...     {"influence": influence, "initial": (cells, [[0.0, 2.0]])}
+            ...     | {name: (cells, [[0.0, 0.0]]) for name in ("rounding", "buffers")},
+            ...     {"part": ["kernel", "regularization"]},
+            ... )
+            >>> Influence(data).prediction().values
+            array([[0.5, 1. ]])
         """
         if "initial" not in self.data:
             raise ValueError(f"the prediction needs keep=('query', 'output', …), this influence kept {self.kept}")
@@ -85,56 +164,72 @@ class Influence:
         return (self.data["initial"] - total + buffers).rename("prediction")
 
     def faithfulness(self) -> dict[str, float]:
-        """How well the path-kernel prediction stands for the model (Table 1), for outputs that score classes:
-        `agreement`, the fraction of queries with the same decision, and `kl`, the mean KL(model ‖ path kernel) in
-        nats. Raises ValueError unless query and output were kept."""
+        """How well the path-kernel prediction stands for the model (Table 1), for outputs that score classes.
+
+        Returns:
+            `agreement`, the fraction of queries with the same decision, and `kl`, the mean KL(model ‖ path kernel) in
+            nats.
+
+        Raises:
+            ValueError: Query and output were not both kept.
+
+        Example:
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> cells = ("query", "output")
+            >>> influence = (("part", *cells), [[[-1.0, 1.0], [0.0, -3.0]]])
+            >>> data = xr.Dataset(
+            ...     {"influence": influence, "final": (cells, [[1.0, -1.0], [0.0, 3.0]])}
+            ...     | {name: (cells, [[0.0, 0.0], [0.0, 0.0]]) for name in ("initial", "rounding", "buffers")},
+            ...     {"part": ["kernel"]},
+            ... )
+            >>> Influence(data).faithfulness()
+            {'agreement': 1.0, 'kl': 0.0}
+        """
         prediction = torch.from_numpy(self.prediction().values)
         return faithfulness(torch.from_numpy(self.data["final"].values), prediction)
 
     @property
     def kept(self) -> tuple[str, ...]:
+        """Those of step, group, query and output that were not summed over."""
         return tuple(axis for axis in AXES if axis in self.data["influence"].dims)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes one safetensors file; labels and attributes go into its JSON header."""
-        variables = {name: (list(map(str, array.dims)), array) for name, array in self.data.variables.items()}
-        numbers = {name: item for name, item in variables.items() if item[1].dtype.kind in "fiu"}
-        words = {
-            name: [dims, array.values.tolist()] for name, (dims, array) in variables.items() if name not in numbers
-        }
-        header = {"format": FORMAT, "attrs": self.data.attrs, "words": words}
-        header["dims"] = {name: dims for name, (dims, _) in numbers.items()}
-        tensors = {
-            str(name): torch.from_numpy(np.array(array.values, order="C")) for name, (_, array) in numbers.items()
-        }
-        header["sha256"] = _digest(header, tensors)
-        save_file(tensors, path, metadata={"explaind_track": json.dumps(header)})
+        """Writes one safetensors file; labels and attributes go into its JSON header (see `core.influence_file`).
+
+        Args:
+            path: The file, which is written over.
+
+        Example:
+            >>> import tempfile
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> influence = Influence(xr.Dataset({"influence": ("part", [2.0, 1.0])}, {"part": ["kernel", "past"]}))
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     influence.save(f"{directory}/influence.safetensors")
+            ...     Influence.load(f"{directory}/influence.safetensors").data.equals(influence.data)
+            True
+        """
+        influence_file.write(self.data, path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Influence":
-        """Reads what `save` wrote. Raises ValueError for anything else; see `open_influence` for results that lie
-        elsewhere."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("explaind_track", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} holds no influence, or is damaged: {error}") from None
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no influence of this format ({FORMAT!r}): found {header.get('format')!r}")
-        if header.pop("sha256", None) != _digest(header, tensors):
-            raise ValueError(f"{path} is damaged: the influence in it is not the one that was written")
-        variables: dict[str, Any] = {name: (dims, tensors[name].numpy()) for name, dims in header["dims"].items()}
-        variables |= {name: (dims, np.array(values, dtype=object)) for name, (dims, values) in header["words"].items()}
-        dims = {dim for names, _ in variables.values() for dim in names}
-        return cls(
-            xr.Dataset(variables, attrs=header["attrs"]).set_coords([name for name in variables if name in dims])
-        )
+        """Reads what `save` wrote; see `open_influence` for results that lie elsewhere.
 
+        Args:
+            path: The file.
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
+        Raises:
+            ValueError: The file is no influence, is of another format, or was altered.
+
+        Example:
+            >>> import tempfile
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> influence = Influence(xr.Dataset({"influence": ("part", [2.0, 1.0])}, {"part": ["kernel", "past"]}))
+            >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+            ...     influence.save(file.name)
+            ...     Influence.load(file.name).data["influence"].sel(part="kernel").item()
+            2.0
+        """
+        return cls(influence_file.read(path))

@@ -25,9 +25,20 @@ def _identity(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Query:
-    """X inputs and the target `h(f_θ(x))` on them, O numbers for each.
+    """X inputs and the target `h(f_θ(x))` on them, O numbers for each (Cor. 3.3).
 
-    Make one with the constructors below; `mean()` and `sum()` turn the targets of all inputs into one.
+    Made by the constructors below; `mean()` and `sum()` turn the targets of all inputs into one. A query called with a
+    model gives its targets.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Query
+        >>> _ = torch.manual_seed(0)
+        >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
+        >>> Query.outputs(x)(model).shape, Query.loss(x, y)(model).shape, Query.margin(x, y)(model).shape
+        (torch.Size([5, 3]), torch.Size([5, 1]), torch.Size([5, 1]))
+        >>> len(Query.outputs(x)), len(Query.outputs(x).mean())
+        (5, 1)
     """
 
     inputs: Inputs
@@ -51,27 +62,79 @@ class Query:
 
     @classmethod
     def outputs(cls, x: Inputs, y: Tensor | None = None) -> "Query":
-        """Every output of the model, (X, O). With class labels `y` (X,), panels show loss and accuracy beside."""
+        """Every output of the model, (X, O).
+
+        Args:
+            x: The inputs, with X rows.
+            y: The right classes (X,), if the outputs score classes: panels then show loss and accuracy beside.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> Query.outputs(torch.ones(5, 4))(torch.nn.Linear(4, 3)).shape
+            torch.Size([5, 3])
+        """
         if y is None:
             return cls(x)
         return cls(x, lambda output, _: _identity(output), (y,), is_classified=True)
 
     @classmethod
     def loss(cls, x: Inputs, y: Tensor, loss: Callable[[Any, Tensor], Tensor] | None = None) -> "Query":
-        """The loss of every input, (X, 1). loss: `(output, y)` → (X,), unreduced; cross-entropy if not given, which
-        is the same on logits and on log-probabilities."""
+        """The loss of every input, (X, 1).
+
+        Args:
+            x: The inputs, with X rows.
+            y: The labels (X, …).
+            loss: `(output, y)` → (X,), unreduced; cross-entropy if not given, which is the same on logits and on
+                log-probabilities.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> x, y = torch.ones(5, 4), torch.zeros(5, 1)
+            >>> query = Query.loss(x, y, lambda output, y: (output - y).square().mean(1))
+            >>> query(torch.nn.Linear(4, 1)).shape, query.is_loss
+            (torch.Size([5, 1]), True)
+        """
         return cls(x, loss or (lambda output, y: F.cross_entropy(output, y, reduction="none")), (y,), is_loss=True)
 
     @classmethod
     def logit(cls, x: Inputs, index: int | Tensor) -> "Query":
-        """One output: the same for all inputs, or an index (X,) for each."""
+        """One output of each input, (X, 1).
+
+        Args:
+            x: The inputs, with X rows.
+            index: Which output: a number for all inputs, or (X,) int64 for each.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> scores = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+            >>> Query.logit(scores, torch.tensor([1, 0]))(torch.nn.Identity())
+            tensor([[2.],
+                    [3.]])
+        """
         if isinstance(index, int):
             return cls(x, lambda output: output[:, index, None])
         return cls(x, lambda output, index: output.gather(1, index[:, None]), (index,))
 
     @classmethod
     def margin(cls, x: Inputs, y: Tensor, other: Tensor | None = None) -> "Query":
-        """Output `y` (X,) minus output `other` (X,), or minus the largest of the others."""
+        """One output minus another, (X, 1).
+
+        Args:
+            x: The inputs, with X rows.
+            y: The output that is subtracted from, (X,) int64.
+            other: The output that is subtracted, (X,) int64; the largest of the others if not given.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> scores = torch.tensor([[1.0, 2.0, 5.0], [3.0, 4.0, 0.0]])
+            >>> Query.margin(scores, torch.tensor([2, 0]))(torch.nn.Identity())
+            tensor([[ 3.],
+                    [-1.]])
+        """
         if other is not None:
             return cls(x, lambda f, y, o: f.gather(1, y[:, None]) - f.gather(1, o[:, None]), (y, other))
 
@@ -83,12 +146,35 @@ class Query:
 
     @classmethod
     def projection(cls, x: Inputs, matrix: Tensor) -> "Query":
-        """`A f(x)` for a matrix A of shape (P, O)."""
+        """`A f(x)`, (X, P).
+
+        Args:
+            x: The inputs, with X rows.
+            matrix: A, (P, O).
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> scores = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+            >>> Query.projection(scores, torch.tensor([[1.0, 1.0]]))(torch.nn.Identity())
+            tensor([[3.],
+                    [7.]])
+        """
         return cls(x, lambda output: output @ matrix.to(output).T)
 
     @classmethod
     def entropy(cls, x: Inputs) -> "Query":
-        """The entropy (in nats) of softmax(output), (X, 1)."""
+        """The entropy of softmax(output) in nats, (X, 1).
+
+        Args:
+            x: The inputs, with X rows.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> round(Query.entropy(torch.zeros(1, 2))(torch.nn.Identity()).item(), 4)  # log 2
+            0.6931
+        """
 
         def entropy(output: Tensor) -> Tensor:
             logarithm = output.log_softmax(-1)
@@ -98,20 +184,61 @@ class Query:
 
     @classmethod
     def function(cls, x: Inputs, function: Callable[..., Tensor], *labels: Tensor) -> "Query":
-        """`function(output, *labels)` → (X, …) for any differentiable function that treats its rows one by one."""
+        """Any differentiable function of the output that treats its rows one by one.
+
+        Args:
+            x: The inputs, with X rows.
+            function: `(output, *labels)` → (X, …), flattened to (X, O).
+            labels: What it takes beside the output, (X, …) each.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> query = Query.function(torch.ones(5, 4), lambda output: output[:, :2].sin())
+            >>> query(torch.nn.Linear(4, 3)).shape
+            torch.Size([5, 2])
+        """
         return cls(x, function, labels)
 
     @classmethod
     def activation(cls, x: Inputs, module: str) -> "Query":
-        """What the submodule `module` returns (Cor. 3.3 (ii)), flattened to (X, O)."""
+        """The activations of a submodule (Cor. 3.3 (ii)), flattened to (X, O).
+
+        Args:
+            x: The inputs of the whole model, with X rows.
+            module: The submodule's name, as in `model.named_modules()`; it has to run once in a forward pass.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+            >>> Query.activation(torch.ones(5, 4), "1")(model).shape
+            torch.Size([5, 8])
+        """
         return cls(x, module=module)
 
     def mean(self) -> "Query":
-        """The mean of the targets over the inputs: one query with O outputs."""
+        """The mean of the targets over the inputs: one query with O outputs.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> query = Query.loss(torch.ones(5, 4), torch.zeros(5, dtype=torch.long)).mean()
+            >>> query.size, len(query)
+            (5, 1)
+        """
         return replace(self, reduction="mean")
 
     def sum(self) -> "Query":
-        """The sum of the targets over the inputs: one query with O outputs."""
+        """The sum of the targets over the inputs: one query with O outputs.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> query = Query.outputs(torch.ones(5, 4)).sum()
+            >>> query.size, len(query)
+            (5, 1)
+        """
         return replace(self, reduction="sum")
 
     @property
@@ -124,7 +251,7 @@ class Query:
         return 1 if self.reduction else self.size
 
     def rows(self, start: int, stop: int, device: torch.device) -> "Query":
-        """The same query for inputs `start` to `stop` only, on `device`."""
+        """The same query for the inputs `[start:stop]` alone, on `device`."""
 
         def cut(tensor: Tensor) -> Tensor:
             return tensor[start:stop].to(device)
@@ -137,7 +264,7 @@ class Query:
         return tree_in_dims(self.inputs), tree_in_dims(self.labels)
 
     def single(self, inputs: Any, labels: Any) -> "Query":
-        """The query of one row, given without its row axis."""
+        """The same query for one input, given without its row axis (as `vmap` gives it)."""
 
         def row(tensor: Tensor) -> Tensor:
             return tensor.unsqueeze(0)
@@ -153,6 +280,7 @@ class Query:
         except AttributeError:
             names = ", ".join(name for name, _ in model.named_modules() if name)
             raise ValueError(f"the model has no submodule '{self.module}'; it has {names}") from None
+
         kept: list[Any] = []
         handle = submodule.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
         try:
@@ -172,7 +300,15 @@ class Query:
         return model(*self.inputs) if isinstance(self.inputs, tuple) else model(self.inputs)
 
     def __call__(self, model: nn.Module, output: Any = None) -> Tensor:
-        """The targets of these inputs, (rows, O), before any reduction."""
+        """The targets of all inputs, (X, O), before any reduction.
+
+        Args:
+            model: The model.
+            output: Its output for these inputs, if that is known already.
+
+        Raises:
+            ValueError: The target does not return one row for each input.
+        """
         value = self.target(self.output(model) if output is None else output, *self.labels)
         if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != self.size:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

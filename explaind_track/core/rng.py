@@ -16,6 +16,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """Sets the generators to a state that `random_state` gave."""
     for name, value in state.items():
         if name == "cpu":
             torch.set_rng_state(value)
