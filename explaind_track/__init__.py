@@ -17,7 +17,7 @@ from explaind_track.record.results import open_influence
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.tracking.tracker import Tracker
 from explaind_track.wandb_io.artifacts import log_result
-from explaind_track.wandb_io.panels import open_run, where_to_look
+from explaind_track.wandb_io.run import open_run, where_to_look
 
 __version__ = version("explaind_track")
 

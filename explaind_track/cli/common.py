@@ -12,8 +12,9 @@ import click
 from explaind_track.errors import TrajectoryError
 from explaind_track.record import files
 from explaind_track.record.files import MANIFEST
+from explaind_track.record.history import HISTORY
 from explaind_track.record.remote import PREFIX
-from explaind_track.record.run_directory import HISTORY, POINTER, trajectory_directory
+from explaind_track.record.run_directory import POINTER, trajectory_directory
 from explaind_track.record.writer import FORMAT
 
 RUN = click.argument("run", type=str)

@@ -9,10 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from explaind_track.record import files
 from explaind_track.record.files import MANIFEST
-from explaind_track.record.run_directory import HISTORY, is_finished, is_running
+from explaind_track.record.history import (
+    AXIS,
+    DIFFERENCE,
+    HISTORY,
+    KERNEL,
+    REGULARIZATION,
+    SECONDS,
+    SECONDS_INFLUENCE,
+    change_key,
+    importance_key,
+    is_explained,
+    is_measure,
+    is_residual,
+    keys_by_group,
+)
+from explaind_track.record.run_directory import is_finished, is_running
 from explaind_track.record.writer import FORMAT
 from explaind_track.wandb_io.artifacts import last_step
-from explaind_track.wandb_io.panels import AXIS
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -78,21 +92,21 @@ def view(directory: Path, rows: Sequence[Mapping[str, Any]], state: str) -> "Gro
     from rich.console import Group
     from rich.table import Table
 
-    explained = [row for row in rows if "kernel/total" in row or any(key.startswith("residual/") for key in row)]
+    explained = [row for row in rows if is_explained(row)]
     last = explained[-1] if explained else {}
-    groups = [key.removeprefix("kernel/") for key in last if key.startswith("kernel/")]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("group", "kernel Ψ̄", "", "decay Ψ̄", "D", "", "change of loss"):
         table.add_column(name, justify="left" if name in ("group", "") else "right", no_wrap=True)
-    for group in groups:
-        loss = [last[key] for key in (f"loss/kernel/{group}", f"loss/reg/{group}") if key in last]
+    for group, kernel in keys_by_group(last, KERNEL).items():
+        decay, difference = importance_key(REGULARIZATION, group), importance_key(DIFFERENCE, group)
+        loss = [last[key] for key in (change_key(KERNEL, group), change_key(REGULARIZATION, group)) if key in last]
         table.add_row(
             group,
-            _number(last.get(f"kernel/{group}")),
-            _curve_of(explained, f"kernel/{group}"),
-            _number(last.get(f"reg/{group}")),
-            _number(last.get(f"D/{group}")),
-            _curve_of(explained, f"D/{group}"),
+            _number(last.get(kernel)),
+            _curve_of(explained, kernel),
+            _number(last.get(decay)),
+            _number(last.get(difference)),
+            _curve_of(explained, difference),
             _number(sum(loss) if loss else None),
         )
     return Group(f"[bold]{directory}[/]  {state}", _headline(rows), "", table)
@@ -101,15 +115,15 @@ def view(directory: Path, rows: Sequence[Mapping[str, Any]], state: str) -> "Gro
 def _headline(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "no step yet"
-    seconds = [sum(value for key, value in row.items() if key.startswith("cost/seconds")) for row in rows]
-    own = [row["cost/seconds_influence"] for row in rows if "cost/seconds_influence" in row]
+    seconds = [sum(value for key, value in row.items() if key.startswith(SECONDS)) for row in rows]
+    explaining = [row[SECONDS_INFLUENCE] for row in rows if SECONDS_INFLUENCE in row]
     parts = [f"step {rows[-1][AXIS]}"]
     if sum(seconds) > 0:
         parts.append(
-            f"{len(seconds) / sum(seconds):.1f} steps/s, {100 * sum(own) / sum(seconds):.0f}% of it explaining"
+            f"{len(seconds) / sum(seconds):.1f} steps/s, {100 * sum(explaining) / sum(seconds):.0f}% of it explaining"
         )
     for key, value in latest(rows).items():
-        if (key.startswith("residual/") and key != "residual/nodes") or key.endswith(("/loss", "/accuracy")):
+        if is_residual(key) or is_measure(key):
             parts.append(f"{key} {_number(value)}")
     return "  ·  ".join(parts)
 

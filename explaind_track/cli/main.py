@@ -11,9 +11,10 @@ from explaind_track.cli.common import AS_JSON, RUN, entries_of, local_run, repor
 from explaind_track.cli.live_view import Follower, follow, latest, state_of, view
 from explaind_track.errors import TrajectoryError
 from explaind_track.record import files
+from explaind_track.record.history import HISTORY, read_rows
 from explaind_track.record.media import PICTURE
 from explaind_track.record.remote import RemoteArtifact
-from explaind_track.record.run_directory import HISTORY, POINTER, find_runs, read_rows, read_tie
+from explaind_track.record.run_directory import POINTER, find_runs, read_tie
 from explaind_track.record.writer import FORMAT
 from explaind_track.wandb_io.artifacts import directory_mb, last_step
 

@@ -7,9 +7,26 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from explaind_track.record.history import (
+    AXIS,
+    DIFFERENCE,
+    KERNEL,
+    LOSS,
+    QUERY_COSINES,
+    REGULARIZATION,
+    RESIDUAL,
+    SAMPLE_MAP,
+    SAMPLES,
+    SECONDS,
+    TOTAL,
+    change_key,
+    importance_key,
+    is_measure,
+    is_residual,
+    keys_by_group,
+)
 from explaind_track.record.media import from_json
 from explaind_track.record.run_directory import Tie
-from explaind_track.wandb_io.panels import AXIS, QUERY_COSINES, SAMPLE_MAP, SAMPLES
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -78,14 +95,10 @@ def _end(rows: Sequence[Mapping[str, Any]]) -> str:
     last: dict[str, Any] = {}
     for row in rows:
         last |= row
-    values = [f"{key} {last[key]:.4g}" for key in last if key.endswith(("/loss", "/accuracy"))]
-    names = [key for key in last if _is_residual(key)]
+    values = [f"{key} {last[key]:.4g}" for key in last if is_measure(key)]
+    names = [key for key in last if is_residual(key)]
     values += [f"median of {name} {median(row[name] for row in rows if name in row):.2g}" for name in names]
     return f"At the end: {', '.join(values)}." if values else ""
-
-
-def _is_residual(key: str) -> bool:
-    return key.startswith("residual/") and key not in ("residual/nodes", "residual/nonfinite")
 
 
 def _samples(rows: Sequence[Mapping[str, Any]], directory: Path) -> str:
@@ -123,29 +136,35 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list["go
     """Sections: their heading, what they show, and their figures."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
 
-    def groups(prefix: str) -> dict[str, str]:
-        """What follows the prefix, and the key; the sum over all groups is no group."""
-        return {key[len(prefix) :]: key for key in keys if key.startswith(prefix) and not key.endswith("/total")}
+    def groups(section: str) -> dict[str, str]:
+        """The section's keys by group; the sum over all groups is no group."""
+        return {group: key for group, key in keys_by_group(keys, section).items() if group != TOTAL}
 
-    def own(*suffixes: str) -> dict[str, str]:
-        return {key: key for key in keys if key.endswith(suffixes) and not key.startswith("residual/")}
+    def measures(name: str) -> dict[str, str]:
+        return {key: key for key in keys if is_measure(key) and key.endswith(name)}
 
-    kernel, loss = groups("kernel/"), groups("loss/")
-    totals = {"kernel": "kernel/total", "weight decay": "reg/total"}
-    changes = {name: key for name, key in loss.items() if "/" in name}
+    totals = {"kernel": importance_key(KERNEL, TOTAL), "weight decay": importance_key(REGULARIZATION, TOTAL)}
     return [
-        ("Predictions", "Loss and accuracy.", _some(rows, [("loss", own("/loss")), ("accuracy", own("/accuracy"))])),
+        (
+            "Predictions",
+            "Loss and accuracy.",
+            _some(rows, [("loss", measures("loss")), ("accuracy", measures("accuracy"))]),
+        ),
         (
             "Importance",
             "Ψ̄ of each step: the size of what the training samples did to the queries' predictions through each group "
             "of parameters (kernel), and of what weight decay did (regularization).",
-            _some(rows, [("kernel, by group", kernel), ("weight decay, by group", groups("reg/"))], stacked=True)
+            _some(
+                rows,
+                [("kernel, by group", groups(KERNEL)), ("weight decay, by group", groups(REGULARIZATION))],
+                stacked=True,
+            )
             + _some(rows, [("all groups together", {n: k for n, k in totals.items() if k in keys})]),
         ),
         (
             "Relative regularization influence",
             "D of each step: signed kernel minus signed regularization influence.",
-            _some(rows, [("D, by group", groups("D/"))]),
+            _some(rows, [("D, by group", groups(DIFFERENCE))]),
         ),
         (
             "Change of the loss",
@@ -153,16 +172,28 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list["go
             _some(
                 rows,
                 [
-                    (f"through {words}", {n.split("/", 1)[1]: k for n, k in changes.items() if n.startswith(part)})
-                    for part, words in (("kernel/", "the training samples"), ("reg/", "weight decay"))
+                    (f"through {words}", groups(f"{LOSS}/{section}"))
+                    for section, words in ((KERNEL, "the training samples"), (REGULARIZATION, "weight decay"))
                 ],
             ),
         ),
         (
             "How far to trust this",
             "The residual is what the split leaves over, relative to the change of the prediction.",
-            _some(rows, [("residual", {key[9:]: key for key in keys if _is_residual(key)})], log=True)
-            + _some(rows, [("seconds for each step", groups("cost/seconds_"))]),
+            _some(
+                rows,
+                [("residual", {key.removeprefix(f"{RESIDUAL}/"): key for key in keys if is_residual(key)})],
+                log=True,
+            )
+            + _some(
+                rows,
+                [
+                    (
+                        "seconds for each step",
+                        {key.removeprefix(SECONDS): key for key in keys if key.startswith(SECONDS)},
+                    )
+                ],
+            ),
         ),
     ]
 
@@ -225,18 +256,13 @@ def _words(value: Any) -> str:
 
 def _totals(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """Sums over the steps, by group; the importance of single steps adds up to more than that of the whole run."""
-    columns = {
-        "Σ importance, kernel": "kernel/{}",
-        "Σ importance, weight decay": "reg/{}",
-        "Σ D": "D/{}",
-        "loss, through samples": "loss/kernel/{}",
-        "loss, through weight decay": "loss/reg/{}",
-    }
-    names = list(dict.fromkeys(key[7:] for row in rows for key in row if key.startswith("kernel/")))
-    table: list[list[Any]] = [["group", *columns]]
-    for name in names:
-        sums = [sum(row.get(key.format(name), 0.0) for row in rows) for key in columns.values()]
-        table.append([name, *sums])
+    columns = ["group", "Σ importance, kernel", "Σ importance, weight decay", "Σ D"]
+    columns += ["loss, through samples", "loss, through weight decay"]
+    table: list[list[Any]] = [columns]
+    for group in dict.fromkeys(group for row in rows for group in keys_by_group(row, KERNEL)):
+        keys = [importance_key(section, group) for section in (KERNEL, REGULARIZATION, DIFFERENCE)]
+        keys += [change_key(section, group) for section in (KERNEL, REGULARIZATION)]
+        table.append([group, *(sum(row.get(key, 0.0) for row in rows) for key in keys)])
     return table
 
 

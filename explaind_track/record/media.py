@@ -1,22 +1,18 @@
-"""Tables and pictures of the panels: kept with our own record, and made into W&B's from there.
+"""Tables and pictures of the panels, as our own record keeps them.
 
 In a row of history.jsonl a table is {"columns": […], "data": [[…], …]}. A picture, which may be a cell of a table, is
 {"picture": "media/<sha256>.png"}: a file beside it, known by its content.
 """
 
 import hashlib
-import io
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import file_sha256, write_atomic
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MEDIA = "media"
 PICTURE = re.compile(rf"{MEDIA}/[0-9a-f]{{64}}\.png")
@@ -31,23 +27,6 @@ class Table:
     data: list[list[Any]]
 
 
-def figure_png(figure: "Figure") -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
-
-
-def image_png(image: Any) -> bytes:
-    """image: an array or a PIL image, as `wandb.Image` takes it."""
-    import wandb
-
-    content = io.BytesIO()
-    shown = wandb.Image(image).image
-    assert shown is not None  # it is for images that are elsewhere
-    shown.save(content, format="png")
-    return content.getvalue()
-
-
 def with_files(row: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """The row with each of its pictures written to a file. Raises TrajectoryError where that fails."""
 
@@ -59,7 +38,7 @@ def with_files(row: Mapping[str, Any], directory: Path) -> dict[str, Any]:
             write_atomic(path, value)
         return path
 
-    return _each(row, write)
+    return map_values(row, write)
 
 
 def to_json(value: Any) -> Any:
@@ -88,38 +67,20 @@ def from_json(
     found: dict[str, Any] = {}
     for key, value in row.items():
         try:
-            found |= _each({key: Table(**value) if isinstance(value, dict) and "columns" in value else value}, read)
+            found |= map_values(
+                {key: Table(**value) if isinstance(value, dict) and "columns" in value else value}, read
+            )
         except TrajectoryError:
             if damaged == "raise":
                 raise
     return found
 
 
-def for_wandb(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row as `run.log` takes it."""
-    import wandb
-
-    def show(value: Any) -> Any:
-        if isinstance(value, bytes):
-            import PIL.Image
-
-            return wandb.Image(PIL.Image.open(io.BytesIO(value)))
-        return wandb.Image(str(value)) if isinstance(value, Path) else value
-
-    shown = _each(row, show)
-    tables = {key: wandb.Table(columns=one.columns, data=one.data) for key, one in shown.items() if is_table(one)}
-    return {**shown, **tables}
-
-
-def is_table(value: Any) -> bool:
-    return isinstance(value, Table)
-
-
-def _each(row: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+def map_values(row: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     """The row with every value changed; of tables, every cell."""
     return {
         key: Table(one.columns, [[change(cell) for cell in line] for line in one.data])
-        if is_table(one)
+        if isinstance(one, Table)
         else change(one)
         for key, one in row.items()
     }

@@ -1,6 +1,5 @@
 """Going on with a run that has ended before its time, as if it had not."""
 
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from explaind_track.core.tensors import same_bits
 from explaind_track.errors import ResumeWarning
 from explaind_track.record import files
 from explaind_track.record.files import Entry, TensorFile
+from explaind_track.record.history import HISTORY, steps_logged
 from explaind_track.record.replay import Replay
-from explaind_track.record.run_directory import FINISHED, HISTORY, TIE, read_rows
+from explaind_track.record.run_directory import FINISHED, TIE
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import FORMAT, head_of
 
@@ -150,7 +150,7 @@ def _shorten(directory: Path, entry: Entry, at: int) -> Entry:
 
 
 def _tell_of_lost_steps(directory: Path, number: int) -> None:
-    reached = max((row["train/step"] for row in read_rows(directory)), default=-1)
+    reached = max(steps_logged(directory), default=-1)
     if reached >= number:
         warnings.warn(
             f"steps {number} to {reached} were trained before the run ended, but had not been written to {directory}; "
@@ -158,10 +158,3 @@ def _tell_of_lost_steps(directory: Path, number: int) -> None:
             ResumeWarning,
             stacklevel=4,
         )
-
-
-def cut_history(directory: Path, number: int) -> set[int]:
-    """Drops the rows of step `number` and later; returns the numbers of the steps that have one."""
-    rows = [row for row in read_rows(directory) if row["train/step"] < number]
-    files.write_atomic(directory / HISTORY, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return {int(row["train/step"]) for row in rows}

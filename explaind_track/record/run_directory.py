@@ -3,7 +3,7 @@
 In its directory are
 
 manifest.json, keyframes/, steps/   the trajectory
-history.jsonl                       every row of the panels, flushed as it is logged
+history.jsonl                       every row of the panels, flushed as it is logged (see `history`)
 media/                              the pictures that rows show
 run.json                            the W&B run that the rows and the trajectory go to
 finished.json                       the step at which the run was ended
@@ -17,16 +17,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import MANIFEST, Lock, write_atomic
+from explaind_track.record.history import HISTORY
 from explaind_track.record.media import MEDIA
 
-if TYPE_CHECKING:
-    import wandb
-
-HISTORY = "history.jsonl"
 TIE = "run.json"
 FINISHED = "finished.json"
 POINTER = "trajectory"
@@ -58,21 +55,8 @@ class Tie:
         return f"trajectory-{self.id}"
 
 
-def tie(directory: Path, run: "wandb.Run") -> Tie:
-    """Notes which W&B run the trajectory in `directory` belongs to, and lets the run's own directory lead to it."""
-    made = Tie(
-        entity=run.entity or "",
-        project=run.project,
-        id=run.id,
-        name=run.name or run.id,
-        offline=bool(run.settings._offline),
-        directory=str(Path(run.settings.sync_dir).absolute()),
-        config=json.loads(json.dumps(dict(run.config), default=str)),
-    )
-    write_atomic(directory / TIE, json.dumps(asdict(made), indent=1).encode())
-    with suppress(OSError):  # a file system without links only loses the short way
-        (Path(made.directory) / POINTER).symlink_to(directory.absolute(), target_is_directory=True)
-    return made
+def write_tie(directory: Path, tie: Tie) -> None:
+    write_atomic(directory / TIE, json.dumps(asdict(tie), indent=1).encode())
 
 
 def read_tie(directory: Path) -> Tie | None:
@@ -82,12 +66,6 @@ def read_tie(directory: Path) -> Tie | None:
         return Tie(**json.loads(path.read_bytes())) if path.is_file() else None
     except (ValueError, TypeError):
         raise TrajectoryError(f"{path} is damaged: it does not say which W&B run this is; remove it to go on") from None
-
-
-def steps_logged(directory: Path, run: "wandb.Run") -> set[int]:
-    """The steps whose rows this same W&B run was given before the process ended that is gone on with now."""
-    made = read_tie(directory)
-    return {row["train/step"] for row in read_rows(directory)} if made is not None and made.id == run.id else set()
 
 
 def trajectory_directory(given: str | PathLike[str]) -> Path:
@@ -107,16 +85,6 @@ def find_runs(root: Path) -> list[Path]:
     found = {path.parent.resolve() for name in (MANIFEST, HISTORY) for path in root.rglob(name)}
     ties = [tie for path in found if (tie := read_tie(path)) is not None]
     return sorted(found - {Path(tie.directory).resolve() / POINTER for tie in ties})
-
-
-def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """The rows of the panels in the order they were logged; a line that a killed process left torn is left out."""
-    path = directory / HISTORY
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and "train/step" in row]
 
 
 def pictures(directory: Path) -> list[str]:

@@ -15,9 +15,14 @@ from explaind_track.core.step import PARTS, SHARES, Step
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.engine.samples import SampleInfluence, Samples
 from explaind_track.explanation.explainer import Explainer
-from explaind_track.wandb_io import panels
+from explaind_track.record import history
+from explaind_track.tracking.metrics import change_row, importance_row
 
 LIVE_AXES = (("step", "group"), ("query", "output"))
+
+RESIDUAL_LIMIT = 0.5
+"""Above it a step's split says little: half of the change is not in it. Where the quadrature has a tolerance, that
+counts instead."""
 
 
 class Live:
@@ -67,15 +72,15 @@ class Live:
             row, _ = explainer.add(step)
             query, parts = explainer.integrator.query, explainer.integrator.parts(step)
             if place == 0 or not query.is_loss:
-                prefix = "" if place == 0 else f"{name}/"
-                metrics |= panels.importance_row(prefix, parts, list(self.groups), row)
+                metrics |= importance_row(parts, list(self.groups), row, "" if place == 0 else name)
             if query.is_loss:
-                own = "loss" if name == self.losses[0] else name
+                loss = history.LOSS if name == self.losses[0] else name
                 scale = 1.0 if query.reduction == "mean" else 1.0 / query.size
-                metrics |= panels.change_row(own, parts, list(self.groups), row, scale)
-            metrics |= {f"{name}/{metric}": value for metric, value in explainer.metrics.items()}
-            metrics[f"residual/{name}"] = float(row["residual"])
-            metrics["residual/nodes"] = explainer.nodes
+                metrics |= change_row(parts, list(self.groups), row, scale, loss)
+            for measure, value in explainer.metrics.items():
+                metrics[history.measure_key(name, measure)] = value
+            metrics[history.residual_key(name)] = float(row["residual"])
+            metrics[history.NODES] = explainer.nodes
             doubts += self._doubt(name, step.number, row)
         if self.scores is not None:
             self.scores.add(step)
@@ -83,7 +88,7 @@ class Live:
 
     def _doubt(self, name: str, number: int, row: Mapping[str, Tensor]) -> list[str]:
         residual, rule = float(row["residual"]), self._quadrature
-        limit = max(rule.tolerance or panels.RESIDUAL_LIMIT, 2 * float(row["residual_floor"]))
+        limit = max(rule.tolerance or RESIDUAL_LIMIT, 2 * float(row["residual_floor"]))
         if residual <= limit or float(row["change"].abs().sum()) == 0:
             return []
         rest = f"the split of '{name}' leaves {residual:.2g} of the change over, more than {limit:.2g}"

@@ -13,10 +13,11 @@ from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import Tensors
 from explaind_track.engine.functional import SampleLoss
 from explaind_track.engine.samples import SampleInfluence, Samples, compare_gradients
+from explaind_track.record import history
+from explaind_track.tracking import sample_panels
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live import Live
 from explaind_track.tracking.step_batches import StepBatches
-from explaind_track.wandb_io import panels
 
 CHECKED_STEPS = 3
 CHECK_EVERY = 500
@@ -78,9 +79,9 @@ class LiveSamples:
 
     def draw(self, told: StepBatches, samples: SampleInfluence, changes: Tensor | None) -> dict[str, Any]:
         """The panels of what `influences` has found."""
-        drawn: dict[str, Any] = {panels.SAMPLES: panels.sample_table(samples, told.norms, self._render)}
+        drawn: dict[str, Any] = {history.SAMPLES: sample_panels.sample_table(samples, told.norms, self._render)}
         if changes is not None:
-            order = panels.most_influential(samples)
-            drawn[panels.SAMPLE_MAP] = panels.sample_map(changes[:, order], samples.index[order])
-            drawn[panels.QUERY_COSINES] = panels.cosine_map(changes)
+            order = sample_panels.most_influential(samples)
+            drawn[history.SAMPLE_MAP] = sample_panels.sample_map(changes[:, order], samples.index[order])
+            drawn[history.QUERY_COSINES] = sample_panels.cosine_map(changes)
         return drawn

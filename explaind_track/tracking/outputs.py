@@ -10,13 +10,15 @@ from torch import nn
 
 from explaind_track.core.observer import StepObserver
 from explaind_track.errors import LoggingWarning
+from explaind_track.record.history import AXIS, steps_logged
 from explaind_track.record.resume import resume as resume_run
-from explaind_track.record.run_directory import HISTORY, mark_finished, steps_logged, tie
+from explaind_track.record.run_directory import mark_finished
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import TrajectoryWriter
 from explaind_track.tracking.exits import before_exit
 from explaind_track.wandb_io.artifacts import TrajectoryUpload
-from explaind_track.wandb_io.panels import AXIS, Panels
+from explaind_track.wandb_io.panels import Panels
+from explaind_track.wandb_io.run import is_tied, tie
 
 if TYPE_CHECKING:
     import wandb
@@ -53,9 +55,11 @@ class Outputs:
         self.writer = writer
         self.seen = run is not None or writer is not None
         """Whether anybody will see what goes out."""
-        history = None if writer is None else writer.directory / HISTORY
-        logged = set() if run is None or writer is None else steps_logged(writer.directory, run)
-        self.panels = Panels(run, history, sections, configuration, logged)
+        directory = None if writer is None else writer.directory
+        # a W&B run that is gone on with has rows of these already
+        again = run is not None and directory is not None and is_tied(directory, run)
+        logged = steps_logged(directory) if directory is not None and again else set()
+        self.panels = Panels(run, directory, sections, configuration, logged)
         self._upload = None if run is None or writer is None else _begin_upload(run, writer.directory)
         self._unsent = 0
         self.stay = before_exit(self._leave) if self.seen else lambda: None

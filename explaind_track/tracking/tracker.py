@@ -19,15 +19,24 @@ from explaind_track.engine.functional import SampleLoss
 from explaind_track.engine.integrator import MEMORY, buffers_moved
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.errors import NonFiniteError
-from explaind_track.record.resume import cut_history
+from explaind_track.record.history import (
+    NONFINITE,
+    SAMPLES_OWN_STEP,
+    SECONDS_INFLUENCE,
+    SECONDS_TRAINING,
+    SECTIONS,
+    TRAIN_LOSS,
+    cut_history,
+    steps_logged,
+)
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import KEYFRAME_EVERY
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live import LIVE_AXES, Live
 from explaind_track.tracking.live_samples import LiveSamples
+from explaind_track.tracking.metrics import nonfinite
 from explaind_track.tracking.outputs import Outputs, begin_record
 from explaind_track.tracking.step_batches import StepBatches, make_batch
-from explaind_track.wandb_io import panels
 
 if TYPE_CHECKING:
     import wandb
@@ -132,8 +141,7 @@ class Tracker:
         record, self._writer = begun or (None, None)
         self.number: int = self._ranks.gather(0 if record is None else len(record))[0]
         """The number of the next step."""
-        sections = ["kernel", "reg", "past", "D", "residual", "loss", "cost", "train", *queries]
-        self._outputs = Outputs(run, self._writer, sections, self._configuration())
+        self._outputs = Outputs(run, self._writer, [*SECTIONS, *queries], self._configuration())
         self.run = run
         self._mark = on_nonfinite == "mark"
         self._hooks = [
@@ -155,7 +163,8 @@ class Tracker:
 
     def _catch_up(self, record: Trajectory) -> None:
         """Explains the steps that were taken before, as they were explained then, and completes the rows of metrics."""
-        written = cut_history(record.directory, self.number)
+        cut_history(record.directory, self.number)
+        written = steps_logged(record.directory)
         for step in tqdm(record.steps(), "catch up", len(record), unit="step"):
             if step.number % self.every == 0 and step.updates:
                 row, _ = self._live.add(step)
@@ -185,7 +194,7 @@ class Tracker:
         own = self.seconds["influence"] + self.seconds["trajectory"] - own
         self.seconds["training"] += spent - own
         if self._taken:
-            self._log_row({"cost/seconds_training": spent - own, "cost/seconds_influence": own})
+            self._log_row({SECONDS_TRAINING: spent - own, SECONDS_INFLUENCE: own})
 
     def batch(self, batch: Any, index: Tensor | None = None, weight: Tensor | float | str = "mean") -> None:
         """Tells of the next (micro-)batch, right before its forward pass. Its tensors' first axis is the samples.
@@ -291,7 +300,7 @@ class Tracker:
         scale = getattr(self.optimizer, "grad_scale", None)
         if scale is not None:  # of a GradScaler whose optimizer unscales by itself
             gradients = {name: gradient / scale for name, gradient in gradients.items()}
-        self._nonfinite = panels.nonfinite(gradients)
+        self._nonfinite = nonfinite(gradients)
         if self._nonfinite and not self._mark:
             raise NonFiniteError(
                 f"the gradient of step {self.number} is not finite in {', '.join(self._nonfinite)}; the parameters "
@@ -300,7 +309,7 @@ class Tracker:
         self._told.forget_unused_randomness(next(self.model.parameters()).device)
         self._told.exchange(self._ranks)
         if self._told.loss is not None:
-            self._row["train/loss"] = self._told.loss
+            self._row[TRAIN_LOSS] = self._told.loss
         self._auxiliary_now = self._auxiliary_gradients(gradients)
         if self._samples is not None and not self._nonfinite:
             state = State({name: p.detach() for name, p in self._observer.parameters.items()}, self._buffers)
@@ -328,7 +337,7 @@ class Tracker:
                 self._writer.record(step, buffers_moved(step), self._auxiliary_now)
         self._taken = True
         if self._nonfinite:
-            self._row["residual/nonfinite"] = len(self._nonfinite)
+            self._row[NONFINITE] = len(self._nonfinite)
         elif self.number % self.every == 0 and step.updates:
             with self._timed("influence"):
                 self._explain(step)
@@ -345,7 +354,7 @@ class Tracker:
 
     def _explain_samples(self, known: LiveSamples, step: Step) -> None:
         samples, changes = known.influences(self._told, step)
-        self._row["samples/own_step"] = -float(samples.influence.sum())
+        self._row[SAMPLES_OWN_STEP] = -float(samples.influence.sum())
         if self._outputs.seen:
             self._outputs.panels.attempt(
                 "draw the samples", lambda: self._row.update(known.draw(self._told, samples, changes))

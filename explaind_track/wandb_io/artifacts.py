@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from explaind_track.errors import LoggingWarning
 from explaind_track.record import files
 from explaind_track.record.files import MANIFEST, Entry
-from explaind_track.record.run_directory import HISTORY, POINTER, is_finished, pictures
+from explaind_track.record.history import HISTORY
+from explaind_track.record.run_directory import POINTER, is_finished, pictures
 from explaind_track.record.writer import FORMAT
-from explaind_track.wandb_io.panels import FINISH_SECONDS
+from explaind_track.wandb_io.run import FINISH_SECONDS, is_offline
 
 if TYPE_CHECKING:
     import wandb
@@ -73,7 +74,7 @@ class TrajectoryUpload:
 
     def _work(self) -> None:
         try:
-            offline = self._run.settings._offline
+            offline = is_offline(self._run)
             while not self._closing.wait(POLL_SECONDS):
                 if not offline and self._due():
                     self._attempt(final=False)
@@ -200,7 +201,7 @@ def log_result(
     artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
     artifact.metadata = {"file": Path(path).name, "sha256": hashlib.sha256(content).hexdigest(), "made_from": source}
     artifact.add_file(str(Path(path).absolute()), Path(path).name, skip_cache=True)
-    if run.settings._offline:
+    if is_offline(run):
         run.log_artifact(artifact)
         return
     if source is not None:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import file_sha256
-from explaind_track.record.media import for_wandb, from_json
-from explaind_track.record.run_directory import Tie, read_rows
-from explaind_track.wandb_io.panels import AXIS, FINISH_SECONDS
+from explaind_track.record.history import AXIS, read_rows
+from explaind_track.record.media import from_json
+from explaind_track.record.run_directory import Tie
+from explaind_track.wandb_io.media import for_wandb
+from explaind_track.wandb_io.run import FINISH_SECONDS
 
 if TYPE_CHECKING:
     import wandb

@@ -16,12 +16,14 @@ from tqdm import tqdm
 from explaind_track.errors import TrajectoryError
 from explaind_track.record import files
 from explaind_track.record.files import MANIFEST, Lock
-from explaind_track.record.media import for_wandb, from_json
-from explaind_track.record.run_directory import Tie, read_rows, read_tie, trajectory_directory
+from explaind_track.record.history import AXIS, read_rows, section_of
+from explaind_track.record.media import from_json
+from explaind_track.record.run_directory import Tie, read_tie, trajectory_directory
 from explaind_track.record.writer import FORMAT
 from explaind_track.wandb_io.artifacts import trajectory_version
+from explaind_track.wandb_io.media import for_wandb
 from explaind_track.wandb_io.media_sync import check_media, send_lost_media
-from explaind_track.wandb_io.panels import AXIS, FINISH_SECONDS, define_metrics
+from explaind_track.wandb_io.run import FINISH_SECONDS, define_metrics
 
 if TYPE_CHECKING:
     import wandb
@@ -84,7 +86,7 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
         rows = read_rows(directory)
         missing = _missing(rows, _steps_at_wandb(path, run.starting_step) if known else Counter())
         media_sent = send_lost_media(run, _find_run(path), directory, tie) if known else 0
-        define_metrics(run, {key.split("/")[0] for row in missing for key in row if "/" in key})
+        define_metrics(run, {section for row in missing for key in row if (section := section_of(key)) is not None})
         for row in tqdm(missing, "rows", unit="row", disable=not progress or not missing):
             run.log(for_wandb(from_json(row, directory, damaged="leave out")))
         artifact_sent = _send_trajectory(run, directory, f"{entity}/{tie.project}/{tie.artifact}")

@@ -2,7 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-from explaind_track.wandb_io.panels import AXIS, QUERY_COSINES, SAMPLE_MAP, SAMPLES
+from explaind_track.record.history import (
+    AXIS,
+    DIFFERENCE,
+    KERNEL,
+    LOSS,
+    NONFINITE,
+    PAST,
+    QUERY_COSINES,
+    REGULARIZATION,
+    RESIDUAL,
+    SAMPLE_MAP,
+    SAMPLES,
+    SECONDS,
+    TOTAL,
+)
 
 if TYPE_CHECKING:
     import wandb_workspaces.workspaces as ws
@@ -18,7 +32,8 @@ def other_than(*words: str) -> str:
     return f"({'|'.join(branches)}){'' if '' in words else '?'}"
 
 
-GROUP = f"{other_than('total')}$"
+PARTS = "|".join((KERNEL, REGULARIZATION, PAST))
+GROUP = f"{other_than(TOTAL)}$"
 
 # Patterns of keys, not their list: groups are each run's own, and a project may hold runs of many models. The names in
 # front of a slash belong to the first query; what other queries own has their name before it.
@@ -28,22 +43,29 @@ SECTIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"title": "accuracy", "metric_regex": "^[^/]+/accuracy$"},
     ),
     "Kernel against weight decay": (
-        {"title": "importance of all groups together", "metric_regex": "^(kernel|reg|past)/total$"},
-        {"title": "kernel minus regularization (D), by group", "metric_regex": f"^D/{GROUP}"},
+        {"title": "importance of all groups together", "metric_regex": f"^({PARTS})/{TOTAL}$"},
+        {"title": "kernel minus regularization (D), by group", "metric_regex": f"^{DIFFERENCE}/{GROUP}"},
     ),
     "Importance by group": (
-        {"title": "of the training samples (kernel)", "metric_regex": f"^kernel/{GROUP}", "plot_type": "stacked-area"},
-        {"title": "of weight decay", "metric_regex": f"^reg/{GROUP}", "plot_type": "stacked-area"},
+        {
+            "title": "of the training samples (kernel)",
+            "metric_regex": f"^{KERNEL}/{GROUP}",
+            "plot_type": "stacked-area",
+        },
+        {"title": "of weight decay", "metric_regex": f"^{REGULARIZATION}/{GROUP}", "plot_type": "stacked-area"},
     ),
     "Change of the loss": (
-        {"title": "through the training samples", "metric_regex": f"^loss/kernel/{GROUP}"},
-        {"title": "through weight decay", "metric_regex": f"^loss/reg/{GROUP}"},
-        {"title": "in all, and through each part", "metric_regex": "^loss/(change|(kernel|reg|momentum|past)/total)$"},
+        {"title": "through the training samples", "metric_regex": f"^{LOSS}/{KERNEL}/{GROUP}"},
+        {"title": "through weight decay", "metric_regex": f"^{LOSS}/{REGULARIZATION}/{GROUP}"},
+        {
+            "title": "in all, and through each part",
+            "metric_regex": f"^{LOSS}/(change|({PARTS}|momentum)/{TOTAL})$",
+        },
     ),
     "How far to trust it, and its cost": (
-        {"title": "residual", "metric_regex": f"^residual/{other_than('nodes', 'nonfinite')}$", "log_y": True},
-        {"title": "numbers that are not finite", "metric_regex": "^residual/nonfinite$"},
-        {"title": "seconds for each step", "metric_regex": "^cost/seconds_.*", "plot_type": "stacked-area"},
+        {"title": "residual", "metric_regex": f"^{RESIDUAL}/{other_than('nodes', 'nonfinite')}$", "log_y": True},
+        {"title": "numbers that are not finite", "metric_regex": f"^{NONFINITE}$"},
+        {"title": "seconds for each step", "metric_regex": f"^{SECONDS}.*", "plot_type": "stacked-area"},
     ),
 }
 

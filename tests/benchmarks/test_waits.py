@@ -91,7 +91,7 @@ def test_the_longest_step(
     monkeypatch.setattr("explaind_track.wandb_io.artifacts.POLL_SECONDS", 0.05)
     monkeypatch.setattr("explaind_track.wandb_io.artifacts.BATCH_BYTES", 1)
     for module in ("artifacts", "panels"):
-        monkeypatch.setattr(f"explaind_track.{module}.FINISH_SECONDS", FINISH_SECONDS)
+        monkeypatch.setattr(f"explaind_track.wandb_io.{module}.FINISH_SECONDS", FINISH_SECONDS)
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(small_disk))
     job, run = make_job(), open_run("project", small_disk, settings=wandb.Settings(finish_timeout=FINISH_SECONDS))

@@ -14,7 +14,8 @@ import wandb
 from conftest import ROOT, Server
 
 from explaind_track import Influence, Quadrature, Trajectory, explain
-from explaind_track.record.run_directory import read_rows, read_tie
+from explaind_track.record.history import read_rows
+from explaind_track.record.run_directory import read_tie
 from explaind_track.wandb_io.sync import sync
 from recipes.modulo_addition import task
 

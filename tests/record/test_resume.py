@@ -22,7 +22,7 @@ from torch import nn
 
 from explaind_track import Influence, Query, Tracker, Trajectory
 from explaind_track.errors import ResumeWarning, TrajectoryError
-from explaind_track.record.run_directory import read_rows
+from explaind_track.record.history import read_rows
 
 STEPS = 23
 

@@ -94,7 +94,7 @@ def save(tracker: Tracker, directory: Path) -> None:
 
 
 def own_history(directory: Path) -> list[dict[str, float]]:
-    from explaind_track.record.run_directory import read_rows
+    from explaind_track.record.history import read_rows
 
     return read_rows(directory)
 

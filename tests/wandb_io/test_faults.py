@@ -17,8 +17,9 @@ from conftest import TESTS, Server, make_job
 
 from explaind_track import Trajectory, open_run
 from explaind_track.errors import LoggingWarning, TrajectoryError
+from explaind_track.record.history import read_rows
 from explaind_track.record.media import from_json
-from explaind_track.record.run_directory import is_running, read_rows
+from explaind_track.record.run_directory import is_running
 from explaind_track.wandb_io.panels import Panels
 from explaind_track.wandb_io.sync import sync
 
@@ -340,7 +341,7 @@ def test_what_cannot_be_synced_is_refused(tmp_path: Path) -> None:
 
 
 def test_our_own_full_disk_tears_no_row(small_disk: Path) -> None:
-    panels = Panels(None, small_disk / "history.jsonl", [])
+    panels = Panels(None, small_disk, [])
     panels.log({"train/step": 0, "a": "x" * 4000})
     with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -360,7 +361,7 @@ def test_our_own_full_disk_tears_no_row(small_disk: Path) -> None:
 
 
 def test_a_row_that_was_torn_is_left_out(tmp_path: Path) -> None:
-    panels = Panels(None, tmp_path / "history.jsonl", [])
+    panels = Panels(None, tmp_path, [])
     for step in range(3):
         panels.log({"train/step": step, "a": 1.5})
     path = tmp_path / "history.jsonl"

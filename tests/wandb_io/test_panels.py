@@ -12,8 +12,8 @@ from conftest import Server, make_job
 
 from explaind_track import Quadrature, Trajectory, open_run, where_to_look
 from explaind_track.errors import LoggingWarning, ResumeWarning
-from explaind_track.record.run_directory import read_rows
-from explaind_track.wandb_io import panels
+from explaind_track.record.history import read_rows
+from explaind_track.tracking import sample_panels
 from explaind_track.wandb_io.panels import Panels
 
 pytestmark = pytest.mark.usefixtures("closing_wandb")
@@ -70,8 +70,8 @@ def test_a_failing_wandb_is_told_of_and_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none_are_left_out_and_counted(tmp_path: Path) -> None:
-    Panels(None, tmp_path / "h", []).log({"train/step": 1, "a": float("nan"), "b": float("inf"), "c": 2.0})
-    assert json.loads((tmp_path / "h").read_text()) == {"train/step": 1, "c": 2.0, "residual/nonfinite": 2}
+    Panels(None, tmp_path, []).log({"train/step": 1, "a": float("nan"), "b": float("inf"), "c": 2.0})
+    assert json.loads((tmp_path / "history.jsonl").read_text()) == {"train/step": 1, "c": 2.0, "residual/nonfinite": 2}
 
 
 def test_the_run_says_how_it_was_tracked_and_sums_up_its_metrics(server: Server, tmp_path: Path) -> None:
@@ -133,9 +133,9 @@ def test_samples_are_shown_with_images_and_a_map(server: Server, tmp_path: Path)
         run=run, samples_every=2, map_queries=3, render=lambda index: np.full((2, 2), index * 10, dtype=np.uint8)
     )
     maps: list[tuple[torch.Tensor, torch.Tensor]] = []
-    draw = panels.sample_map
+    draw = sample_panels.sample_map
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(panels, "sample_map", lambda rows, index: maps.append((rows, index)) or draw(rows, index))
+        patch.setattr(sample_panels, "sample_map", lambda rows, index: maps.append((rows, index)) or draw(rows, index))
         job.run(tracker, 3)
     tracker.finish()
     run.finish()
@@ -153,8 +153,8 @@ def test_the_map_is_of_single_queries() -> None:
     job, run = make_job(), Listening()
     found: dict[str, torch.Tensor] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(panels, "sample_map", lambda rows, _: found.update(map=rows))
-        patch.setattr(panels, "sample_table", lambda samples, *_: found.update(table=samples.influence))
+        patch.setattr(sample_panels, "sample_map", lambda rows, _: found.update(map=rows))
+        patch.setattr(sample_panels, "sample_table", lambda samples, *_: found.update(table=samples.influence))
         job.run(job.tracker(run=run, samples_every=1, map_queries=99), 1)
     order = found["table"].abs().argsort(descending=True)
     assert torch.allclose(found["map"].mean(0), -found["table"][order], rtol=1e-9, atol=1e-15)

@@ -1,0 +1,153 @@
+"""The rows of a run, one a training step: their keys, and `history.jsonl`, which keeps every row.
+
+    train/step                                 the number of the step
+    [<query>/]<part>/<group>                   importance Ψ̄ of a part of the step (kernel, reg, past, …) through a group
+    [<query>/]D/<group>                        relative regularization influence: signed kernel minus regularization
+    <loss>/<part>/<group>, <loss>/change       how much each changed a query's loss; <loss>: `loss`, or the query's name
+    <query>/loss, <query>/accuracy             what the query's predictions are worth after the step
+    residual/<query>                           what the split leaves over, relative to the change of the predictions
+    residual/nodes, residual/nonfinite         quadrature nodes; numbers of the step that were not finite
+    cost/seconds_training, …_influence         wall time of the step
+    samples/…                                  tables and pictures of training samples
+
+`total` stands in the place of a group for all groups together. The first query has no `<query>/` in front of its
+importances, the first loss query is `loss`. Beside them stand the metrics that the training loop logs, `train/loss`
+and whatever it likes.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from explaind_track.record.files import write_atomic
+from explaind_track.record.media import Table, to_json, with_files
+
+HISTORY = "history.jsonl"
+
+AXIS = "train/step"
+"""The metric that all others are drawn over: the number of the training step."""
+
+KERNEL = "kernel"
+REGULARIZATION = "reg"
+PAST = "past"
+DIFFERENCE = "D"
+LOSS = "loss"
+RESIDUAL = "residual"
+COST = "cost"
+TRAIN = "train"
+
+SECTIONS = (KERNEL, REGULARIZATION, PAST, DIFFERENCE, RESIDUAL, LOSS, COST, TRAIN)
+"""The first parts of the keys of numbers; those of a query's own numbers begin with its name."""
+
+TOTAL = "total"
+"""In the place of a group: all groups together."""
+
+TRAIN_LOSS = f"{TRAIN}/loss"
+NODES = f"{RESIDUAL}/nodes"
+NONFINITE = f"{RESIDUAL}/nonfinite"
+SECONDS = f"{COST}/seconds_"
+SECONDS_TRAINING = f"{SECONDS}training"
+SECONDS_INFLUENCE = f"{SECONDS}influence"
+SAMPLES = "samples/most_influential"
+SAMPLE_MAP = "samples/map"
+QUERY_COSINES = "samples/query_cosines"
+SAMPLES_OWN_STEP = "samples/own_step"
+"""How much the step's samples changed the first loss query through this step's gradient alone."""
+
+
+def section_of_part(part: str) -> str:
+    """The section that shows a part of a step; all but `regularization` keep their name."""
+    return REGULARIZATION if part == "regularization" else part
+
+
+def importance_key(section: str, group: str, query: str = "") -> str:
+    """The key of a group's importance, or of its D. query: empty for the first."""
+    return f"{query}/{section}/{group}" if query else f"{section}/{group}"
+
+
+def change_key(section: str, group: str, loss: str = LOSS) -> str:
+    """The key of a loss's change by a part through a group. loss: the query's name, for all but the first loss."""
+    return f"{loss}/{section}/{group}"
+
+
+def whole_change_key(loss: str = LOSS) -> str:
+    """The key of a loss's change in the step, by all parts."""
+    return f"{loss}/change"
+
+
+def measure_key(query: str, measure: str) -> str:
+    """The key of the `loss` or the `accuracy` of a query's predictions."""
+    return f"{query}/{measure}"
+
+
+def residual_key(query: str) -> str:
+    return f"{RESIDUAL}/{query}"
+
+
+def section_of(key: str) -> str | None:
+    """The first part of a key; None for a key of one part, which is in no section."""
+    section, slash, _ = key.partition("/")
+    return section if slash else None
+
+
+def is_residual(key: str) -> bool:
+    """Whether the key is that of a query's residual; `residual/nodes` and `residual/nonfinite` are counts."""
+    return section_of(key) == RESIDUAL and key not in (NODES, NONFINITE)
+
+
+def is_measure(key: str) -> bool:
+    """Whether the key is that of a loss or an accuracy, of a query or as the training loop logs them."""
+    return key.endswith(("/loss", "/accuracy")) and section_of(key) != RESIDUAL
+
+
+def is_explained(row: Iterable[str]) -> bool:
+    """Whether influences of the step were computed: not where its gradient was not finite, nor between every n-th."""
+    return any(is_residual(key) for key in row)
+
+
+def keys_by_group(keys: Iterable[str], section: str) -> dict[str, str]:
+    """The keys of a section (`kernel`, `loss/reg`) by group, in their order; `TOTAL` is among the groups."""
+    return {key.removeprefix(f"{section}/"): key for key in keys if key.startswith(f"{section}/")}
+
+
+# ------------------------------------------------------------------------------------------------- history.jsonl
+
+
+def append_row(directory: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a row whole or not at all, flushed: a killed process loses none but the last line, which may be torn.
+
+    Returns the row as it was written, its pictures in files. Raises OSError or TrajectoryError where that fails.
+    """
+    written = {**row, **with_files(row, directory)}
+    kept = {key: value for key, value in written.items() if isinstance(value, int | float | str | Table | Path)}
+    line = json.dumps(kept, default=to_json).encode() + b"\n"
+    path = directory / HISTORY
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(line) != len(line):
+            file.truncate(end)  # half a row would spoil the next
+            raise OSError(f"no room for a row in {path}")
+    return written
+
+
+def read_rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows in the order they were logged; a line that a killed process left torn is left out."""
+    path = directory / HISTORY
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and AXIS in row]
+
+
+def steps_logged(directory: Path) -> set[int]:
+    """The numbers of the steps that have a row."""
+    return {int(row[AXIS]) for row in read_rows(directory)}
+
+
+def cut_history(directory: Path, number: int) -> None:
+    """Drops the rows of step `number` and later."""
+    rows = [row for row in read_rows(directory) if row[AXIS] < number]
+    write_atomic(directory / HISTORY, "".join(json.dumps(row) + "\n" for row in rows).encode())

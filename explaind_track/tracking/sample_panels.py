@@ -1,0 +1,68 @@
+"""The panels of single training samples: a table of the most influential ones, and maps of what they changed."""
+
+import io
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from explaind_track.engine.samples import SampleInfluence
+from explaind_track.record.media import Table
+from explaind_track.wandb_io.media import image_png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SAMPLE_ROWS = 20
+
+
+def most_influential(samples: SampleInfluence) -> Tensor:
+    """The places of the samples with the largest influences, the largest first."""
+    return samples.influence.abs().argsort(descending=True)[:SAMPLE_ROWS]
+
+
+def sample_table(
+    samples: SampleInfluence, norms: Mapping[int, float], render: Callable[[int], Any] | None = None
+) -> Table:
+    """The training samples that changed the query's loss most through this step's own gradient. render: from a sample's
+    index to its image."""
+    order = most_influential(samples)
+    columns = ["sample", "change of the query's loss", "weight", "loss", "gradient norm"]
+    rows: list[list[Any]] = [
+        [
+            int(samples.index[place]),
+            -float(samples.influence[place]),
+            float(samples.weight[place]),
+            float(samples.loss[place]),
+            norms.get(int(samples.index[place])),
+        ]
+        for place in order.tolist()
+    ]
+    if render is not None:
+        columns.append("image")
+        rows = [[*row, image_png(render(row[0]))] for row in rows]
+    return Table(columns, rows)
+
+
+def sample_map(rows: Tensor, index: Tensor) -> bytes:
+    """How much the step's most influential samples changed the loss of single queries: rows (queries, samples), as a
+    PNG."""
+    from explaind_track.analysis import plots
+
+    return _png(plots.sample_map(rows.numpy(), index.tolist()))
+
+
+def cosine_map(rows: Tensor) -> bytes:
+    """How alike the step's samples changed the losses of two queries: the cosines of rows (queries, samples), as a
+    PNG."""
+    from explaind_track.analysis import plots
+
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    return _png(plots.cosine_map((unit @ unit.T).numpy()))
+
+
+def _png(figure: "Figure") -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()

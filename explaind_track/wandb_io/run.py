@@ -1,0 +1,94 @@
+"""The W&B run that a training goes to: opening it, finding it, and its tie to a record on this disk."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from explaind_track.core import distributed
+from explaind_track.errors import LoggingWarning
+from explaind_track.record import history
+from explaind_track.record.run_directory import POINTER, Tie, read_tie, write_tie
+
+if TYPE_CHECKING:
+    import wandb  # a second to import: only where a run is opened or a table sent
+
+FINISH_SECONDS = 600.0
+"""How long the end of a run waits for what W&B has not confirmed yet."""
+
+SUMMARIES = {
+    history.RESIDUAL: "mean,max",
+    history.COST: "mean",
+    history.TRAIN: "last,min,max",
+    **dict.fromkeys((history.KERNEL, history.REGULARIZATION, history.PAST, history.DIFFERENCE), "mean,last"),
+    history.LOSS: "last",
+}
+"""What W&B's table of runs shows of the metrics of a section; the last value, of those that are not named."""
+
+
+def open_run(project: str, directory: str | os.PathLike[str] | None = None, **options: Any) -> "wandb.Run":
+    """The active run if there is one, else a new one: online where somebody is logged in and the server answers, else
+    offline. Of several processes, only rank zero has one; the others get a run that does nothing. options: as
+    `wandb.init` takes them."""
+    import wandb
+
+    if wandb.run is not None:
+        return wandb.run
+    if distributed.rank():
+        return wandb.init(mode="disabled")
+
+    where = None if directory is None else str(directory)
+    if "WANDB_MODE" not in os.environ and "mode" not in options and not wandb.login(prompt=False, verify=False):
+        options["mode"] = "offline"
+    options.setdefault("settings", wandb.Settings(finish_timeout=FINISH_SECONDS))
+    try:
+        return wandb.init(project=project, dir=where, **options)
+    except wandb.errors.CommError as error:
+        warnings.warn(f"W&B's server does not answer ({error}); logging offline", LoggingWarning, stacklevel=2)
+        return wandb.init(project=project, dir=where, **{**options, "mode": "offline"})
+
+
+def where_to_look(run: "wandb.Run") -> str:
+    """Where the run can be seen, in a sentence."""
+    if not is_offline(run):
+        return f"See the run at {run.url}"
+    directory = Path(run.settings.sync_dir)
+    return f"Look at the run with `wandb leet {directory}`, upload it with `wandb sync {directory}`"
+
+
+def is_offline(run: "wandb.Run") -> bool:
+    """Whether the run stays on this disk until it is synced. W&B's settings tell so by no public name."""
+    return bool(run.settings._offline)
+
+
+def define_metrics(run: "wandb.Run", sections: Iterable[str]) -> None:
+    """Draws the metrics `<section>/…` over the training step."""
+    run.define_metric(history.AXIS, hidden=True)
+    for section in sections:
+        run.define_metric(f"{section}/*", step_metric=history.AXIS, summary=SUMMARIES.get(section, "last"))
+
+
+def tie(directory: Path, run: "wandb.Run") -> None:
+    """Notes which W&B run the trajectory in `directory` belongs to, and lets the run's own directory lead to it."""
+    own_directory = Path(run.settings.sync_dir).absolute()
+    made = Tie(
+        entity=run.entity or "",
+        project=run.project,
+        id=run.id,
+        name=run.name or run.id,
+        offline=is_offline(run),
+        directory=str(own_directory),
+        config=json.loads(json.dumps(dict(run.config), default=str)),
+    )
+    write_tie(directory, made)
+    with suppress(OSError):  # a file system without links only loses the short way
+        (own_directory / POINTER).symlink_to(directory.absolute(), target_is_directory=True)
+
+
+def is_tied(directory: Path, run: "wandb.Run") -> bool:
+    """Whether the trajectory in `directory` belongs to this same W&B run already, which is gone on with then."""
+    found = read_tie(directory)
+    return found is not None and found.id == run.id
