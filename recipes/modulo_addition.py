@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from explaind_track import Influence, Quadrature, Query, Tracker, Trajectory, open_run, where_to_look
+from explaind_track import Influence, Quadrature, Query, Task, Tracker, Trajectory, open_run, where_to_look
 from explaind_track.analysis import plots
 from explaind_track.wandb_io.artifacts import directory_mb
 from recipes.common import configure, output_directory, write_json
@@ -72,9 +72,9 @@ def held_out(config: DictConfig, data: Split) -> Query:
     return Query.outputs(data.x_test[: config.queries], data.y_test[: config.queries])
 
 
-def task(run: str) -> dict[str, Any]:
-    """What `explaind-track explain RUN recipes.modulo_addition:task` has to know of the job. run: a directory of
-    results; for what has no config.yaml, such as a trajectory at W&B, the job of the defaults."""
+def task(run: str) -> Task:
+    """The job behind a run, as `explaind-track explain RUN recipes.modulo_addition:task` asks for it. run: a directory
+    of results; for what has no config.yaml, such as a trajectory at W&B, the job of the defaults."""
     path = Path(run) / "config.yaml"
     config = OmegaConf.load(path if path.is_file() else Path(__file__).with_suffix(".yaml"))
     assert isinstance(config, DictConfig)  # a mapping at the top
@@ -83,8 +83,7 @@ def task(run: str) -> dict[str, Any]:
     def data(index: Tensor) -> tuple[Tensor, Tensor]:
         return split.x_train[index], split.y_train[index]
 
-    query = held_out(config, split)
-    return {"model": model, "query": query, "groups": GROUPS, "sample_loss": sample_loss, "data": data}
+    return Task(model, held_out(config, split), GROUPS, sample_loss, data)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
-"""The commands that need the training job: its model, its queries, its samples."""
+"""The commands that need the training job: its model, its query, its samples."""
 
 import importlib
-import inspect
 import json
 import os
 import sys
@@ -11,37 +10,43 @@ from typing import Any
 
 import click
 
-from explaind_track.cli.common import AS_JSON, RUN, local_run, report_errors, tell
-from explaind_track.record.remote import PREFIX
-from explaind_track.record.trajectory import Trajectory
+from explaind_track.cli.common import AS_JSON, RUN, open_trajectory, report_errors, tell
+from explaind_track.cli.settings import parse_settings
+from explaind_track.explanation.task import Task
 
 TASK = click.argument("task")
 SETTINGS = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 
 
-def out(name: str) -> Callable[..., Any]:
-    return click.option("--out", type=click.Path(path_type=Path), default=name, show_default=True)
+def out_option(default: str) -> Callable[..., Any]:
+    """The option `--out`, the file that the command writes."""
+    return click.option("--out", type=click.Path(path_type=Path), default=default, show_default=True)
 
 
 @click.command()
 @RUN
 @TASK
 @SETTINGS
-@out("influence.safetensors")
+@out_option("influence.safetensors")
 @AS_JSON
 @report_errors
 def explain(run: str, task: str, settings: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Decompose RUN's predictions, and save the influence.
 
-    TASK is `module:function`. The function is called with RUN and returns what belongs to the training job, by the
-    names that `explaind_track.explain` has for it: `{"model": …, "query": …, "groups": …, "sample_loss": …, "data": …}`
-    (the last three if needed). Settings are the others, such as `keep=[step,group] window=[0,500] nodes=8 close=true`.
+    TASK is `module:function`, such as `recipes.modulo_addition:task`. The function is called with RUN and returns an
+    `explaind_track.Task`: the model, the query, and if needed groups, sample_loss and data. Settings are the other
+    arguments of `explaind_track.explain`, such as `keep=[step,group] window=[0,500] nodes=8 close=true`; `groups=1`
+    takes the place of the task's.
     """
-    from explaind_track.explanation.explain import explain as decompose
+    from explaind_track.explanation.explain import explain as explain_run
 
-    arguments = gathered(decompose, task, run, settings, ("keep", "parts", "window", "groups", "close"))
-    influence = decompose(opened(run), **arguments, progress=not as_json)
+    options = parse_settings(settings, ("keep", "parts", "window", "groups", "close"))
+    job = load_task(task, run)
+    options = {"groups": job.groups, **options, "progress": not as_json}
+    trajectory = open_trajectory(run)
+    influence = explain_run(trajectory, job.model, job.query, sample_loss=job.sample_loss, data=job.data, **options)
     influence.save(out)
+
     sizes = {str(name): size for name, size in influence.data.sizes.items()}
     residual = float(influence.residual.max())
     content = {"out": str(out), "sizes": sizes, "residual_max": residual}
@@ -56,7 +61,7 @@ def explain(run: str, task: str, settings: tuple[str, ...], out: Path, as_json: 
 @click.option("--by", type=click.Choice(["global", "layer"]), default="global", show_default=True)
 @click.option("--unit", type=click.Choice(["parameter", "filter"]), default="parameter", show_default=True)
 @click.option("--exclude", multiple=True, help="A pattern of parameters that stay whole; may be given again.")
-@out("masks.safetensors")
+@out_option("masks.safetensors")
 @AS_JSON
 @report_errors
 def prune(
@@ -74,26 +79,27 @@ def prune(
     from explaind_track.analysis.parameter_scores import parameter_scores
     from explaind_track.analysis.pruning import evaluate_pruning, prune_masks, sparsity
 
-    arguments = gathered(parameter_scores, task, run, settings, ("window", "part", "importance"))
-    trajectory = opened(run)
-    scores = parameter_scores(trajectory, **arguments, progress=not as_json)
+    options = parse_settings(settings, ("window", "part", "importance"))
+    job, trajectory = load_task(task, run), open_trajectory(run)
+    scores = parameter_scores(trajectory, job.model, job.query, **options, progress=not as_json)
     sizes = {name: value.abs() for name, value in scores.items()}
     masks = prune_masks(sizes, keep, by=by, unit=unit, exclude=exclude)
     save_file({name: mask.contiguous() for name, mask in masks.items()}, out)
-    content: dict[str, Any] = {"out": str(out), "sparsity": sparsity(masks)}
-    model, query = arguments["model"], arguments["query"]
-    if query.is_classified:
-        model.load_state_dict(trajectory.state_dict(len(trajectory)))
-        content |= evaluate_pruning(model, masks, query.inputs, query.labels[0])
-    cost = [f"{name} {value:.4g}" for name, value in content.items() if name not in ("out", "sparsity")]
-    tell(as_json, content, f"{out}: {1 - content['sparsity']:.1%} of the parameters stay; " + ", ".join(cost))
+
+    dropped, cost = sparsity(masks), {}
+    if job.query.is_classified:
+        job.model.load_state_dict(trajectory.state_dict(len(trajectory)))
+        cost = evaluate_pruning(job.model, masks, job.query.inputs, job.query.labels[0])
+    words = ", ".join(f"{name} {value:.4g}" for name, value in cost.items() if name != "sparsity")
+    content = {"out": str(out), "sparsity": dropped, **cost}
+    tell(as_json, content, f"{out}: {1 - dropped:.1%} of the parameters stay" + (f"; {words}" if cost else ""))
 
 
 @click.command()
 @RUN
 @TASK
 @SETTINGS
-@out("similarity.safetensors")
+@out_option("similarity.safetensors")
 @AS_JSON
 @report_errors
 def similarity(run: str, task: str, settings: tuple[str, ...], out: Path, as_json: bool) -> None:
@@ -107,77 +113,41 @@ def similarity(run: str, task: str, settings: tuple[str, ...], out: Path, as_jso
 
     from explaind_track.analysis.similarity import similarity as compare
 
-    arguments = gathered(compare, task, run, settings, ("window", "groups"))
-    found = compare(opened(run), **arguments, progress=not as_json)
+    options = parse_settings(settings, ("window", "groups"))
+    job = load_task(task, run)
+    if job.sample_loss is None:
+        raise ValueError(f"{task} returns a Task without sample_loss=, which similarities are made of")
+    options = {"groups": job.groups, **options, "progress": not as_json}
+    trajectory = open_trajectory(run)
+    found = compare(trajectory, job.model, job.query, sample_loss=job.sample_loss, data=job.data, **options)
+
     groups = [str(name) for name in found["group"].values]
     save_file({"similarity": torch.from_numpy(found.values.copy())}, out, {"groups": json.dumps(groups)})
     content = {"out": str(out), "groups": groups, "queries": found.sizes["query"]}
     tell(as_json, content, f"{out}: {found.sizes['query']} × {found.sizes['query']} for {', '.join(groups)}")
 
 
-def opened(run: str) -> Trajectory:
-    return Trajectory.open(run if run.startswith(PREFIX) else local_run(run))
+def load_task(name: str, run: str) -> Task:
+    """The training job of a run: what the function `module:function` returns for it.
 
+    Raises:
+        ValueError: where there is no such function in reach of the current directory.
+        TypeError: where it returns something else than a Task.
+    """
+    module, colon, function = name.partition(":")
+    if not colon or not module or not function:
+        raise ValueError(f"a task is named module:function, as recipes.modulo_addition:task, not {name!r}")
 
-def load_task(task: str) -> Callable[[str], dict[str, Any]]:
-    """The function that `module:function` names; ValueError if there is none."""
-    module, colon, name = task.partition(":")
-    if not colon or not module or not name:
-        raise ValueError(f"a task is named module:function, as recipes.modulo_addition:task, not {task!r}")
     sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name)
+        make_task = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{task!r} names no function `module:function` that can be imported here: {error}") from None
-    return found  # type: ignore[no-any-return]
+        raise ValueError(f"{name!r} names no function `module:function` that can be imported here: {error}") from None
 
-
-def gathered(
-    function: Callable[..., Any], task: str, run: str, settings: tuple[str, ...], allowed: tuple[str, ...]
-) -> dict[str, Any]:
-    """The arguments of `function`: what the job says of those that it takes, and the settings over it."""
-    given = _settings(settings, allowed)
-    takes = list(inspect.signature(function).parameters.values())[1:]  # behind the trajectory
-    names = [one.name for one in takes]
-    job = {name: value for name, value in load_task(task)(run).items() if name in names}
-    if lacking := [one.name for one in takes if one.default is one.empty and one.name not in {**job, **given}]:
-        raise ValueError(f"{task} does not return {', '.join(lacking)}, which this command needs")
-    return {**job, **given}
-
-
-def _settings(pairs: tuple[str, ...], allowed: tuple[str, ...]) -> dict[str, Any]:
-    """`key=value` as keyword arguments."""
-    from omegaconf import OmegaConf
-
-    from explaind_track.engine.path_integral import Quadrature
-
-    given: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs)))  # type: ignore[assignment]
-    unknown = sorted(set(given) - {*allowed, "nodes", "tolerance"})
-    if unknown:
-        raise click.UsageError(
-            f"there is no setting {', '.join(unknown)}; there are {', '.join(allowed)}, nodes, tolerance"
+    task = make_task(run)
+    if not isinstance(task, Task):
+        raise TypeError(
+            f"{name} returned a {type(task).__name__}, where an explaind_track.Task was expected; let it return "
+            "Task(model, query, groups=…, sample_loss=…, data=…), the last three if needed"
         )
-    for name, fits, words in SHAPES:
-        if name in given and not fits(given[name]):
-            raise click.UsageError(f"{name}={given[name]} does not fit; it is {words}")
-    nodes, tolerance = given.pop("nodes", None), given.pop("tolerance", None)
-    if nodes is not None:
-        given["quadrature"] = Quadrature.fixed(nodes)
-    elif tolerance is not None:
-        given["quadrature"] = Quadrature(tolerance=tolerance)
-    if "window" in given:
-        given["window"] = tuple(given["window"])
-    return given
-
-
-def _is_list_of(kind: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(isinstance(one, kind) for one in value)
-
-
-SHAPES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("nodes", lambda value: isinstance(value, int) and value > 0, "a number of nodes, as nodes=8"),
-    ("tolerance", lambda value: isinstance(value, int | float) and value > 0, "a number, as tolerance=0.01"),
-    ("window", lambda value: _is_list_of(int)(value) and len(value) == 2, "first and last step, as window=[0,500]"),
-    ("keep", _is_list_of(str), "a list of axes, as keep=[step,group]"),
-)
-"""Settings whose value can be told to be wrong before anything is read."""
+    return task

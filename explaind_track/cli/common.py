@@ -1,4 +1,4 @@
-"""What the commands share: their arguments, what they print, and how they fail."""
+"""The ground that the commands share: their arguments, what they print, how they fail, and the run they are about."""
 
 import json
 import sys
@@ -14,25 +14,30 @@ from explaind_track.record import files
 from explaind_track.record.files import MANIFEST
 from explaind_track.record.history import HISTORY
 from explaind_track.record.remote import PREFIX
-from explaind_track.record.run_directory import POINTER, trajectory_directory
+from explaind_track.record.run_directory import POINTER, is_finished, is_running, trajectory_directory
+from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import FORMAT
+from explaind_track.wandb_io.artifacts import last_step
 
 RUN = click.argument("run", type=str)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
+EXTRAS = {"rich": "cli", "plotly": "cli", "wandb_workspaces": "workspace"}
+"""The extra of this package that brings a module which a command needs."""
+
 
 def report_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """What is wrong with a run or with W&B becomes a sentence and exit code 1; misuse has 2 (click's own)."""
+    """Turns what is wrong with a run or with W&B into a sentence and exit code 1; misuse has 2 (click's own)."""
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
         except ModuleNotFoundError as error:
-            if error.name in ("rich", "plotly", "wandb_workspaces"):
-                extra = "workspace" if error.name == "wandb_workspaces" else "cli"
-                raise click.ClickException(f"this needs {error.name}: pip install 'explaind_track[{extra}]'") from None
-            raise
+            if error.name not in EXTRAS:
+                raise
+            extra = EXTRAS[error.name]
+            raise click.ClickException(f"this needs {error.name}: pip install 'explaind_track[{extra}]'") from None
         except (TrajectoryError, ValueError, TypeError, OSError, _wandb_error()) as error:
             raise click.ClickException(str(error)) from None
 
@@ -40,15 +45,17 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _wandb_error() -> type[Exception]:
-    """W&B takes a second to import: its errors cannot come from where it was not."""
+    """The base of W&B's errors. Importing it takes a second, and none can come from where nobody did."""
     return sys.modules["wandb"].errors.Error if "wandb" in sys.modules else TrajectoryError
 
 
 def tell(as_json: bool, content: Any, words: str) -> None:
+    """Prints a command's result: the content for programs, or the words for people."""
     click.echo(json.dumps(content, indent=1) if as_json else words)
 
 
 def local_run(run: str) -> Path:
+    """The directory of a run on this disk. Raises TrajectoryError where there is none."""
     if run.startswith(PREFIX):
         raise TrajectoryError(f"this needs a run on this disk; `explaind-track pull {run} DIRECTORY` fetches it")
     directory = trajectory_directory(run)
@@ -57,5 +64,19 @@ def local_run(run: str) -> Path:
     return directory
 
 
-def entries_of(directory: Path) -> tuple[dict[str, Any], list[files.Entry]]:
+def open_trajectory(run: str) -> Trajectory:
+    """The record of a run on this disk or at W&B."""
+    return Trajectory.open(run if run.startswith(PREFIX) else local_run(run))
+
+
+def read_manifest(directory: Path) -> tuple[dict[str, Any], list[files.Entry]]:
+    """The manifest's head and its files; both empty where a run has rows only."""
     return files.read_manifest(directory, FORMAT) if (directory / MANIFEST).is_file() else ({}, [])
+
+
+def state_of(directory: Path) -> str:
+    """Says of a run that it is `running`, `finished`, or `stopped` before its record was ended."""
+    if is_running(directory):
+        return "running"
+    _, entries = read_manifest(directory)
+    return "finished" if is_finished(directory, last_step(entries)) else "stopped"

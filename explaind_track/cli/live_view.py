@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from explaind_track.record import files
-from explaind_track.record.files import MANIFEST
+from explaind_track.cli.common import state_of
 from explaind_track.record.history import (
     AXIS,
     DIFFERENCE,
@@ -24,9 +23,7 @@ from explaind_track.record.history import (
     is_residual,
     keys_by_group,
 )
-from explaind_track.record.run_directory import is_finished, is_running
-from explaind_track.record.writer import FORMAT
-from explaind_track.wandb_io.artifacts import last_step
+from explaind_track.record.run_directory import is_running
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -69,14 +66,6 @@ def curve(values: Sequence[float]) -> str:
     values = [values[place * len(values) // CURVE] for place in range(CURVE)] if len(values) > CURVE else values
     low, high = min(values), max(values)
     return "".join(BARS[int((value - low) / ((high - low) or 1) * (len(BARS) - 1))] for value in values)
-
-
-def state_of(directory: Path) -> str:
-    """`running`, `finished`, or `stopped` before its record was ended."""
-    if is_running(directory):
-        return "running"
-    entries = files.read_manifest(directory, FORMAT)[1] if (directory / MANIFEST).is_file() else []
-    return "finished" if is_finished(directory, last_step(entries)) else "stopped"
 
 
 def latest(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

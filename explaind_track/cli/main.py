@@ -1,14 +1,25 @@
-"""The command `explaind-track`: what was recorded, as it trains and afterwards."""
+"""The command `explaind-track`: runs as they were recorded, while they train and afterwards."""
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from explaind_track.cli.analyses import explain, opened, prune, similarity
-from explaind_track.cli.common import AS_JSON, RUN, entries_of, local_run, report_errors, tell
-from explaind_track.cli.live_view import Follower, follow, latest, state_of, view
+from explaind_track.cli.analyses import explain, prune, similarity
+from explaind_track.cli.common import (
+    AS_JSON,
+    RUN,
+    local_run,
+    open_trajectory,
+    read_manifest,
+    report_errors,
+    state_of,
+    tell,
+)
+from explaind_track.cli.live_view import Follower, follow, latest, view
 from explaind_track.errors import TrajectoryError
 from explaind_track.record import files
 from explaind_track.record.history import HISTORY, read_rows
@@ -31,32 +42,37 @@ def main() -> None:
     """
 
 
+for command in (explain, prune, similarity):
+    main.add_command(command)
+
+
 @main.command()
 @click.argument("root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".")
 @AS_JSON
 @report_errors
 def runs(root: Path, as_json: bool) -> None:
     """List the runs under ROOT (this directory if not given)."""
-    found = []
-    for directory in find_runs(root):
-        head, entries = entries_of(directory)
-        tie = read_tie(directory)
-        found.append(
-            {
-                "run": os.path.relpath(directory),
-                "state": state_of(directory),
-                "steps": last_step(entries),
-                "mb": round(directory_mb(directory), 1),
-                "optimizer": head.get("optimizer", "").rsplit(".", 1)[-1],
-                "wandb": None if tie is None else tie.path,
-                "offline": tie is not None and tie.offline,
-            }
-        )
-    lines = [
-        f"{r['steps']:>9} steps {r['mb']:>9} MB  {r['optimizer']:8} {r['state']:9} {r['run']}  {r['wandb'] or ''}"
-        for r in found
-    ]
-    tell(as_json, found, "\n".join(line.rstrip() for line in lines) or f"no run under {root}")
+    found = [_describe_run(directory) for directory in find_runs(root)]
+    tell(as_json, found, "\n".join(map(_line_of, found)) or f"no run under {root}")
+
+
+def _describe_run(directory: Path) -> dict[str, Any]:
+    head, entries = read_manifest(directory)
+    tie = read_tie(directory)
+    return {
+        "run": os.path.relpath(directory),
+        "state": state_of(directory),
+        "steps": last_step(entries),
+        "mb": round(directory_mb(directory), 1),
+        "optimizer": head.get("optimizer", "").rsplit(".", 1)[-1],
+        "wandb": None if tie is None else tie.path,
+        "offline": tie is not None and tie.offline,
+    }
+
+
+def _line_of(run: dict[str, Any]) -> str:
+    size = f"{run['steps']:>9} steps {run['mb']:>9} MB"
+    return f"{size}  {run['optimizer']:8} {run['state']:9} {run['run']}  {run['wandb'] or ''}".rstrip()
 
 
 @main.command()
@@ -75,6 +91,7 @@ def show(run: str, once: bool, as_json: bool) -> None:
     if as_json:
         tell(True, {"state": state_of(directory), "row": latest(follower.rows)}, "")
         return
+
     from rich.console import Console
 
     console = Console()
@@ -100,16 +117,17 @@ def pull(name: str, directory: Path, as_json: bool) -> None:
     if directory.exists() and any(directory.iterdir()):
         raise TrajectoryError(f"{directory} is not empty; name a new directory")
     remote = RemoteArtifact(name)
-    source = remote.manifest_directory()
-    head, entries = files.read_manifest(source, FORMAT)
+    head, entries = files.read_manifest(remote.manifest_directory(), FORMAT)
+
     for entry in tqdm(entries, "pull", unit="file", disable=as_json):
-        path = remote.locate(entry)
+        fetched = remote.locate(entry)  # into the cache, which a second try finds
         (directory / entry.path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, directory / entry.path)
-    for name in remote.artifact.manifest.entries:
-        if name == HISTORY or PICTURE.fullmatch(name):
-            remote.artifact.get_entry(name).download(root=str(directory))
-    files.write_manifest(directory, head, entries)
+        shutil.copyfile(fetched, directory / entry.path)
+    for path in remote.artifact.manifest.entries:
+        if path == HISTORY or PICTURE.fullmatch(path):
+            remote.artifact.get_entry(path).download(root=str(directory))
+    files.write_manifest(directory, head, entries)  # last: a trajectory is whole once it has one
+
     steps = last_step(entries)
     tell(as_json, {"directory": str(directory), "steps": steps}, f"{directory} holds {steps} steps of {remote.name}")
 
@@ -123,12 +141,13 @@ def verify(run: str, replay: bool, as_json: bool) -> None:
     """Check every file of RUN against the hash it was written with."""
     from tqdm import tqdm
 
-    trajectory = opened(run)
+    trajectory = open_trajectory(run)
     for entry in trajectory.entries:
         trajectory.file(entry)
     if replay:
         for _ in tqdm(trajectory.steps(), "replay", len(trajectory), unit="step", disable=as_json):
-            pass
+            pass  # the steps themselves compare what they lead to with the checkpoints
+
     content = {"run": run, "steps": len(trajectory), "files": len(trajectory.entries), "replayed": replay}
     words = f"{run}: {len(trajectory)} steps in {len(trajectory.entries)} files, all as they were written"
     tell(as_json, content, words + (", and their replay meets every checkpoint" if replay else ""))
@@ -144,14 +163,14 @@ def report(run: str, out: Path | None, as_json: bool) -> None:
 
     It needs no network; its figures can be zoomed and read off.
     """
-    from explaind_track.cli.report import report as make
-    from explaind_track.cli.report import write_report
+    from explaind_track.cli.report import make_report, write_report
 
     directory = local_run(run)
     target = out or directory.parent / "report.html"
-    title = directory.resolve().parent.name if directory.name == POINTER else directory.resolve().name
-    html = make(read_rows(directory), entries_of(directory)[0], title, read_tie(directory), directory)
-    write_report(target, html)
+    place = directory.resolve()
+    title = place.parent.name if directory.name == POINTER else place.name
+    head, _ = read_manifest(directory)
+    write_report(target, make_report(read_rows(directory), head, title, read_tie(directory), directory))
     tell(as_json, {"report": str(target)}, str(target))
 
 
@@ -164,11 +183,9 @@ def sync(run: str, as_json: bool) -> None:
 
     Rows, the tables and pictures that they show, and the trajectory, from RUN's own record; nothing twice.
     """
-    from dataclasses import asdict
+    from explaind_track.wandb_io.sync import sync as sync_run
 
-    from explaind_track.wandb_io.sync import sync as send
-
-    done = send(local_run(run), progress=not as_json)
+    done = sync_run(local_run(run), progress=not as_json)
     sent = [f"{done.rows_sent} rows"] if done.rows_sent else []
     sent += [f"{done.media_sent} files that rows show"] if done.media_sent else []
     sent += ["the trajectory"] if done.artifact_sent else []
@@ -189,7 +206,3 @@ def workspace(project: str, as_json: bool) -> None:
 
     url = save_workspace(project)
     tell(as_json, {"url": url}, url)
-
-
-for command in (explain, prune, similarity):
-    main.add_command(command)

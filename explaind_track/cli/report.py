@@ -55,7 +55,7 @@ FIT = """addEventListener('load', () =>
   document.querySelectorAll('.js-plotly-plot').forEach(figure => Plotly.Plots.resize(figure)))"""
 
 
-def report(
+def make_report(
     rows: Sequence[Mapping[str, Any]],
     head: Mapping[str, Any],
     title: str,

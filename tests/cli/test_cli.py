@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from explaind_track import Influence, Quadrature, Trajectory, explain, open_run
+from explaind_track import Influence, Quadrature, Task, Trajectory, explain, open_run
 from explaind_track.analysis import parameter_scores, prune_masks, similarity
 from explaind_track.cli.live_view import Follower, curve
 from explaind_track.cli.main import main
-from explaind_track.cli.report import report
+from explaind_track.cli.report import make_report
 from explaind_track.wandb_io.panels import Panels
 from explaind_track.wandb_io.workspace import other_than
 
@@ -47,13 +48,21 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "one"
 
 
-def task(run: str) -> dict[str, Any]:
+def task(run: str) -> Task:
     job = make_job()
 
     def data(index: torch.Tensor) -> Any:
         return job.x[index], job.y[index]
 
-    return {"model": job.model, "query": job.queries["query"], "groups": 1, "sample_loss": sample_loss, "data": data}
+    return Task(job.model, job.queries["query"], groups=1, sample_loss=sample_loss, data=data)
+
+
+def lossless_task(run: str) -> Task:
+    return replace(task(run), sample_loss=None)
+
+
+def mapping_task(run: str) -> dict[str, Any]:
+    return {"model": make_job().model}
 
 
 def test_runs_tells_what_there_is_and_whether_it_goes_on(run: Path, tmp_path: Path) -> None:
@@ -151,6 +160,7 @@ def test_explain_is_the_function_of_that_name(run: Path, tmp_path: Path) -> None
         (("test_cli:task", "window=5"), 2, "window=[0,500]"),
         (("test_cli:task", "keep=step"), 2, "keep=[step,group]"),
         (("test_cli",), 1, "module:function"),
+        (("test_cli:mapping_task",), 1, "returned a dict, where an explaind_track.Task was expected"),
         (("test_cli:task", "window=[0,99]"), 1, "the run has 9 steps"),
     ):
         done = call("explain", run, *arguments, "--out", out)
@@ -174,12 +184,14 @@ def test_prune_and_similarity_are_the_functions_of_those_names(run: Path, tmp_pa
     alike = tmp_path / "similarity.safetensors"
     content = answer("similarity", run, "test_cli:task", "nodes=2", "window=[0,4]", "--out", alike)
     wanted = similarity(
-        trajectory, job.model, query, sample_loss=sample_loss, data=task("")["data"], groups=1, window=(0, 4),
+        trajectory, job.model, query, sample_loss=sample_loss, data=task("").data, groups=1, window=(0, 4),
         quadrature=rule, progress=False,
     )  # fmt: skip
     assert torch.equal(load_file(alike)["similarity"], torch.from_numpy(wanted.values))
     assert content["groups"] == wanted["group"].values.tolist()
     assert call("prune", run, "test_cli:task", "--keep", 2).exit_code == 2
+    done = call("similarity", run, "test_cli:lossless_task", "--out", alike)
+    assert (done.exit_code, "a Task without sample_loss=" in done.output) == (1, True)
 
 
 def test_pull_makes_a_directory_of_its_own(server: Server, tmp_path: Path) -> None:
@@ -301,16 +313,16 @@ def test_the_report_opens_alone_and_can_be_read_off(run: Path, browser: Any) -> 
 def test_the_report_names_nothing_outside_and_escapes_what_it_is_given() -> None:
     bad = "</script><img src=x onerror=alert(1)>"
     rows = [{"train/step": step, f"kernel/{bad}": 1.0, "kernel/total": 1.0, "D/a": step * 1.0} for step in range(3)]
-    html = report(rows, {"optimizer": bad, "packages": {}, "parameters": {}}, bad)
+    html = make_report(rows, {"optimizer": bad, "packages": {}, "parameters": {}}, bad)
     assert "<img src=x" not in html
     assert bad not in html
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=['\"]?(http|//)", html)
     with pytest.raises(ValueError, match="no rows yet"):
-        report([], {}, "empty")
+        make_report([], {}, "empty")
 
 
 def test_a_long_run_is_thinned_and_says_so() -> None:
     rows = [{"train/step": step, "kernel/a": 1.0, "kernel/total": 1.0} for step in range(9001)]
-    html = report(rows, {}, "long")
+    html = make_report(rows, {}, "long")
     assert "Drawn are 3001 of 9001 rows" in html
     assert "9001" in html

@@ -57,7 +57,8 @@ def check(server: Server, out: Path, fetched: Path) -> None:
     live = Influence.load(out / "influence.safetensors")
     parts = tuple(live.data["part"].values.tolist())
     rule = Quadrature.fixed(1)
-    found = explain(Trajectory.open(f"wandb:{name}"), **task(str(out)), parts=parts, quadrature=rule, progress=False)
+    job, trajectory = task(str(out)), Trajectory.open(f"wandb:{name}")
+    found = explain(trajectory, job.model, job.query, groups=job.groups, parts=parts, quadrature=rule, progress=False)
     for quantity in ("influence", "importance"):
         one, other = found.data[quantity].values, live.data[quantity].values
         assert float(np.abs(one - other).max() / np.abs(other).max()) < 1e-6
