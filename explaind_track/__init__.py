@@ -1,4 +1,8 @@
-"""Exact influences of parameters, training samples and steps on a model's predictions, while it trains and after."""
+"""Exact influences of parameters, training samples and steps on a model's predictions, while it trains and after.
+
+The names here are all that a user needs, in groups: *track* a run, say what to *ask*, *explain* it, and *extend* this to
+other optimizers and loops. More is in `explaind_track.analysis`; what is raised, in `explaind_track.errors`.
+"""
 
 from importlib.metadata import version
 

@@ -12,10 +12,7 @@ SGD (Cor. 3.2):    P = 1,  b = 1 − dampening,  e = α_s,  d = 0  (Nesterov: e 
 `Q` is 1 but for RMSprop with momentum, which gathers preconditioned gradients. A rule is one function that reads
 `(P, Q, β, b, e, d, λ, γ)` off the optimizer's settings and state; everything else follows. An optimizer whose step is
 not linear in its gradients is split as if its preconditioner had been given: `sign(c)` is `c/|c|`, Muon's
-orthogonalized matrix is a matrix times `c`. Register a rule for an optimizer of your own:
-
-    @update_rule.register
-    def _(optimizer: MyOptimizer, settings: dict, state: dict, first: bool) -> Rule: ...
+orthogonalized matrix is a matrix times `c`. `update_rule` shows how to register a rule for an optimizer of your own.
 """
 
 import math
@@ -36,20 +33,36 @@ leading axes, and may be written over; `seen` is the gradient as the optimizer s
 
 @dataclass(frozen=True)
 class Rule:
-    """The coefficients of one parameter's update; see the module's docstring for the equations they stand in."""
+    """The coefficients of one parameter's update (Thm. 3.1), with `B_s` the momentum buffer:
+
+        B_s = β B_{s−1} + b Q (G_s + λ θ_s)
+        θ_{s+1} = θ_s − P (e B_s + d (G_s + λ θ_s)) − γ θ_s
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Rule
+        >>> Rule(buffer=torch.zeros(3), beta=0.9, b=1.0, e=0.1, d=0.0, coupled=1e-4).e  # SGD: the learning rate
+        0.1
+    """
 
     buffer: Tensor | None
     """`B_s`, the optimizer's own momentum buffer after the step; None if it keeps none (then `e` is 0)."""
     beta: float
+    """`β`: how much of the buffer stays."""
     b: float
+    """`b`: how much of the gradient enters the buffer."""
     e: float
+    """`e`: how far the buffer moves the parameter."""
     d: float
+    """`d`: how far the gradient moves it by itself, past the buffer."""
     precondition: Precondition | None = None
     """Applies `P`; None where `P` is 1."""
     enter: Precondition | None = None
     """Applies `Q`; None where `Q` is 1."""
     coupled: float = 0.0
+    """`λ`: weight decay that is added to the gradient."""
     decoupled: float = 0.0
+    """`γ`: weight decay that is taken off the parameter."""
     precision: torch.dtype | None = None
     """What the optimizer computes in, where that is less than the parameter's own type; the difference is rounding."""
 
@@ -58,13 +71,42 @@ class Rule:
 def update_rule(
     optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], state: Mapping[str, Any], first: bool
 ) -> Rule:
-    """The rule by which `optimizer` has just updated one parameter.
+    """The rule by which `optimizer` has just updated one parameter; dispatched on the optimizer's class.
 
-    settings: the parameter's entry of `optimizer.param_groups`, as it was during the step.
-    state:    `optimizer.state[parameter]` after the step.
-    first:    whether the optimizer held no state for the parameter before the step.
+    Args:
+        optimizer: The optimizer.
+        settings: The parameter's entry of `optimizer.param_groups`, as it was during the step.
+        state: `optimizer.state[parameter]` after the step.
+        first: Whether the optimizer held no state for the parameter before the step.
 
-    Raises TypeError for an optimizer that no rule is registered for.
+    Returns:
+        The coefficients, see `Rule`. They are proved at every step: a rule that does not explain how the parameter
+        moved raises UnexplainedUpdateError.
+
+    Raises:
+        TypeError: No rule is registered for the optimizer.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Rule, StepObserver, update_rule
+        >>> class SignSGD(torch.optim.SGD):  # sign(G) = P G with P = 1/|G|
+        ...     def step(self):
+        ...         for group in self.param_groups:
+        ...             for parameter in group["params"]:
+        ...                 parameter.data -= group["lr"] * parameter.grad.sign()
+        >>> @update_rule.register
+        ... def _(optimizer: SignSGD, settings: dict, state: dict, first: bool) -> Rule:
+        ...     def precondition(direction, seen):
+        ...         return direction / seen.abs()
+        ...     return Rule(buffer=None, beta=0.0, b=1.0, e=0.0, d=settings["lr"], precondition=precondition)
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = SignSGD(model.parameters(), lr=0.1)
+        >>> observer = StepObserver(optimizer, dict(model.named_parameters()))
+        >>> model(torch.tensor([1.0, -2.0, 3.0])).sum().backward()
+        >>> observer.before(buffers={})
+        >>> optimizer.step()
+        >>> observer.after(number=0, buffers={}).parts["kernel"]["weight"]
+        tensor([[ 0.1000, -0.1000,  0.1000]])
     """
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -86,7 +128,7 @@ def require_rule(optimizer: torch.optim.Optimizer) -> None:
 
 
 def diagonal(scale: Callable[[], Tensor]) -> Precondition:
-    """The preconditioner that multiplies by `scale()`, elementwise."""
+    """A diagonal preconditioner: multiplies by `scale()` elementwise, which is computed at each use and not kept."""
     return lambda direction, _: direction.mul_(scale())
 
 
@@ -103,6 +145,7 @@ def _adam(optimizer: torch.optim.Adam, settings: Settings, state: Mapping[str, A
     count, rate = float(state["step"]), float(settings["lr"])
     coupled, decoupled = _decay(settings, rate)
     second = state["max_exp_avg_sq" if settings["amsgrad"] else "exp_avg_sq"]
+
     return Rule(
         buffer=state["exp_avg"],
         beta=beta1,
@@ -122,6 +165,7 @@ def _nadam(optimizer: torch.optim.NAdam, settings: Settings, state: Mapping[str,
     count, rate, product = float(state["step"]), float(settings["lr"]), float(state["mu_product"])
     coupled, decoupled = _decay(settings, rate)
     now, ahead = (beta1 * (1 - 0.5 * 0.96 ** (s * settings["momentum_decay"])) for s in (count, count + 1))
+
     return Rule(
         buffer=state["exp_avg"],
         beta=beta1,
@@ -139,12 +183,14 @@ def _radam(optimizer: torch.optim.RAdam, settings: Settings, state: Mapping[str,
     """SGD with momentum until the second moment can be trusted (ρ_s > 5), Adam with a rectified rate from then on."""
     (beta1, beta2), eps = map(float, settings["betas"]), settings["eps"]
     count, rate = float(state["step"]), float(settings["lr"])
-    correction, most = 1 - beta2**count, 2 / (1 - beta2) - 1
-    length = most - 2 * count * beta2**count / correction
+    correction, rho_most = 1 - beta2**count, 2 / (1 - beta2) - 1
+    rho = rho_most - 2 * count * beta2**count / correction
+
     scale: Precondition | None = None
-    if length > 5:
-        rectified = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length) * correction
+    if rho > 5:
+        rectified = (rho - 4) * (rho - 2) * rho_most / ((rho_most - 4) * (rho_most - 2) * rho) * correction
         scale = diagonal(lambda: state["exp_avg_sq"].sqrt().add_(eps).reciprocal_().mul_(math.sqrt(rectified)))
+
     coupled, decoupled = _decay(settings, rate)
     return Rule(
         buffer=state["exp_avg"],
@@ -163,6 +209,7 @@ def _sgd(optimizer: torch.optim.SGD, settings: Settings, state: Mapping[str, Any
     rate, beta, decay = float(settings["lr"]), float(settings["momentum"]), settings["weight_decay"]
     if beta == 0:
         return Rule(buffer=None, beta=0.0, b=1.0, e=0.0, d=rate, coupled=decay)
+
     return Rule(
         buffer=state["momentum_buffer"],
         beta=beta,
@@ -204,6 +251,7 @@ def _adadelta(optimizer: torch.optim.Adadelta, settings: Settings, state: Mappin
 
     def precondition(direction: Tensor, seen: Tensor) -> Tensor:
         second = state["square_avg"] + eps
+        # Δ_s = ρ Δ_{s−1} + share (Δ_{s−1} + ε), with share = (1−ρ) g²/(v_s + ε)
         share = seen.square().div_(second).mul_(1 - rho)
         before = (state["acc_delta"] - share * eps).div_(share.add_(rho)).clamp_(min=0)
         return direction.mul_(before.add_(eps).div_(second).sqrt_())
@@ -223,29 +271,30 @@ def _muon(optimizer: torch.optim.Muon, settings: Settings, state: Mapping[str, A
     scales = {None: math.sqrt(max(1, rows / columns)), "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns))}
     scales["original"] = scales[None]
     rate = float(settings["lr"]) * scales[settings["adjust_lr_fn"]]
-    own, new = (beta, 1 - beta) if settings["nesterov"] else (1.0, 0.0)
+    e, d = (beta, 1 - beta) if settings["nesterov"] else (1.0, 0.0)
 
     def precondition(direction: Tensor, seen: Tensor) -> Tensor:
-        c = buffer * own + seen * new
+        c = buffer * e + seen * d
         tall = c.shape[0] > c.shape[1]
         matrix = orthogonalizer(c.mT if tall else c, settings["ns_coefficients"], settings["ns_steps"], settings["eps"])
         return direction @ matrix if tall else matrix @ direction
 
     return Rule(
-        buffer, beta, b=1 - beta, e=rate * own, d=rate * new, precondition=precondition, decoupled=decay,
+        buffer, beta, b=1 - beta, e=rate * e, d=rate * d, precondition=precondition, decoupled=decay,
         precision=torch.bfloat16,
     )  # fmt: skip
 
 
 def orthogonalizer(c: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The symmetric matrix `P` (R, R) for which `P c` is `c` (R, C) after so many Newton–Schulz steps from `c/‖c‖` on:
-    X ← (a + b A + c A²) X, A = X Xᵀ."""
+    """The symmetric matrix `P` (R, R) for which `P c` is `c` (R, C) after so many Newton–Schulz steps from `c/‖c‖` on,
+    X ← (k₁ + k₂ A + k₃ A²) X with A = X Xᵀ."""
     first, second, third = coefficients
+    identity = torch.eye(c.shape[0], dtype=c.dtype, device=c.device)
     scale = c.norm().clamp(min=eps).reciprocal()
-    one = torch.eye(c.shape[0], dtype=c.dtype, device=c.device)
-    total: Tensor = one * scale
-    gram: Tensor = (c @ c.mT) * scale.square()
+
+    total: Tensor = identity * scale  # P so far, X = P c
+    gram: Tensor = (c @ c.mT) * scale.square()  # A = X Xᵀ
     for _ in range(steps):
-        factor = first * one + second * gram + third * (gram @ gram)
+        factor = first * identity + second * gram + third * (gram @ gram)
         total, gram = factor @ total, factor @ gram @ factor
     return total
