@@ -1,7 +1,7 @@
 """Exact influences of parameters, training samples and steps on a model's predictions, while it trains and after.
 
-The names here are all that a user needs, in groups: *track* a run, say what to *ask*, *explain* it, and *extend* this to
-other optimizers and loops. More is in `explaind_track.analysis`; what is raised, in `explaind_track.errors`.
+The names are in groups: *track* a run, say what to *ask* of it, *explain* it, and *extend* all this to other optimizers
+and loops. What can be made of influences is in `explaind_track.analysis`; what is raised, in `explaind_track.errors`.
 """
 
 from importlib.metadata import version
