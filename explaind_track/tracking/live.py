@@ -25,6 +25,17 @@ RESIDUAL_LIMIT = 0.5
 counts instead."""
 
 
+def live_parts(query: Query, auxiliary: Sequence[str]) -> tuple[str, ...]:
+    """The names of the parts that a step is split into on the query.
+
+    The rounding is left to the remainder, which it cannot be told from (both are of the size of float rounding), and a
+    live step costs a tenth less. A loss is cheap to split (one gradient serves every part), so there the momentum share
+    is told as well.
+    """
+    momentum = ("momentum",) if query.is_loss else ()
+    return ("kernel", *momentum, "regularization", *auxiliary, "past")
+
+
 class Live:
     """Explains the steps it is given, in their order, on several queries at once."""
 
@@ -47,22 +58,17 @@ class Live:
             raise ValueError(f"auxiliary losses cannot be called {sorted(taken)}: parts of a step have these names")
         if scores is not None and scores not in queries:
             raise ValueError(f"scores names the query {scores!r}; there are {', '.join(queries)}")
-        self.groups, self._auxiliary, self._quadrature = groups, tuple(auxiliary), quadrature
+        self.groups, self._quadrature = groups, quadrature
+        self.parts = {name: live_parts(query, auxiliary) for name, query in queries.items()}
+        """By query: the names of the parts that a step is split into."""
         self.explainers = {
-            name: Explainer(model, query, groups, LIVE_AXES, self.parts(query), quadrature, memory=memory)
+            name: Explainer(model, query, groups, LIVE_AXES, self.parts[name], quadrature, memory=memory)
             for name, query in queries.items()
         }
         self.losses = [name for name, query in queries.items() if query.is_loss]
         self.scores = (
             None if scores is None else ParameterScores(model, queries[scores], quadrature=quadrature, memory=memory)
         )
-
-    def parts(self, query: Query) -> tuple[str, ...]:
-        """The rounding is left to the remainder, which it cannot be told from (both are of the size of float rounding),
-        and a live step costs a tenth less. A loss is cheap to split (one gradient serves every part), so there the
-        momentum share is told as well."""
-        own = ("kernel", "regularization", *self._auxiliary, "past")
-        return ("kernel", "momentum", *own[1:]) if query.is_loss else own
 
     def add(self, step: Step) -> tuple[dict[str, float], list[str]]:
         """Explains a step. Returns its row of metrics, and what is to be doubted about it."""

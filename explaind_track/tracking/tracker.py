@@ -121,8 +121,8 @@ class Tracker:
         self.groups = resolve_groups(groups, parameters)
         self._observer = StepObserver(optimizer, parameters)
         self._auxiliary = dict(auxiliary or {})
-        rule = quadrature or Quadrature.fixed(1)
-        self._live = Live(model, queries, self.groups, list(self._auxiliary), rule, memory, scores)
+        self.quadrature = quadrature or Quadrature.fixed(1)
+        self._live = Live(model, queries, self.groups, list(self._auxiliary), self.quadrature, memory, scores)
         if samples_every and (sample_loss is None or not self._live.losses):
             raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
         run = run if first else None
@@ -262,6 +262,10 @@ class Tracker:
         """The influences of the steps so far: over ("step", "group") or over ("query", "output")."""
         self._ranks.refuse_others()
         return self._live.influence(query, keep)
+
+    def parts(self, query: str) -> tuple[str, ...]:
+        """The names of the parts that a step is split into on the query, as `explain` takes them."""
+        return self._live.parts[query]
 
     def parameter_scores(self) -> dict[str, Tensor]:
         """Ψ_S(θ) of every parameter, of its shape, over the steps explained so far; see `scores.parameter_scores`."""

@@ -61,8 +61,8 @@ def test_offline_influence_equals_the_live_one(optimizer: str, tmp_path: Path) -
     job.run(tracker, 10)
     tracker.finish()
     for name, query in job.queries.items():
-        rule = tracker._live.explainers[name].integrator.quadrature
-        parts = tracker._live.parts(query)
+        rule = tracker.quadrature
+        parts = tracker.parts(name)
         offline = explain(
             Trajectory.open(tmp_path / "t"), job.model, query, parts=parts, quadrature=rule, progress=False
         )
@@ -73,7 +73,7 @@ def test_windows_are_pieces_of_the_whole(recorded: tuple[Path, Influence, dict[s
     directory, whole, _ = recorded
     job = make_job()
     trajectory = Trajectory.open(directory)
-    rule = job.tracker()._live.explainers["query"].integrator.quadrature
+    rule = job.tracker().quadrature
     piece = explain(trajectory, job.model, job.queries["query"], window=(5, 9), quadrature=rule, progress=False)
     assert piece.data["step"].values.tolist() == [5, 6, 7, 8]
     xr.testing.assert_allclose(piece.data["influence"], whole.data["influence"].sel(step=slice(5, 8)))

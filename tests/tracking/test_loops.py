@@ -56,7 +56,7 @@ def measure(loop: Loop, directory: Path) -> Measured:
     missing = (torch.from_numpy(by_output.prediction().values) - final).abs().max() / final.abs().max()
 
     trajectory, model = Trajectory.open(directory), loop.model().to(loop.dtype)
-    parts = live.tracker._live.parts(live.query)
+    parts = live.tracker.parts("query")
     offline = explain(trajectory, model, live.query, parts=parts, quadrature=REFINED, progress=False)
     last = trajectory.state_dict(len(trajectory))
     assert all(torch.equal(value, last[name]) for name, value in live.model.state_dict().items())

@@ -87,7 +87,7 @@ def test_only_what_a_window_needs_is_fetched_and_only_once(server: Server, tmp_p
     trajectory = Trajectory.open(name_of(run))
     before = server.downloads()
     query = job.queries["query"]
-    rule, parts = tracker._live.explainers["query"].integrator.quadrature, tracker._live.parts(query)
+    rule, parts = tracker.quadrature, tracker.parts("query")
     found = explain(trajectory, job.model, query, window=(5, 7), quadrature=rule, parts=parts, progress=False)
     live = tracker.influence("query").data["influence"].sel(step=[5, 6])
     xr.testing.assert_allclose(found.data["influence"], live, rtol=1e-12, atol=1e-15)
@@ -106,7 +106,7 @@ def test_the_whole_decomposition_from_the_artifact_is_the_live_one(server: Serve
     job, tracker, run = train(tmp_path, 11)
     server.faults(fail_downloads=0.3)
     query = job.queries["query"]
-    rule, parts = tracker._live.explainers["query"].integrator.quadrature, tracker._live.parts(query)
+    rule, parts = tracker.quadrature, tracker.parts("query")
     found = explain(Trajectory.open(name_of(run)), job.model, query, quadrature=rule, parts=parts, progress=False)
     xr.testing.assert_allclose(found.data, tracker.influence("query").data, rtol=1e-9, atol=1e-12)
 
