@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -80,3 +80,11 @@ def state_of(directory: Path) -> str:
         return "running"
     _, entries = read_manifest(directory)
     return "finished" if is_finished(directory, last_step(entries)) else "stopped"
+
+
+def latest_values(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last value of every key: not every row has all."""
+    values: dict[str, Any] = {}
+    for row in rows:
+        values |= row
+    return values

@@ -3,11 +3,11 @@
 import json
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from explaind_track.cli.common import state_of
+from explaind_track.cli.common import latest_values, state_of
 from explaind_track.record.history import (
     AXIS,
     DIFFERENCE,
@@ -28,12 +28,16 @@ from explaind_track.record.run_directory import is_running
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
+Rows = Sequence[Mapping[str, Any]]
+
 RECENT = 200
 """How many of the last rows the curves and the speed are taken from."""
 
 TAIL_BYTES = 2**22
+"""How much of the end of a long record is read: more than its recent rows."""
+
 BARS = "▁▂▃▄▅▆▇█"
-CURVE = 12
+CURVE_LENGTH = 12
 
 
 class Follower:
@@ -43,87 +47,27 @@ class Follower:
         self._path = directory / HISTORY
         size = self._path.stat().st_size if self._path.is_file() else 0
         self._offset = max(0, size - TAIL_BYTES)
-        self._skip = self._offset > 0  # that is the middle of a line
+        self._in_mid_line = self._offset > 0
         self.rows: deque[dict[str, Any]] = deque(maxlen=RECENT)
 
     def read(self) -> bool:
-        """Takes in what was written since; whether that was anything."""
+        """Takes in the rows that were written since; returns whether there are any."""
         if not self._path.is_file():
             return False
         with self._path.open("rb") as file:
             file.seek(self._offset)
             content = file.read()
-        whole = content.rfind(b"\n") + 1
-        self._offset += whole
-        lines = content[:whole].splitlines()[int(self._skip and whole > 0) :]
-        self._skip = self._skip and whole == 0
+
+        # the last line may still be written; the first one may have begun before the offset
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        lines = whole.splitlines()
+        if lines and self._in_mid_line:
+            del lines[0]
+            self._in_mid_line = False
+
         self.rows.extend(json.loads(line) for line in lines)
         return bool(lines)
-
-
-def curve(values: Sequence[float]) -> str:
-    """The values as a line of bars, from the smallest to the largest of them."""
-    values = [values[place * len(values) // CURVE] for place in range(CURVE)] if len(values) > CURVE else values
-    low, high = min(values), max(values)
-    return "".join(BARS[int((value - low) / ((high - low) or 1) * (len(BARS) - 1))] for value in values)
-
-
-def latest(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last value of everything."""
-    values: dict[str, Any] = {}
-    for row in rows:
-        values |= row
-    return values
-
-
-def view(directory: Path, rows: Sequence[Mapping[str, Any]], state: str) -> "Group":
-    """The last step by group: importances, D and the change of the loss, with their curves; residual and speed."""
-    from rich.console import Group
-    from rich.table import Table
-
-    explained = [row for row in rows if is_explained(row)]
-    last = explained[-1] if explained else {}
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("group", "kernel Ψ̄", "", "decay Ψ̄", "D", "", "change of loss"):
-        table.add_column(name, justify="left" if name in ("group", "") else "right", no_wrap=True)
-    for group, kernel in keys_by_group(last, KERNEL).items():
-        decay, difference = importance_key(REGULARIZATION, group), importance_key(DIFFERENCE, group)
-        loss = [last[key] for key in (change_key(KERNEL, group), change_key(REGULARIZATION, group)) if key in last]
-        table.add_row(
-            group,
-            _number(last.get(kernel)),
-            _curve_of(explained, kernel),
-            _number(last.get(decay)),
-            _number(last.get(difference)),
-            _curve_of(explained, difference),
-            _number(sum(loss) if loss else None),
-        )
-    return Group(f"[bold]{directory}[/]  {state}", _headline(rows), "", table)
-
-
-def _headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return "no step yet"
-    seconds = [sum(value for key, value in row.items() if key.startswith(SECONDS)) for row in rows]
-    explaining = [row[SECONDS_INFLUENCE] for row in rows if SECONDS_INFLUENCE in row]
-    parts = [f"step {rows[-1][AXIS]}"]
-    if sum(seconds) > 0:
-        parts.append(
-            f"{len(seconds) / sum(seconds):.1f} steps/s, {100 * sum(explaining) / sum(seconds):.0f}% of it explaining"
-        )
-    for key, value in latest(rows).items():
-        if is_residual(key) or is_measure(key):
-            parts.append(f"{key} {_number(value)}")
-    return "  ·  ".join(parts)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _curve_of(rows: Sequence[Mapping[str, Any]], key: str) -> str:
-    values = [row[key] for row in rows if key in row]
-    return curve(values) if values else ""
 
 
 def follow(directory: Path, console: "Console", seconds: float = 0.5) -> None:
@@ -133,9 +77,69 @@ def follow(directory: Path, console: "Console", seconds: float = 0.5) -> None:
     follower = Follower(directory)
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            running = is_running(directory)
+            running = is_running(directory)  # before the rows are read: what is written last is shown
             follower.read()
             live.update(view(directory, list(follower.rows), state_of(directory)), refresh=True)
             if not running:
                 return
             time.sleep(seconds)
+
+
+def view(directory: Path, rows: Rows, state: str) -> "Group":
+    """The last step by group: importances, D and the change of the loss, with their curves; residual and speed."""
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("group", "kernel Ψ̄", "", "decay Ψ̄", "D", "", "change of loss"):
+        table.add_column(name, justify="left" if name in ("group", "") else "right", no_wrap=True)
+
+    explained = [row for row in rows if is_explained(row)]
+    last = explained[-1] if explained else {}
+    for group, kernel in keys_by_group(last, KERNEL).items():
+        decay, difference = importance_key(REGULARIZATION, group), importance_key(DIFFERENCE, group)
+        changes = [last[key] for key in (change_key(KERNEL, group), change_key(REGULARIZATION, group)) if key in last]
+        table.add_row(
+            group,
+            _number(last.get(kernel)),
+            _curve_of(explained, kernel),
+            _number(last.get(decay)),
+            _number(last.get(difference)),
+            _curve_of(explained, difference),
+            _number(sum(changes) if changes else None),
+        )
+    return Group(f"[bold]{directory}[/]  {state}", _headline(rows), "", table)
+
+
+def _headline(rows: Rows) -> str:
+    """The number of the step, the speed, and the latest losses, accuracies and residuals."""
+    if not rows:
+        return "no step yet"
+
+    parts = [f"step {rows[-1][AXIS]}"]
+    seconds = sum(value for row in rows for key, value in row.items() if key.startswith(SECONDS))
+    explaining = sum(row.get(SECONDS_INFLUENCE, 0.0) for row in rows)
+    if seconds > 0:
+        parts.append(f"{len(rows) / seconds:.1f} steps/s, {100 * explaining / seconds:.0f}% of it explaining")
+    for key, value in latest_values(rows).items():
+        if is_residual(key) or is_measure(key):
+            parts.append(f"{key} {_number(value)}")
+    return "  ·  ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _curve_of(rows: Rows, key: str) -> str:
+    values = [row[key] for row in rows if key in row]
+    return curve(values) if values else ""
+
+
+def curve(values: Sequence[float]) -> str:
+    """The values as a line of bars, from the smallest to the largest of them; of many values, every n-th."""
+    if len(values) > CURVE_LENGTH:
+        values = [values[place * len(values) // CURVE_LENGTH] for place in range(CURVE_LENGTH)]
+    low, high = min(values), max(values)
+    height = (high - low) or 1.0  # of a curve that does not move
+    return "".join(BARS[int((value - low) / height * (len(BARS) - 1))] for value in values)

@@ -12,6 +12,7 @@ from explaind_track.cli.analyses import explain, prune, similarity
 from explaind_track.cli.common import (
     AS_JSON,
     RUN,
+    latest_values,
     local_run,
     open_trajectory,
     read_manifest,
@@ -19,7 +20,7 @@ from explaind_track.cli.common import (
     state_of,
     tell,
 )
-from explaind_track.cli.live_view import Follower, follow, latest, view
+from explaind_track.cli.live_view import Follower, follow, view
 from explaind_track.errors import TrajectoryError
 from explaind_track.record import files
 from explaind_track.record.history import HISTORY, read_rows
@@ -89,7 +90,7 @@ def show(run: str, once: bool, as_json: bool) -> None:
     follower = Follower(directory)
     follower.read()
     if as_json:
-        tell(True, {"state": state_of(directory), "row": latest(follower.rows)}, "")
+        tell(True, {"state": state_of(directory), "row": latest_values(follower.rows)}, "")
         return
 
     from rich.console import Console
