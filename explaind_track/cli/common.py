@@ -10,14 +10,11 @@ from typing import Any
 import click
 
 from explaind_track.errors import TrajectoryError
-from explaind_track.record import files
-from explaind_track.record.files import MANIFEST
 from explaind_track.record.history import HISTORY
+from explaind_track.record.manifest import MANIFEST, Manifest
 from explaind_track.record.remote import PREFIX
 from explaind_track.record.run_directory import POINTER, is_finished, is_running, trajectory_directory
 from explaind_track.record.trajectory import Trajectory
-from explaind_track.record.writer import FORMAT
-from explaind_track.wandb_io.artifacts import last_step
 
 RUN = click.argument("run", type=str)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -69,17 +66,12 @@ def open_trajectory(run: str) -> Trajectory:
     return Trajectory.open(run if run.startswith(PREFIX) else local_run(run))
 
 
-def read_manifest(directory: Path) -> tuple[dict[str, Any], list[files.Entry]]:
-    """The manifest's head and its files; both empty where a run has rows only."""
-    return files.read_manifest(directory, FORMAT) if (directory / MANIFEST).is_file() else ({}, [])
-
-
 def state_of(directory: Path) -> str:
     """Says of a run that it is `running`, `finished`, or `stopped` before its record was ended."""
     if is_running(directory):
         return "running"
-    _, entries = read_manifest(directory)
-    return "finished" if is_finished(directory, last_step(entries)) else "stopped"
+    steps = Manifest.read(directory, missing_ok=True).steps
+    return "finished" if is_finished(directory, steps) else "stopped"
 
 
 def latest_values(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

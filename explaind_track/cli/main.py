@@ -15,20 +15,18 @@ from explaind_track.cli.common import (
     latest_values,
     local_run,
     open_trajectory,
-    read_manifest,
     report_errors,
     state_of,
     tell,
 )
 from explaind_track.cli.live_view import Follower, follow, view
 from explaind_track.errors import TrajectoryError
-from explaind_track.record import files
 from explaind_track.record.history import HISTORY, read_rows
+from explaind_track.record.manifest import Manifest
 from explaind_track.record.media import PICTURE
 from explaind_track.record.remote import RemoteArtifact
 from explaind_track.record.run_directory import POINTER, find_runs, read_tie
-from explaind_track.record.writer import FORMAT
-from explaind_track.wandb_io.artifacts import directory_mb, last_step
+from explaind_track.wandb_io.artifacts import directory_mb
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,14 +56,14 @@ def runs(root: Path, as_json: bool) -> None:
 
 
 def _describe_run(directory: Path) -> dict[str, Any]:
-    head, entries = read_manifest(directory)
+    manifest = Manifest.read(directory, missing_ok=True)
     tie = read_tie(directory)
     return {
         "run": os.path.relpath(directory),
         "state": state_of(directory),
-        "steps": last_step(entries),
+        "steps": manifest.steps,
         "mb": round(directory_mb(directory), 1),
-        "optimizer": head.get("optimizer", "").rsplit(".", 1)[-1],
+        "optimizer": manifest.head.get("optimizer", "").rsplit(".", 1)[-1],
         "wandb": None if tie is None else tie.path,
         "offline": tie is not None and tie.offline,
     }
@@ -118,18 +116,18 @@ def pull(name: str, directory: Path, as_json: bool) -> None:
     if directory.exists() and any(directory.iterdir()):
         raise TrajectoryError(f"{directory} is not empty; name a new directory")
     remote = RemoteArtifact(name)
-    head, entries = files.read_manifest(remote.manifest_directory(), FORMAT)
+    manifest = Manifest.read(remote.manifest_directory())
 
-    for entry in tqdm(entries, "pull", unit="file", disable=as_json):
+    for entry in tqdm(manifest.entries, "pull", unit="file", disable=as_json):
         fetched = remote.locate(entry)  # into the cache, which a second try finds
         (directory / entry.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(fetched, directory / entry.path)
     for path in remote.artifact.manifest.entries:
         if path == HISTORY or PICTURE.fullmatch(path):
             remote.artifact.get_entry(path).download(root=str(directory))
-    files.write_manifest(directory, head, entries)  # last: a trajectory is whole once it has one
+    manifest.write(directory)  # last: a trajectory is whole once it has one
 
-    steps = last_step(entries)
+    steps = manifest.steps
     tell(as_json, {"directory": str(directory), "steps": steps}, f"{directory} holds {steps} steps of {remote.name}")
 
 
@@ -143,14 +141,15 @@ def verify(run: str, replay: bool, as_json: bool) -> None:
     from tqdm import tqdm
 
     trajectory = open_trajectory(run)
-    for entry in trajectory.entries:
+    entries = trajectory.manifest.entries
+    for entry in entries:
         trajectory.file(entry)
     if replay:
         for _ in tqdm(trajectory.steps(), "replay", len(trajectory), unit="step", disable=as_json):
             pass  # the steps themselves compare what they lead to with the checkpoints
 
-    content = {"run": run, "steps": len(trajectory), "files": len(trajectory.entries), "replayed": replay}
-    words = f"{run}: {len(trajectory)} steps in {len(trajectory.entries)} files, all as they were written"
+    content = {"run": run, "steps": len(trajectory), "files": len(entries), "replayed": replay}
+    words = f"{run}: {len(trajectory)} steps in {len(entries)} files, all as they were written"
     tell(as_json, content, words + (", and their replay meets every checkpoint" if replay else ""))
 
 
@@ -170,7 +169,7 @@ def report(run: str, out: Path | None, as_json: bool) -> None:
     target = out or directory.parent / "report.html"
     place = directory.resolve()
     title = place.parent.name if directory.name == POINTER else place.name
-    head, _ = read_manifest(directory)
+    head = Manifest.read(directory, missing_ok=True).head
     write_report(target, make_report(read_rows(directory), head, title, read_tie(directory), directory))
     tell(as_json, {"report": str(target)}, str(target))
 

@@ -1,16 +1,15 @@
-"""The files of a trajectory: safetensors and JSON, written whole or not at all, each known by its hash."""
+"""Files on this disk: written whole or not at all, known by their hash, and safetensors read tensor by tensor."""
 
 import hashlib
 import json
 import os
-import re
+import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,9 +21,8 @@ try:
 except ImportError:  # no POSIX: directories go unlocked
     fcntl = None  # type: ignore[assignment]
 
-MANIFEST = "manifest.json"
-PATHS = re.compile(r"(keyframes|steps)/\d{8,18}\.safetensors")
-"""What a trajectory's files are called: nothing else is read, and nothing outside of its directory."""
+METADATA = "explaind_track"
+"""The entry of a safetensors file's metadata that holds its header."""
 
 
 class Lock:
@@ -48,17 +46,6 @@ class Lock:
             os.close(self._descriptor)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One file of the trajectory, and the steps first ≤ s < last that it covers (none, for a keyframe)."""
-
-    path: str
-    first: int
-    last: int
-    size: int
-    sha256: str
-
-
 def write_atomic(path: Path, content: bytes) -> None:
     """The file is there whole, on the disk, when this returns, or not at all. Raises TrajectoryError where it can't."""
     scratch = path.with_name(path.name + ".part")
@@ -78,35 +65,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         ) from error
 
 
-def write_tensors(
-    directory: Path, path: str, first: int, last: int, tensors: Mapping[str, Tensor], header: Any
-) -> Entry:
-    """Writes one safetensors file with `header` as JSON in its metadata."""
-    metadata = {"explaind_track": json.dumps(header)}
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> tuple[int, str]:
+    """Writes one safetensors file with `header` as JSON in its metadata. Returns its size in bytes and its sha256."""
+    metadata = {METADATA: json.dumps(header)}
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-    write_atomic(directory / path, content)
-    return Entry(path, first, last, len(content), hashlib.sha256(content).hexdigest())
-
-
-def verify(directory: Path, entry: Entry) -> None:
-    """Raises TrajectoryError unless the file is, byte for byte, the one that was written."""
-    verify_size(directory, entry)
-    target = directory / entry.path
-    found = file_sha256(target)
-    if found != entry.sha256:
-        raise TrajectoryError(f"{target} was altered: its sha256 is {found}, {entry.sha256} was written")
-
-
-def verify_size(directory: Path, entry: Entry) -> None:
-    """Raises TrajectoryError if the file is missing, or not as long as it was."""
-    target = directory / entry.path
-    if not target.resolve().is_relative_to(directory.resolve()):
-        raise TrajectoryError(f"{target} leads out of the trajectory's directory")
-    if not target.is_file():
-        raise TrajectoryError(f"{target} is missing; fetch the trajectory again, or open an earlier copy of it")
-    size = target.stat().st_size
-    if size != entry.size:
-        raise TrajectoryError(f"{target} has {size} bytes, {entry.size} were written: the file is torn")
+    write_atomic(path, content)
+    return len(content), hashlib.sha256(content).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -117,68 +81,45 @@ def file_sha256(path: Path) -> str:
 class TensorFile:
     """A safetensors file opened for reading, tensor by tensor."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path) -> None:
+        """Raises TrajectoryError if it is none that `write_tensors` has written."""
         try:
-            self._file = safe_open(path, framework="pt", device=str(device))
-            self.header: Any = json.loads(self._file.metadata()["explaind_track"])
+            self._file = safe_open(path, framework="pt", device="cpu")
+            self.header: Any = json.loads(self._file.metadata()[METADATA])
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise TrajectoryError(f"{path} is no file of a trajectory: {error}") from None
-        self.names = frozenset(self._file.keys())
+        self.names: list[str] = sorted(self._file.keys())
+
+    def __contains__(self, name: str) -> bool:
+        place = bisect_left(self.names, name)
+        return place < len(self.names) and self.names[place] == name
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
-    def prefixed(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """The tensors whose name begins with the prefix, without it."""
-        for name in sorted(self.names):
-            if name.startswith(prefix):
-                yield name[len(prefix) :], self[name]
+    def prefixed(self, prefix: str) -> "Prefixed":
+        """The tensors whose names begin with the prefix."""
+        return Prefixed(self, prefix)
 
 
-def write_manifest(directory: Path, head: Mapping[str, Any], entries: list[Entry]) -> None:
-    write_atomic(directory / MANIFEST, manifest_bytes(head, entries))
+class Prefixed(Mapping[str, Tensor]):
+    """Those tensors of a file whose names begin alike, by the rest of the name, in its order. Each is read when it is
+    asked for, and not kept."""
 
+    def __init__(self, file: TensorFile, prefix: str) -> None:
+        self._file = file
+        begin, end = bisect_left(file.names, prefix), bisect_left(file.names, prefix + chr(sys.maxunicode))
+        self._full = {name.removeprefix(prefix): name for name in file.names[begin:end]}
 
-def manifest_bytes(head: Mapping[str, Any], entries: list[Entry]) -> bytes:
-    """The manifest as a file; what it says of itself is sealed by its digest."""
-    content = {**head, "files": [asdict(entry) for entry in entries]}
-    return json.dumps({**content, "digest": _digest(content)}, indent=1).encode()
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file[self._full[name]]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._full
 
-def digest(head: Mapping[str, Any], entries: list[Entry]) -> str:
-    """Stands for the whole trajectory: the hash of everything its manifest says, the files' hashes included."""
-    return _digest({**head, "files": [asdict(entry) for entry in entries]})
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._full)
 
-
-def read_manifest(directory: Path, format_name: str) -> tuple[dict[str, Any], list[Entry]]:
-    """The manifest's head and entries. Raises TrajectoryError if it is missing, torn, altered or of another format."""
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise TrajectoryError(f"{directory} holds no trajectory: there is no {MANIFEST} in it")
-    try:
-        content = json.loads(path.read_bytes())
-        digest = content.pop("digest")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise TrajectoryError(f"{path} is torn or is no trajectory's manifest") from None
-    if content.get("format") != format_name:
-        raise TrajectoryError(f"{path} has the format {content.get('format')!r}; this version reads {format_name!r}")
-    if digest != _digest(content):
-        raise TrajectoryError(f"{path} was altered: its digest does not fit its content")
-    try:
-        entries = [_entry(**entry) for entry in content.pop("files")]
-    except (KeyError, TypeError, ValueError) as error:
-        raise TrajectoryError(f"{path} does not list a trajectory's files: {error}") from None
-    return content, entries
-
-
-def _entry(path: str, first: int, last: int, size: int, sha256: str) -> Entry:
-    if not (isinstance(path, str) and PATHS.fullmatch(path)):
-        raise ValueError(f"{path!r} is no name of a trajectory's file")
-    if not all(type(number) is int and number >= 0 for number in (first, last, size)) or last < first:
-        raise ValueError(f"{path!r} has the steps {first!r} to {last!r} and {size!r} bytes")
-    return Entry(path, first, last, size, sha256)
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    def __len__(self) -> int:
+        return len(self._full)

@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 
 from explaind_track.errors import TrajectoryError
-from explaind_track.record.files import MANIFEST, Entry, file_sha256
+from explaind_track.record.files import file_sha256
+from explaind_track.record.manifest import MANIFEST, Entry
 
 PREFIX = "wandb:"
 ATTEMPTS = 8

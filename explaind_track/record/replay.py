@@ -1,135 +1,115 @@
 """Replays a recorded run: the optimizer takes its steps again, and keyframes prove that they are the same."""
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.rules import update_rule
-from explaind_track.core.step import Batch, Step
+from explaind_track.core.step import Step
 from explaind_track.core.tensors import Tensors, same_bits
 from explaind_track.errors import ReplayWarning, TrajectoryError
-from explaind_track.record.files import TensorFile
-from explaind_track.record.writer import qualified
+from explaind_track.record.schema import Keyframe, StepRecord, checkpoint_tensors, groups_of, qualified, share_tensors
 
 REPLAY_TOLERANCE = 1e-4
 
 
 class Replay:
-    """The optimizer of the run, taking its steps again."""
+    """The optimizer of the run, taking its steps again. Begins at a keyframe, the one before step `number`."""
 
-    def __init__(self, optimizer: str, keyframe: TensorFile) -> None:
+    def __init__(self, optimizer: str, number: int, keyframe: Keyframe) -> None:
+        """optimizer: its class, by its qualified name. Raises TrajectoryError if no rule is registered for that."""
         classes = _known_optimizers()
         if optimizer not in classes:
             raise TrajectoryError(
                 f"the run was trained by {optimizer}, which has no update rule here; import and register it first "
                 f"(there are rules for {', '.join(sorted(classes))})"
             )
-        self.parameters = {name: nn.Parameter(value) for name, value in keyframe.prefixed("parameter:")}
-        self.buffers: Tensors = dict(keyframe.prefixed("buffer:"))
-        settings = self._groups(keyframe.header["settings"])
-        self.optimizer: torch.optim.Optimizer = classes[optimizer](settings)  # type: ignore[call-arg]
-        for name, state in _optimizer_state(keyframe).items():
+        self._class = classes[optimizer]
+        self.number = number
+        """The step that comes next."""
+        self._start(keyframe)
+
+    def _start(self, keyframe: Keyframe) -> None:
+        self.parameters = {name: nn.Parameter(value) for name, value in keyframe.parameters.items()}
+        self.buffers: Tensors = dict(keyframe.buffers)
+        self.optimizer: torch.optim.Optimizer = self._class(groups_of(keyframe.settings, self.parameters))  # type: ignore[call-arg]
+        for name, state in keyframe.optimizer_state().items():
             self.optimizer.state[self.parameters[name]] = state
         self.observer = StepObserver(self.optimizer, self.parameters)
-        self.observer.adopt(_shares(keyframe))
+        self.observer.adopt(keyframe.shares())
 
-    def _groups(self, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            {
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in group.items()},
-                "params": [self.parameters[name] for name in group["params"]],
-            }
-            for group in settings
-        ]
-
-    def take(
-        self,
-        number: int,
-        settings: list[dict[str, Any]],
-        entry: Mapping[str, Any],
-        file: TensorFile,
-        batches: tuple[Batch, ...],
-    ) -> Step:
-        """Takes step `number` from its settings, its entry in the log, and its gradients in `file`."""
-        current = self._groups(settings)
-        for added in current[len(self.optimizer.param_groups) :]:
+    def take(self, record: StepRecord) -> Step:
+        """Takes the next step from what the run has recorded of it. The step is valid until `settle`."""
+        groups = groups_of(record.settings, self.parameters)
+        for added in groups[len(self.optimizer.param_groups) :]:
             self.optimizer.add_param_group(added)
-        for group, values in zip(self.optimizer.param_groups, current, strict=True):
-            group.update(values)
+        for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(settings)
         for name, parameter in self.parameters.items():
-            key = f"gradient:{number}:{name}"
-            parameter.grad = file[key] if key in file.names else None
-        buffers = {**self.buffers, **dict(file.prefixed(f"buffer:{number}:"))}
-        auxiliary = {name: dict(file.prefixed(f"auxiliary:{number}:{name}:")) for name in entry["auxiliary"]}
-        self.observer.before(self.buffers, auxiliary)
+            parameter.grad = record.gradients.get(name)
+
+        # the buffers move in the forward pass, which is not taken again
+        buffers = {**self.buffers, **record.buffers}
+        self.observer.before(self.buffers, record.auxiliary)
         self.optimizer.step()
-        step = self.observer.after(number, buffers, batches)
+        step = self.observer.after(self.number, buffers, record.batches)
         self.buffers = buffers
         return step
 
     def settle(self) -> None:
-        """Ends the validity of the step that was taken last."""
+        """Ends the validity of the step that was taken, and goes on to the next."""
         self.observer.settle()
+        self.number += 1
 
-    def prove(self, number: int, keyframe: TensorFile) -> None:
-        """Compares everything with the keyframe before step `number`, bit for bit, and goes on from the keyframe.
+    def meet(self, keyframe: Keyframe) -> None:
+        """Goes on from the keyframe before the next step. It proves the steps up to here, if it follows from them.
+
+        Raises TrajectoryError if it shows that they are not those of the run.
+        """
+        if keyframe.continues:
+            self._prove(keyframe)
+        else:
+            self._start(keyframe)
+
+    def _prove(self, keyframe: Keyframe) -> None:
+        """Compares everything with the keyframe, bit for bit.
 
         Other bits but the same numbers (to `REPLAY_TOLERANCE`, as another machine may give them) are told of by a
         ReplayWarning; other numbers raise TrajectoryError.
         """
-        recorded: dict[str, Tensor] = {}
-        for prefix in ("parameter:", "buffer:", "share:", "state:"):
-            recorded |= {prefix + name: value for name, value in keyframe.prefixed(prefix)}
-        found = {f"parameter:{name}": value.detach() for name, value in self.parameters.items()}
-        found |= {f"buffer:{name}": value for name, value in self.buffers.items()}
-        for part, held in self.observer.momentum_shares.items():
-            found |= {f"share:{part}:{name}": value for name, value in held.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    found[f"state:{key}:{name}"] = value
-        if recorded.keys() != found.keys():
-            raise TrajectoryError(f"the replay up to step {number} has not the tensors of the keyframe there")
-        other = {name for name, value in recorded.items() if not same_bits(value, found[name])}
+        found = checkpoint_tensors(self.observer, self.buffers) | share_tensors(self.observer)
+        if keyframe.state_names() != found.keys():
+            raise TrajectoryError(f"the replay up to step {self.number} has not the tensors of the keyframe there")
+        other: dict[str, Tensor] = {}
+        for name, value in found.items():
+            recorded = keyframe[name]
+            if not same_bits(recorded, value):
+                other[name] = recorded
         if not other:
             return
-        error = max(float((found[n] - recorded[n]).norm() / recorded[n].norm().clamp(min=1e-30)) for n in other)
+
+        error = max(_relative_error(found[name], recorded) for name, recorded in other.items())
         if not error <= REPLAY_TOLERANCE:
             raise TrajectoryError(
-                f"the replay up to step {number} is off by {error:.1e} (of the norm) from the keyframe there, in "
-                f"{', '.join(sorted(other)[:5])}; the run must have done something between its steps that was not seen"
+                f"the replay up to step {self.number} is off by {error:.1e} (of the norm) from the keyframe there, in "
+                f"{', '.join(sorted(other)[:5])}; the run must have done something between its steps that was not "
+                "seen"
             )
         warnings.warn(
-            f"the replay up to step {number} has other bits than the run had (off by {error:.1e}), as another machine "
-            "or version of torch may give; it goes on from the keyframe",
+            f"the replay up to step {self.number} has other bits than the run had (off by {error:.1e}), as another "
+            "machine or version of torch may give; it goes on from the keyframe",
             ReplayWarning,
             stacklevel=2,
         )
         with torch.no_grad():
-            for name in other:
-                found[name].copy_(recorded[name])
+            for name, recorded in other.items():
+                found[name].copy_(recorded)
 
 
-def _optimizer_state(keyframe: TensorFile) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by parameter."""
-    state: dict[str, dict[str, Any]] = {name: dict(plain) for name, plain in keyframe.header["state"].items()}
-    for name, value in keyframe.prefixed("state:"):
-        key, parameter = name.split(":", 1)
-        state.setdefault(parameter, {})[key] = value
-    return state
-
-
-def _shares(keyframe: TensorFile) -> dict[str, dict[str, Tensor]]:
-    """The shares of the momentum buffers by part and parameter."""
-    shares: dict[str, dict[str, Tensor]] = {}
-    for name, value in keyframe.prefixed("share:"):
-        part, parameter = name.split(":", 1)
-        shares.setdefault(part, {})[parameter] = value
-    return shares
+def _relative_error(found: Tensor, recorded: Tensor) -> float:
+    return float((found - recorded).norm() / recorded.norm().clamp(min=1e-30))
 
 
 def _known_optimizers() -> dict[str, type[torch.optim.Optimizer]]:

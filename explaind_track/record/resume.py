@@ -1,7 +1,6 @@
 """Going on with a run that has ended before its time, as if it had not."""
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track.core.observer import StepObserver
-from explaind_track.core.rng import set_random_state
+from explaind_track.core.rng import random_state, set_random_state
 from explaind_track.core.tensors import same_bits
 from explaind_track.errors import ResumeWarning
-from explaind_track.record import files
-from explaind_track.record.files import Entry, TensorFile
+from explaind_track.record.files import Lock
 from explaind_track.record.history import HISTORY, steps_logged
+from explaind_track.record.manifest import MANIFEST, Entry, Manifest
 from explaind_track.record.replay import Replay
 from explaind_track.record.run_directory import FINISHED, TIE
+from explaind_track.record.schema import checkpoint_tensors, head_of, random_tensors
 from explaind_track.record.trajectory import Trajectory
-from explaind_track.record.writer import FORMAT, head_of
 
 
 def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Literal[True] | int) -> Trajectory | None:
@@ -34,17 +33,17 @@ def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Litera
     """
     if not directory.is_dir():
         return None
-    lock = files.Lock(directory)
+    lock = Lock(directory)
     try:
         if _only_begun(directory):
             return None
         trajectory = Trajectory.open(directory)
         if trajectory.directory != directory:
             raise ValueError(f"{directory} has its trajectory in {trajectory.directory}: go on with that")
-        head = head_of(model, observer)
+        head, recorded = head_of(model, observer), trajectory.manifest.head
         for key in ("optimizer", "parameters", "buffers", "aliases"):
-            if head[key] != trajectory.head[key]:
-                raise ValueError(f"the run in {directory} has other {key}: {trajectory.head[key]}, here {head[key]}")
+            if head[key] != recorded[key]:
+                raise ValueError(f"the run in {directory} has other {key}: {recorded[key]}, here {head[key]}")
         if at is True:
             replay = trajectory.replay(len(trajectory))
             _load(replay, model, observer)
@@ -53,7 +52,7 @@ def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Litera
         else:
             replay = trajectory.replay(at)
             _compare(replay, model, observer, at)
-            trajectory = _cut(trajectory, at)
+            trajectory = _cut(trajectory, at, next(model.parameters()).device)
     finally:
         lock.release()
     observer.go_on(replay.observer.momentum_shares, dict(model.named_buffers()))
@@ -64,13 +63,12 @@ def _only_begun(directory: Path) -> bool:
     """Whether no step has been written; what an interrupted beginning has left is removed then."""
     for path in directory.rglob("*.part"):
         path.unlink()
-    manifest = directory / files.MANIFEST
-    if manifest.is_file():
-        if files.read_manifest(directory, FORMAT)[1]:
+    if (directory / MANIFEST).is_file():
+        if Manifest.read(directory).entries:
             return False
-        manifest.unlink()
-        for name in (HISTORY, TIE, FINISHED):
+        for name in (MANIFEST, HISTORY, TIE, FINISHED):
             (directory / name).unlink(missing_ok=True)
+
     for folder in ("keyframes", "steps"):
         if (directory / folder).is_dir() and not any((directory / folder).iterdir()):
             (directory / folder).rmdir()
@@ -98,20 +96,10 @@ def _place(value: Tensor, parameter: Tensor) -> torch.device:
 
 
 def _compare(replay: Replay, model: nn.Module, observer: StepObserver, at: int) -> None:
-    found = {f"parameter {name}": value.detach() for name, value in observer.parameters.items()}
-    found |= {f"buffer {name}": value for name, value in model.named_buffers()}
-    wanted = {f"parameter {name}": value.detach() for name, value in replay.parameters.items()}
-    wanted |= {f"buffer {name}": value for name, value in replay.buffers.items()}
-    for name, parameter in observer.parameters.items():
-        for key, value in replay.optimizer.state.get(replay.parameters[name], {}).items():
-            if isinstance(value, Tensor):
-                wanted[f"{key} of {name}"] = value
-                found[f"{key} of {name}"] = observer.optimizer.state.get(parameter, {}).get(key, torch.empty(0))
-    other = [
-        name
-        for name, value in wanted.items()
-        if found[name].shape != value.shape or not same_bits(found[name].to(value), value)
-    ]
+    """Raises ValueError unless model and optimizer are, bit for bit, as they were before step `at`."""
+    found = checkpoint_tensors(observer, dict(model.named_buffers()))
+    wanted = checkpoint_tensors(replay.observer, replay.buffers)
+    other = [name for name, value in wanted.items() if name not in found or not _same(found[name], value)]
     if other:
         raise ValueError(
             f"the model and the optimizer are not what the record says they were before step {at}: they differ in "
@@ -120,33 +108,35 @@ def _compare(replay: Replay, model: nn.Module, observer: StepObserver, at: int) 
         )
 
 
-def _cut(trajectory: Trajectory, at: int) -> Trajectory:
-    """The trajectory without the steps from `at` on, on disk too."""
-    kept: list[Entry] = []
-    for entry in trajectory.entries:
-        whole = entry.last <= at
-        if whole:
-            kept.append(entry)
-        elif entry.path.startswith("steps/") and entry.first < at:
-            kept.append(_shorten(trajectory.directory, entry, at))
-    dropped = {entry.path for entry in trajectory.entries} - {entry.path for entry in kept}
-    files.write_manifest(trajectory.directory, trajectory.head, kept)
-    for path in dropped:
-        (trajectory.directory / path).unlink()
-    return Trajectory(trajectory.directory, trajectory.head, kept)
+def _same(found: Tensor, recorded: Tensor) -> bool:
+    return found.shape == recorded.shape and same_bits(found.to(recorded), recorded)
 
 
-def _shorten(directory: Path, entry: Entry, at: int) -> Entry:
-    """The segment without the steps from `at` on, written beside the old one first, under another name."""
-    file = TensorFile(directory / entry.path, torch.device("cpu"))
-    steps = file.header["steps"][: at - entry.first]
-    late = tuple(
-        f"{kind}:{number}:" for kind in ("gradient", "auxiliary", "buffer", "batch") for number in range(at, entry.last)
-    )
-    tensors = {name: file[name] for name in file.names if not name.startswith(late)}
-    written = files.write_tensors(directory, entry.path + ".cut", entry.first, at, tensors, {"steps": steps})
-    (directory / written.path).replace(directory / entry.path)
-    return replace(written, path=entry.path)
+def _cut(trajectory: Trajectory, at: int, device: torch.device) -> Trajectory:
+    """The trajectory without the steps from `at` on, on disk too. What is on disk is a whole one at any moment.
+
+    device: of the model, whose random state is put down as that before step `at`.
+    """
+    directory, manifest = trajectory.directory, trajectory.manifest
+    kept = [entry for entry in manifest.entries if entry.last <= at]
+    for entry in trajectory.segments:
+        if entry.first < at < entry.last:
+            tensors, header = trajectory.read_segment(entry).before(at)
+            tensors |= random_tensors(random_state(device))
+            kept.append(Entry.write(directory, _other_path(entry), entry.first, at, tensors, header))
+
+    shortened = Manifest(manifest.head, tuple(kept))
+    shortened.write(directory)
+    for path in {entry.path for entry in manifest.entries} - {entry.path for entry in kept}:
+        (directory / path).unlink()
+    return Trajectory(directory, shortened)
+
+
+def _other_path(entry: Entry) -> str:
+    """A name for a shorter segment, beside which the longer one stays until the manifest has changed from one to the
+    other: its number with 9 digits for 8, or with 8 for 9."""
+    usual = f"steps/{entry.first:08}.safetensors"
+    return usual if entry.path != usual else f"steps/{entry.first:09}.safetensors"
 
 
 def _tell_of_lost_steps(directory: Path, number: int) -> None:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from explaind_track.errors import TrajectoryError
-from explaind_track.record.files import MANIFEST, Lock, write_atomic
+from explaind_track.record.files import Lock, write_atomic
 from explaind_track.record.history import HISTORY
+from explaind_track.record.manifest import MANIFEST
 from explaind_track.record.media import MEDIA
 
 TIE = "run.json"

@@ -10,40 +10,38 @@ running the optimizer's own `step`; the next keyframe proves that they do, bit f
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from explaind_track.core.step import Batch, Step
 from explaind_track.errors import TrajectoryError
-from explaind_track.record import files
-from explaind_track.record.files import Entry, TensorFile
+from explaind_track.record.files import TensorFile
+from explaind_track.record.manifest import Entry, Manifest
 from explaind_track.record.remote import PREFIX, RemoteArtifact
 from explaind_track.record.replay import Replay
 from explaind_track.record.run_directory import trajectory_directory
-from explaind_track.record.writer import FORMAT, signature
+from explaind_track.record.schema import Keyframe, Segment, random_state_in, signature
 
 
 class Trajectory:
     """A recorded run: the same steps as the live ones, as often as wanted."""
 
-    def __init__(
-        self, directory: Path, head: Mapping[str, Any], entries: list[Entry], remote: RemoteArtifact | None = None
-    ) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, remote: RemoteArtifact | None = None) -> None:
         self.directory = directory
+        self.manifest = manifest
         self.artifact = None if remote is None else remote.name
         """The artifact of W&B that this was opened from."""
+        self.segments = sorted((e for e in manifest.entries if not e.is_keyframe), key=lambda entry: entry.first)
+        """The files that hold the steps, in their order."""
+        self._keyframes = {entry.first: entry for entry in manifest.entries if entry.is_keyframe}
         self._remote = remote
-        self.head = head
-        self.entries = entries
-        self._keyframes = {entry.first: entry for entry in entries if entry.path.startswith("keyframes/")}
-        self._segments = sorted((e for e in entries if e.path.startswith("steps/")), key=lambda entry: entry.first)
-        self._shared: dict[str, Tensor] = {}
+        self._written_once: dict[str, Tensor] = {}
 
     @classmethod
     def open(cls, directory: str | PathLike[str]) -> "Trajectory":
@@ -57,15 +55,16 @@ class Trajectory:
         """
         remote = RemoteArtifact(str(directory)) if str(directory).startswith(PREFIX) else None
         root = trajectory_directory(directory) if remote is None else remote.manifest_directory()
-        head, entries = files.read_manifest(root, FORMAT)
+        manifest = Manifest.read(root)
         if remote is None:
-            for entry in entries:
-                files.verify(root, entry)
-        trajectory = cls(root, head, entries, remote)
+            for entry in manifest.entries:
+                entry.verify(root)
+
+        trajectory = cls(root, manifest, remote)
         if 0 not in trajectory._keyframes:
             raise TrajectoryError(f"{root} holds no step: the run ended before its first one was written")
         expected = 0
-        for segment in trajectory._segments:
+        for segment in trajectory.segments:
             if segment.first != expected:
                 raise TrajectoryError(f"{root} lacks the steps {expected} to {segment.first - 1}")
             expected = segment.last
@@ -73,16 +72,16 @@ class Trajectory:
 
     def __len__(self) -> int:
         """The number of recorded steps."""
-        return self._segments[-1].last if self._segments else 0
+        return self.segments[-1].last if self.segments else 0
 
     @property
     def fingerprint(self) -> str:
         """Tells one record from another."""
-        return hashlib.sha256("".join(entry.sha256 for entry in self.entries).encode()).hexdigest()[:32]
+        return hashlib.sha256("".join(entry.sha256 for entry in self.manifest.entries).encode()).hexdigest()[:32]
 
     def check_model(self, model: nn.Module) -> None:
         """Raises ValueError unless the model has the parameters that were trained, in name, shape and type."""
-        expected, found = self.head["parameters"], signature(dict(model.named_parameters()))
+        expected, found = self.manifest.head["parameters"], signature(dict(model.named_parameters()))
         if expected != found:
             names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
             detail = "; ".join(f"{n}: recorded {expected.get(n)}, model {found.get(n)}" for n in names[:5])
@@ -95,11 +94,12 @@ class Trajectory:
         Raises ValueError for a window outside of the record, TrajectoryError where the replay misses a keyframe.
         """
         last = len(self) if last is None else last
-        if not 0 <= first <= last <= len(self):
-            raise ValueError(f"the trajectory has the steps 0 to {len(self)}, not {first} to {last}")
-        for step, replay in self._replayed(first, last):
-            if step is not None and step.number >= first:
-                yield replay.observer.lasting(step) if lasting else step
+        self._require(0 <= first <= last <= len(self), f"{first} to {last}")
+        with self._blaming_the_files():
+            replay = self._at_keyframe(first)
+            for step in self._advance(replay, last):
+                if step.number >= first:
+                    yield replay.observer.lasting(step) if lasting else step
 
     def steps_back(self, first: int, last: int, memory: int) -> Iterator[Step]:
         """Steps last > s ≥ first, the last one first, in tensors of their own. Replays piece by piece: from a keyframe
@@ -120,119 +120,100 @@ class Trajectory:
 
     def replay(self, number: int) -> Replay:
         """The run as it was before step `number` (after all steps, for `len(self)`), able to take that step."""
-        *_, (_, replay) = self._replayed(number, number)
-        return replay
-
-    def _replayed(self, first: int, last: int) -> Iterator[tuple[Step | None, Replay]]:
-        """From the last keyframe before `first` on, every step with the replay that took it; at the end the replay as
-        it is before step `last`, without a step."""
-        try:
-            yield from self._take_again(first, last)
-        except TrajectoryError:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise TrajectoryError(f"{self.directory} does not hold what a trajectory holds: {error!r}") from error
-
-    def _take_again(self, first: int, last: int) -> Iterator[tuple[Step | None, Replay]]:
-        start = self.keyframe(first)
-        replay = Replay(self.head["optimizer"], self._keyframe(start))
-        for segment in self._segments:
-            if segment.last <= start or segment.first >= last:
-                continue
-            file = self._open(segment)
-            settings: Any = None
-            for number in range(segment.first, min(segment.last, last)):
-                entry = file.header["steps"][number - segment.first]
-                settings = entry["settings"] or settings
-                if number < start:
-                    continue
-                if number > start and number in self._keyframes:
-                    replay = self._go_on(replay, number)
-                yield replay.take(number, settings, entry, file, self._batches(entry, file)), replay
-                replay.settle()
-        if last > start and last in self._keyframes:
-            replay = self._go_on(replay, last)
-        yield None, replay
-
-    def _go_on(self, replay: "Replay", number: int) -> "Replay":
-        """The replay from keyframe `number` on, which proves the steps before it if it follows from them."""
-        keyframe = self._keyframe(number)
-        if not keyframe.header["continues"]:
-            return Replay(self.head["optimizer"], keyframe)
-        replay.prove(number, keyframe)
-        return replay
+        self._require(0 <= number <= len(self), str(number))
+        with self._blaming_the_files():
+            replay = self._at_keyframe(number)
+            for _ in self._advance(replay, number):
+                pass
+            return replay
 
     def state_dict(self, step: int) -> dict[str, Tensor]:
         """The model's state before step `step` (after all steps, for `len(self)`), as `load_state_dict` takes it."""
         if step in self._keyframes:
-            file = self._keyframe(step)
-            tensors = {**dict(file.prefixed("parameter:")), **dict(file.prefixed("buffer:"))}
+            keyframe = self._keyframe(step)
+            tensors = {**keyframe.parameters, **keyframe.buffers}
         else:
-            state = next(self.steps(step, step + 1)).before if step < len(self) else self._last().after
-            tensors = {name: value.clone() for name, value in (*state.parameters.items(), *state.buffers.items())}
-        tensors |= {name: tensors[own] for name, own in self.head["aliases"].items()}
-        return {name: tensors[name] for name in self.head["saved"]}
+            replay = self.replay(step)
+            tensors = {**{name: value.detach() for name, value in replay.parameters.items()}, **replay.buffers}
 
-    def _last(self) -> Step:
-        return next(self.steps(len(self) - 1))
+        tensors |= {name: tensors[own] for name, own in self.manifest.head["aliases"].items()}
+        return {name: tensors[name] for name in self.manifest.head["saved"]}
 
     def batches(self, step: int) -> tuple[Batch, ...]:
         """The batches of one step: their indices and weights, or where there was no index, the samples themselves."""
-        for segment in self._segments:
-            if segment.first <= step < segment.last:
-                file = self._open(segment)
-                return self._batches(file.header["steps"][step - segment.first], file)
-        raise ValueError(f"the trajectory has the steps 0 to {len(self)}, not {step}")
+        self._require(0 <= step < len(self), str(step))
+        (segment,) = (segment for segment in self.segments if segment.first <= step < segment.last)
+        with self._blaming_the_files():
+            return self.read_segment(segment).batches(step)
 
     def indices(self, last: int) -> Iterator[tuple[int, Batch]]:
         """Every batch before step `last`, with its step."""
-        for segment in self._segments:
-            file = self._open(segment)
-            for number, entry in enumerate(file.header["steps"][: max(0, last - segment.first)], segment.first):
-                for batch in self._batches(entry, file):
-                    yield number, batch
+        with self._blaming_the_files():
+            for entry in self.segments:
+                segment = self.read_segment(entry)
+                for number in range(entry.first, min(entry.last, last)):
+                    for batch in segment.batches(number):
+                        yield number, batch
 
-    def _open(self, entry: Entry) -> TensorFile:
-        return TensorFile(self.file(entry), torch.device("cpu"))
+    def random_state(self) -> dict[str, Tensor]:
+        """The state of the random generators, by device, where the record ends."""
+        last = self.segments[-1] if self.segments else self._keyframes[0]
+        return dict(random_state_in(self.read(last)))
 
     def file(self, entry: Entry) -> Path:
         """The file on this disk; fetched, and checked, if it is not here yet."""
         return self.directory / entry.path if self._remote is None else self._remote.locate(entry)
 
-    def random_state(self) -> dict[str, Tensor]:
-        """The state of the random generators, by device, where the record ends."""
-        last = self._open(self._segments[-1]) if self._segments else self._keyframe(0)
-        return dict(last.prefixed("random:"))
+    def read(self, entry: Entry) -> TensorFile:
+        """The file, opened."""
+        return TensorFile(self.file(entry))
 
-    def _keyframe(self, number: int) -> TensorFile:
-        return self._open(self._keyframes[number])
+    def read_segment(self, entry: Entry) -> Segment:
+        """The segment, opened."""
+        file = self.read(entry)
+        return Segment(file, entry.first, partial(self._find, file))
 
-    def _batches(self, entry: Mapping[str, Any], file: TensorFile) -> tuple[Batch, ...]:
-        def data(tree: Any) -> Any:
-            if isinstance(tree, dict) and set(tree) == {"tensor"}:
-                return file[tree["tensor"]]
-            if isinstance(tree, dict):
-                return {key: data(item) for key, item in tree.items()}
-            return tuple(map(data, tree)) if isinstance(tree, list) else tree
+    def _at_keyframe(self, step: int) -> Replay:
+        """A replay that is to take step `step`, at the last keyframe before it."""
+        start = self.keyframe(step)
+        return Replay(self.manifest.head["optimizer"], start, self._keyframe(start))
 
-        def shared(value: Any) -> Any:
-            return self._find(value, file) if isinstance(value, str) else value
+    def _advance(self, replay: Replay, last: int) -> Iterator[Step]:
+        """Lets the replay take its steps up to `last`, and meet every keyframe on the way, that before `last` included.
+        Each step is valid until the next is asked for."""
+        for segment in self.segments:
+            if segment.last <= replay.number or segment.first >= last:
+                continue
+            for record in self.read_segment(segment).records(replay.number, last):
+                yield replay.take(record)
+                replay.settle()
+                if replay.number in self._keyframes:
+                    replay.meet(self._keyframe(replay.number))
 
-        return tuple(
-            Batch(
-                one["size"],
-                shared(one["weight"]),
-                shared(one["index"]),
-                data(one["data"]),
-                {device: file[name] for device, name in one["random"].items()},
-                one["clipped"],
-            )
-            for one in entry["batches"]
-        )
+    def _keyframe(self, number: int) -> Keyframe:
+        return Keyframe(self.read(self._keyframes[number]))
 
-    def _find(self, name: str, file: TensorFile) -> Tensor:
-        """A tensor that is written once: in this segment, or in an earlier one that used it first."""
-        if name not in self._shared:
-            files = itertools.chain([file], map(self._open, self._segments))  # one by one: each may be a download
-            self._shared = {**self._shared, name: next(one for one in files if name in one.names)[name]}
-        return self._shared[name]
+    def _find(self, file: TensorFile, name: str) -> Tensor:
+        """An index or weights, which are written once for all steps: in this segment, or in an earlier one that used
+        them first. Kept, so that steps share them."""
+        if name not in self._written_once:
+            files = itertools.chain([file], map(self.read, self.segments))  # one by one: each may be a download
+            holder = next((one for one in files if name in one), None)
+            if holder is None:
+                raise TrajectoryError(f"{self.directory} lacks {name!r}, which its steps refer to")
+            self._written_once[name] = holder[name]
+        return self._written_once[name]
+
+    def _require(self, inside: bool, found: str) -> None:
+        if not inside:
+            raise ValueError(f"the trajectory has the steps 0 to {len(self)}, not {found}")
+
+    @contextmanager
+    def _blaming_the_files(self) -> Iterator[None]:
+        """Files with the right hashes may still say anything: whatever that leads to is their fault."""
+        try:
+            yield
+        except TrajectoryError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise TrajectoryError(f"{self.directory} does not hold what a trajectory holds: {error!r}") from error

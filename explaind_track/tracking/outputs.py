@@ -37,7 +37,7 @@ def begin_record(
             raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
         return None, None
     record = None if resume is False else resume_run(Path(directory), model, observer, resume)
-    entries = None if record is None else record.entries
+    entries = None if record is None else record.manifest.entries
     return record, TrajectoryWriter(directory, model, observer, keyframe_every, entries)
 
 

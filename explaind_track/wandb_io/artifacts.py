@@ -7,16 +7,13 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from explaind_track.errors import LoggingWarning
-from explaind_track.record import files
-from explaind_track.record.files import MANIFEST, Entry
 from explaind_track.record.history import HISTORY
+from explaind_track.record.manifest import MANIFEST, Entry, Manifest, last_step
 from explaind_track.record.run_directory import POINTER, is_finished, pictures
-from explaind_track.record.writer import FORMAT
 from explaind_track.wandb_io.run import FINISH_SECONDS, is_offline
 
 if TYPE_CHECKING:
@@ -63,7 +60,7 @@ class TrajectoryUpload:
             reason = (
                 f"W&B has not confirmed it within {FINISH_SECONDS:.0f} s" if self._failure is None else self._failure
             )
-            have, made = last_step(list(self._sent)), last_step(self._entries())
+            have, made = last_step(self._sent), last_step(self._entries())
             warnings.warn(
                 f"of the {made} recorded steps, {have} are at W&B ({reason!r}). The whole trajectory is in "
                 f"{self._directory}; complete the upload with `explaind-track sync {self._directory}`",
@@ -88,8 +85,8 @@ class TrajectoryUpload:
         except Exception as error:
             self._failure = error
 
-    def _entries(self) -> list[Entry]:
-        return files.read_manifest(self._directory, FORMAT)[1] if (self._directory / MANIFEST).is_file() else []
+    def _entries(self) -> tuple[Entry, ...]:
+        return Manifest.read(self._directory, missing_ok=True).entries
 
     def _due(self) -> bool:
         changed = (self._directory / MANIFEST).stat().st_mtime_ns if (self._directory / MANIFEST).is_file() else 0
@@ -135,20 +132,20 @@ def trajectory_version(
     files are neither read nor sent again. final: with the rows of the panels and their pictures."""
     import wandb
 
-    head, entries = files.read_manifest(directory, FORMAT)
+    manifest = Manifest.read(directory)
     artifact = wandb.Artifact(name, type="trajectory") if base is None else base.new_draft()
-    artifact.metadata = _metadata(directory, head, entries)
+    artifact.metadata = _metadata(directory, manifest)
     kept = dict(artifact.manifest.entries)
-    for stale in kept.keys() - {entry.path for entry in entries}:
+    for stale in kept.keys() - {entry.path for entry in manifest.entries}:
         artifact.remove(stale)
-    new = [entry for entry in entries if entry.path not in kept]
+    new = [entry for entry in manifest.entries if entry.path not in kept]
     for entry in new:
-        files.verify_size(directory, entry)
+        entry.verify_size(directory)
     for name in (*(entry.path for entry in new), *(pictures(directory) if final else ())):
         artifact.add_file(str(directory.absolute() / name), name, skip_cache=True, policy="immutable")
     # what was read, though more may be on disk by now
     with artifact.new_file(MANIFEST, mode="wb", policy="immutable") as file:
-        file.write(files.manifest_bytes(head, entries))
+        file.write(manifest.to_bytes())
     if final and (directory / HISTORY).is_file():
         with artifact.new_file(HISTORY, "wb", policy="immutable") as file, (directory / HISTORY).open("rb") as history:
             shutil.copyfileobj(history, file)
@@ -166,9 +163,9 @@ def add_offline(run: "wandb.Run", directory: Path) -> float:
     target = Path(run.settings.sync_dir).absolute() / POINTER
     if target.is_symlink():
         target.unlink()
-    head, entries = files.read_manifest(directory, FORMAT)
-    artifact = wandb.Artifact(f"trajectory-{run.id}", type="trajectory", metadata=_metadata(directory, head, entries))
-    names, copied = [*(entry.path for entry in entries), *pictures(directory)], 0
+    manifest = Manifest.read(directory)
+    artifact = wandb.Artifact(f"trajectory-{run.id}", type="trajectory", metadata=_metadata(directory, manifest))
+    names, copied = [*(entry.path for entry in manifest.entries), *pictures(directory)], 0
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -176,13 +173,13 @@ def add_offline(run: "wandb.Run", directory: Path) -> float:
         except OSError:
             shutil.copyfile(directory / name, target / name)
             copied += (target / name).stat().st_size
-    files.write_atomic(target / MANIFEST, files.manifest_bytes(head, entries))
+    manifest.write(target)
     if (directory / HISTORY).is_file():
         shutil.copyfile(directory / HISTORY, target / HISTORY)
         names.append(HISTORY)
     for name in (*names, MANIFEST):
         artifact.add_file(str(target / name), name, skip_cache=True, policy="immutable")
-    run.log_artifact(artifact, aliases=["latest", f"step-{last_step(entries)}", "final"])
+    run.log_artifact(artifact, aliases=["latest", f"step-{manifest.steps}", "final"])
     return copied / 1e6
 
 
@@ -209,19 +206,15 @@ def log_result(
     run.log_artifact(artifact).wait(int(FINISH_SECONDS))
 
 
-def _metadata(directory: Path, head: Mapping[str, Any], entries: list[Entry]) -> dict[str, Any]:
+def _metadata(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    head, steps = manifest.head, manifest.steps
     return {
         **{key: head[key] for key in ("format", "model", "optimizer", "packages") if key in head},
         "parameters": sum(math.prod(shape) for shape, _ in head["parameters"].values()),
-        "steps": last_step(entries),
-        "finished": is_finished(directory, last_step(entries)),
-        "digest": files.digest(head, entries),
+        "steps": steps,
+        "finished": is_finished(directory, steps),
+        "digest": manifest.digest,
     }
-
-
-def last_step(entries: list[Entry]) -> int:
-    """The number of recorded steps."""
-    return max((entry.last for entry in entries), default=0)
 
 
 def directory_mb(directory: Path) -> float:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from explaind_track.errors import TrajectoryError
-from explaind_track.record import files
-from explaind_track.record.files import MANIFEST, Lock
+from explaind_track.record.files import Lock
 from explaind_track.record.history import AXIS, read_rows, section_of
+from explaind_track.record.manifest import MANIFEST, Manifest
 from explaind_track.record.media import from_json
 from explaind_track.record.run_directory import Tie, read_tie, trajectory_directory
-from explaind_track.record.writer import FORMAT
 from explaind_track.wandb_io.artifacts import trajectory_version
 from explaind_track.wandb_io.media import for_wandb
 from explaind_track.wandb_io.media_sync import check_media, send_lost_media
@@ -158,7 +157,7 @@ def _send_trajectory(run: "wandb.Run", directory: Path, name: str) -> bool:
 
     if not (directory / MANIFEST).is_file():
         return False  # killed before its first checkpoint
-    digest = files.digest(*files.read_manifest(directory, FORMAT))
+    digest = Manifest.read(directory).digest
     with suppress(wandb.errors.Error, ValueError):
         if wandb.Api().artifact(f"{name}:final").metadata.get("digest") == digest:
             return False

@@ -1,18 +1,19 @@
 """Whatever happens to a stored file is found, before its content is used, and without taking memory on its word."""
 
 import hashlib
-import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_job
 
 from explaind_track import Influence, Trajectory
 from explaind_track.errors import TrajectoryError
-from explaind_track.record.files import _digest
+from explaind_track.record.manifest import Manifest
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +104,11 @@ def test_a_damaged_influence_is_found(tmp_path: Path) -> None:
             Influence.load(path)
 
 
-def forge(directory: Path, path: Path) -> None:
-    """Enters a file's new hash and size into the manifest, as somebody could who means harm."""
-    manifest = directory / "manifest.json"
-    content = json.loads(manifest.read_text())
-    del content["digest"]
-    for entry in content["files"]:
-        if entry["path"] == str(path.relative_to(directory)):
-            entry |= {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    manifest.write_text(json.dumps({**content, "digest": _digest(content)}))
+def forge(directory: Path, file: str, **values: Any) -> None:
+    """Changes a file's entry in the manifest, as somebody could who means harm."""
+    manifest = Manifest.read(directory)
+    entries = tuple(replace(entry, **values) if entry.path == file else entry for entry in manifest.entries)
+    Manifest(manifest.head, entries).write(directory)
 
 
 def test_forged_files_do_no_harm(recorded: Path, tmp_path: Path) -> None:
@@ -126,7 +123,8 @@ def test_forged_files_do_no_harm(recorded: Path, tmp_path: Path) -> None:
         head = content[: 8 + length]
         chance.choice([flip, overwrite])(head, chance)
         path.write_bytes(head + content[8 + length :])
-        forge(directory, path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        forge(directory, str(path.relative_to(directory)), size=path.stat().st_size, sha256=sha256)
         try:
             for step in Trajectory.open(directory).steps():
                 assert step.number < 11
@@ -139,11 +137,7 @@ def test_forged_files_do_no_harm(recorded: Path, tmp_path: Path) -> None:
 def test_names_that_lead_elsewhere_are_refused(path: str, recorded: Path, tmp_path: Path) -> None:
     directory = tmp_path / "t"
     shutil.copytree(recorded, directory)
-    manifest = directory / "manifest.json"
-    content = json.loads(manifest.read_text())
-    del content["digest"]
-    content["files"][0]["path"] = path
-    manifest.write_text(json.dumps({**content, "digest": _digest(content)}))
+    forge(directory, "keyframes/00000000.safetensors", path=path)
     with pytest.raises(TrajectoryError, match="is no name of a trajectory's file"):
         Trajectory.open(directory)
 

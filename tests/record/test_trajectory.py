@@ -117,7 +117,7 @@ def test_batches_come_back_with_their_indices_and_each_index_set_once(tmp_path: 
         assert torch.equal(batch.index, index)
         assert torch.equal(batch.weight, weight)
         assert batch.data is None
-    copies = [name for segment in trajectory._segments for name in trajectory._open(segment).names if "index" in name]
+    copies = [name for segment in trajectory.segments for name in trajectory.read(segment).names if "index" in name]
     assert len(copies) == 1
 
 
@@ -178,7 +178,7 @@ def test_a_segment_ends_where_its_bytes_do(tmp_path: Path, monkeypatch: pytest.M
     job.run(tracker, 9)
     tracker.finish()
     trajectory = Trajectory.open(tmp_path / "t")
-    assert len(trajectory._segments) == 3
+    assert len(trajectory.segments) == 3
     assert len(list(trajectory.steps())) == 9
 
 

@@ -17,7 +17,7 @@ from conftest import Server, make_job
 from explaind_track import Trajectory, explain, log_result, open_influence, open_run
 from explaind_track.errors import LoggingWarning, TrajectoryError
 from explaind_track.record.remote import cache_directory, fetch_result
-from explaind_track.record.writer import FORMAT
+from explaind_track.record.schema import FORMAT
 
 pytestmark = pytest.mark.usefixtures("closing_wandb")
 
@@ -114,7 +114,7 @@ def test_the_whole_decomposition_from_the_artifact_is_the_live_one(server: Serve
 def test_a_broken_download_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
     _, _, run = train(tmp_path, 3)
     trajectory = Trajectory.open(name_of(run))
-    entry = trajectory.entries[0]
+    entry = trajectory.manifest.entries[0]
     content = (tmp_path / "t" / entry.path).read_bytes()
     part = cache_directory() / "files" / entry.sha256[:2] / f"{entry.sha256}.part"
     part.parent.mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_a_broken_download_goes_on_where_it_stopped(server: Server, tmp_path: Pa
 def test_what_was_altered_on_the_way_is_refused(server: Server, tmp_path: Path) -> None:
     _, _, run = train(tmp_path, 3)
     trajectory = Trajectory.open(name_of(run))
-    entry = trajectory.entries[0]
+    entry = trajectory.manifest.entries[0]
     content = bytearray((tmp_path / "t" / entry.path).read_bytes())
     blob = server.state / "blobs" / hashlib.md5(content).hexdigest()
     content[-1] ^= 1

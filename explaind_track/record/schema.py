@@ -1,0 +1,307 @@
+"""The schema of a trajectory's files: every tensor's name and every JSON entry, its encoding beside its decoding.
+
+keyframes/00000100.safetensors    the run right before step 100 (`Keyframe`)
+
+    parameter:NAME                θ_s
+    buffer:NAME                   the model's buffers
+    state:KEY:NAME                the optimizer's state, such as its second moments
+    share:PART:NAME               what a part other than the kernel has of the momentum buffer
+    random:DEVICE                 the random generators, where the run could be taken up
+    header                        state: of the optimizer's state, by parameter, what is no tensor
+                                  settings: the optimizer's groups; continues: see `Keyframe.continues`
+
+steps/00000100.safetensors        the steps from 100 on (`Segment`)
+
+    gradient:STEP:NAME            as the optimizer used it
+    auxiliary:STEP:PART:NAME      the gradient of an auxiliary loss, which the other holds too
+    buffer:STEP:NAME              the model's buffers after the step, if it moved them
+    batch:STEP:PLACE:NUMBER       the tensors of a batch that had no index, counted from 1
+    batch:STEP:PLACE:random:DEVICE    the random generators before the batch's forward pass
+    index:HASH, weight:HASH       of batches: once in a trajectory, in the first segment that uses them
+    random:DEVICE                 the random generators, where the run could be taken up
+    header                        steps: an entry for each step, with its settings, its auxiliary losses and its batches
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explaind_track.core.observer import StepObserver
+from explaind_track.core.step import Batch
+from explaind_track.core.tensors import Tensors, tree_map
+from explaind_track.record.files import TensorFile
+
+FORMAT = "explaind_track trajectory 2"
+
+Settings = list[dict[str, Any]]
+"""An optimizer's groups as JSON has them: numbers and words, and the names of the group's parameters as `params`."""
+
+
+def qualified(cls: type) -> str:
+    """A class by the module that defines it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def signature(tensors: Tensors) -> dict[str, list[Any]]:
+    """Shape and type of every tensor, as JSON has them."""
+    return {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+
+
+def head_of(model: nn.Module, observer: StepObserver) -> dict[str, Any]:
+    """What a manifest says of the run as a whole."""
+    buffers = dict(model.named_buffers())
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(parameter): name for name, parameter in observer.parameters.items()}
+
+    # tied parameters are recorded once: `aliases` leads from their other names to the first
+    aliases = {name: names[id(p)] for name, p in everything.items() if name not in observer.parameters}
+    return {
+        "format": FORMAT,
+        "model": qualified(type(model)),
+        "optimizer": qualified(type(observer.optimizer)),
+        "parameters": signature(observer.parameters),
+        "buffers": signature(buffers),
+        "aliases": aliases,
+        "saved": [name for name in model.state_dict() if name in everything or name in buffers],
+        "packages": {"torch": torch.__version__, "explaind_track": version("explaind_track")},
+    }
+
+
+def settings_of(observer: StepObserver) -> Settings:
+    """The settings that the optimizer has now."""
+    names = {id(parameter): name for name, parameter in observer.parameters.items()}
+    return [
+        {
+            **{key: _number(value) for key, value in group.items() if key != "params"},
+            "params": [names[id(parameter)] for parameter in group["params"]],
+        }
+        for group in observer.optimizer.param_groups
+    ]
+
+
+def _number(setting: Any) -> Any:
+    return setting.item() if isinstance(setting, Tensor) else setting  # a learning rate may be a tensor
+
+
+def groups_of(settings: Settings, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The groups that an optimizer is made of, from its settings."""
+    return [
+        {
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in group.items()},
+            "params": [parameters[name] for name in group["params"]],
+        }
+        for group in settings
+    ]
+
+
+def checkpoint_tensors(observer: StepObserver, buffers: Tensors) -> dict[str, Tensor]:
+    """The tensors of model and optimizer, by their names in a keyframe."""
+    tensors = {f"parameter:{name}": value.detach() for name, value in observer.parameters.items()}
+    tensors |= {f"buffer:{name}": value for name, value in buffers.items()}
+    for name, parameter in observer.parameters.items():
+        for key, value in observer.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"state:{key}:{name}"] = value
+    return tensors
+
+
+def share_tensors(observer: StepObserver) -> dict[str, Tensor]:
+    """What parts other than the kernel have of the momentum buffers, by their names in a keyframe."""
+    shares = observer.momentum_shares.items()
+    return {f"share:{part}:{name}": value for part, held in shares for name, value in held.items()}
+
+
+def random_tensors(state: Tensors) -> dict[str, Tensor]:
+    """The state of the random generators, by its names in a file."""
+    return {f"random:{device}": value for device, value in state.items()}
+
+
+def random_state_in(file: TensorFile) -> Tensors:
+    """The state of the random generators that a file holds, by device."""
+    return file.prefixed("random:")
+
+
+def keyframe_header(observer: StepObserver, continues: bool) -> dict[str, Any]:
+    """What a keyframe holds beside its tensors."""
+    plain: dict[str, dict[str, Any]] = {}
+    for name, parameter in observer.parameters.items():
+        for key, value in observer.optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                plain.setdefault(name, {})[key] = value
+    return {"state": plain, "settings": settings_of(observer), "continues": continues}
+
+
+class Keyframe:
+    """A full checkpoint, read from its file, each tensor when it is asked for."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        self.parameters = file.prefixed("parameter:")
+        self.buffers = file.prefixed("buffer:")
+        self.settings: Settings = file.header["settings"]
+        self.continues: bool = file.header["continues"]
+        """Whether it follows from the steps before it by the optimizer alone, so that it can prove their replay."""
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's state by parameter."""
+        state: dict[str, dict[str, Any]] = {name: dict(plain) for name, plain in self._file.header["state"].items()}
+        for key, tensors in _by_first_word(self._file.prefixed("state:")).items():
+            for name, value in tensors.items():
+                state.setdefault(name, {})[key] = value
+        return state
+
+    def shares(self) -> dict[str, dict[str, Tensor]]:
+        """The shares of the momentum buffers by part and parameter."""
+        return _by_first_word(self._file.prefixed("share:"))
+
+    def state_names(self) -> set[str]:
+        """The names of the `checkpoint_tensors` and `share_tensors` that were written."""
+        return {name for name in self._file.names if not name.startswith("random:")}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file[name]
+
+
+def _by_first_word(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+    """Tensors called `word:rest`, by word and rest."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        word, rest = name.split(":", 1)
+        found.setdefault(word, {})[rest] = value
+    return found
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a segment holds of one step."""
+
+    settings: Settings
+    gradients: Tensors
+    """By parameter, as the optimizer used them; a parameter that had none is left out."""
+    auxiliary: Mapping[str, Tensors]
+    """By auxiliary loss and parameter, the gradients that went into these."""
+    buffers: Tensors
+    """The model's after the step, if it moved them; none otherwise."""
+    batches: tuple[Batch, ...]
+
+
+class SegmentDraft:
+    """Steps that wait in memory to be written as one segment."""
+
+    def __init__(self, written: set[str]) -> None:
+        """written: the names of the indices and weights that the trajectory holds; those of this segment are added."""
+        self.first = 0
+        self.steps: list[dict[str, Any]] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.size = 0
+        """Of the tensors, in bytes."""
+        self._settings: Settings | None = None
+        self._written = written
+
+    def add(self, number: int, record: StepRecord) -> None:
+        """Adds the next step. Of its tensors, only those that the training loop owns are copied: its batches'."""
+        if not self.steps:
+            self.first = number
+        for name, gradient in record.gradients.items():
+            self._keep(f"gradient:{number}:{name}", gradient)
+        for loss, gradients in record.auxiliary.items():
+            for name, gradient in gradients.items():
+                self._keep(f"auxiliary:{number}:{loss}:{name}", gradient)
+        for name, buffer in record.buffers.items():
+            self._keep(f"buffer:{number}:{name}", buffer)
+
+        changed = record.settings != self._settings
+        entry = {
+            "settings": record.settings if changed else None,
+            "auxiliary": list(record.auxiliary),
+            "batches": [self._batch(f"batch:{number}:{place}", batch) for place, batch in enumerate(record.batches)],
+        }
+        self._settings = record.settings
+        self.steps.append(entry)
+
+    def _batch(self, name: str, batch: Batch) -> dict[str, Any]:
+        numbers = itertools.count(1)
+
+        def put(tensor: Tensor) -> dict[str, str]:
+            key = f"{name}:{next(numbers)}"
+            self._keep(key, tensor.detach().clone())
+            return {"tensor": key}
+
+        for device, state in batch.random_state.items():
+            self._keep(f"{name}:random:{device}", state)
+        return {
+            "size": batch.size,
+            "weight": self._once("weight", batch.weight) if isinstance(batch.weight, Tensor) else batch.weight,
+            "index": None if batch.index is None else self._once("index", batch.index),
+            "data": tree_map(put, batch.data) if batch.index is None else None,
+            "clipped": batch.clipped,
+            "random": {device: f"{name}:random:{device}" for device in batch.random_state},
+        }
+
+    def _once(self, kind: str, tensor: Tensor) -> str:
+        """Keeps a tensor unless the trajectory has it already; returns its name, which is its content's hash."""
+        content = tensor.detach().cpu().contiguous()
+        name = f"{kind}:{hashlib.sha256(content.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:32]}"
+        if name not in self._written:
+            self._keep(name, content.clone())
+            self._written.add(name)
+        return name
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self.tensors[name] = tensor
+        self.size += tensor.numel() * tensor.element_size()
+
+
+class Segment:
+    """A segment opened for reading."""
+
+    def __init__(self, file: TensorFile, first: int, find: Callable[[str], Tensor]) -> None:
+        """first: the number of its first step. find: gives an index or weights by their name, which this segment or an
+        earlier one holds."""
+        self._file, self._first, self._find = file, first, find
+        self._steps: list[dict[str, Any]] = file.header["steps"]
+
+    def records(self, first: int, last: int) -> Iterator[StepRecord]:
+        """Steps first ≤ s < last, as far as they are in this segment."""
+        settings: Any = None
+        for number, entry in enumerate(self._steps[: max(0, last - self._first)], self._first):
+            settings = entry["settings"] or settings  # those of the step before, if not written again
+            if number >= first:
+                yield self._record(number, entry, settings)
+
+    def _record(self, number: int, entry: Mapping[str, Any], settings: Settings) -> StepRecord:
+        gradients, buffers = (self._file.prefixed(f"{kind}:{number}:") for kind in ("gradient", "buffer"))
+        auxiliary = {loss: self._file.prefixed(f"auxiliary:{number}:{loss}:") for loss in entry["auxiliary"]}
+        return StepRecord(settings, gradients, auxiliary, buffers, self.batches(number))
+
+    def batches(self, number: int) -> tuple[Batch, ...]:
+        """The batches of one step."""
+        return tuple(map(self._batch, self._steps[number - self._first]["batches"]))
+
+    def _batch(self, entry: Mapping[str, Any]) -> Batch:
+        weight, index = (
+            self._find(value) if isinstance(value, str) else value for value in (entry["weight"], entry["index"])
+        )
+        random = {device: self._file[name] for device, name in entry["random"].items()}
+        return Batch(entry["size"], weight, index, self._data(entry["data"]), random, entry["clipped"])
+
+    def _data(self, tree: Any) -> Any:
+        """The batch itself, with its tensors in their places (JSON has made lists of tuples)."""
+        if isinstance(tree, dict) and set(tree) == {"tensor"}:
+            return self._file[tree["tensor"]]
+        if isinstance(tree, dict):
+            return {key: self._data(item) for key, item in tree.items()}
+        return tuple(map(self._data, tree)) if isinstance(tree, list) else tree
+
+    def before(self, stop: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of the segment without the steps from `stop` on."""
+        kinds, late = ("gradient", "auxiliary", "buffer", "batch"), range(stop, self._first + len(self._steps))
+        dropped = tuple(f"{kind}:{number}:" for kind in kinds for number in late)
+        tensors = {name: self._file[name] for name in self._file.names if not name.startswith(dropped)}
+        return tensors, {"steps": self._steps[: stop - self._first]}
