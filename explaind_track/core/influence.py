@@ -111,7 +111,15 @@ class Influence:
 
     @property
     def residual(self) -> xr.DataArray:
-        """‖remainder‖₂ / ‖change‖₂ of every step (step), or of the steps' sum: how exact the split is."""
+        """‖remainder‖₂ / ‖change‖₂ of every step (step), or of the steps' sum: how exact the split is.
+
+        Example:
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> data = xr.Dataset({"residual": ("step", [1e-6, 3e-7])}, {"step": [0, 1]})
+            >>> Influence(data).residual.max().item()
+            1e-06
+        """
         return self.data["residual"]
 
     def total(self) -> xr.DataArray:

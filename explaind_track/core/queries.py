@@ -251,7 +251,14 @@ class Query:
         return 1 if self.reduction else self.size
 
     def rows(self, start: int, stop: int, device: torch.device) -> "Query":
-        """The same query for the inputs `[start:stop]` alone, on `device`."""
+        """The same query for the inputs `[start:stop]` alone, on `device`.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> len(Query.outputs(torch.ones(5, 4)).rows(1, 3, torch.device("cpu")))
+            2
+        """
 
         def cut(tensor: Tensor) -> Tensor:
             return tensor[start:stop].to(device)
