@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import MLP, MODELS, Matrices, Tied, encoder, inputs
 from optimizers import Lion
 from reference import Reference, Rule, Training, Turn, copies, gauss_legendre, reference
 from torch import Tensor, nn
@@ -15,95 +16,7 @@ from torch import Tensor, nn
 from explaind_track import Batch, Query, Step, StepObserver, resolve_groups
 from explaind_track.core.groups import Groups, GroupSpec
 
-SAMPLES, QUERIES, TOKENS = 7, 3, 4
-
-
-class MLP(nn.Module):
-    def __init__(self, activation: Callable[[Tensor], Tensor] = torch.tanh) -> None:
-        super().__init__()
-        self.first, self.second, self.activation = nn.Linear(3, 4), nn.Linear(4, 3), activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.activation(self.first(x)))
-
-
-class Attention(nn.Module):
-    """Two heads, in which queries, keys and values are the same vectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(TOKENS, 4)
-        self.project = nn.Linear(4, 4, bias=False)
-        self.decoder = nn.Linear(4, 3)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        heads = self.project(self.embedding(tokens)).unflatten(-1, (2, 2)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(heads, heads, heads)
-        return self.decoder(mixed.transpose(1, 2).flatten(-2)[:, -1])
-
-
-class Tied(nn.Module):
-    """Embedding and decoder are one parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.hidden = nn.Embedding(TOKENS, 3), nn.Linear(3, 3)
-        self.decoder = nn.Linear(3, TOKENS, bias=False)
-        self.decoder.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.decoder(torch.tanh(self.hidden(self.embedding(tokens).sum(1))))
-
-
-class Matrices(nn.Module):
-    """Without vectors, as Muon wants it: a tall matrix and a wide one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
-
-
-class Scaled(MLP):
-    """With a parameter that is one number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale
-
-
-def convolution() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3))
-
-
-def encoder() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(4, nhead=2, dim_feedforward=4, dropout=0.0, batch_first=True)
-    return nn.Sequential(layer, nn.Flatten(), nn.Linear(8, 3))
-
-
-def normalized() -> nn.Module:
-    """Its running statistics change with each step; a sample's loss depends on the whole batch."""
-    return nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
-
-
-def frozen() -> nn.Module:
-    model = MLP()
-    model.first.weight.requires_grad_(False)
-    return model
-
-
-INPUTS: dict[Any, tuple[int, ...]] = {convolution: (1, 6, 6), encoder: (2, 4)}
-
-
-def inputs(model: Callable[[], nn.Module], rows: int) -> Tensor:
-    if model in (Attention, Tied):
-        return torch.randint(TOKENS, (rows, 3))
-    return torch.randn(rows, *INPUTS.get(model, (3,)))
+SAMPLES, QUERIES = 7, 3
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -361,16 +274,6 @@ def batch_of(turn: Turn, clip: float, dtype: torch.dtype) -> Batch:
     return Batch(len(turn.index), torch.tensor(turn.weights, dtype=dtype) * clip, torch.tensor(turn.index))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: MLP(torch.relu),
-    "scaled": Scaled,
-    "attention": Attention,
-    "convolution": convolution,
-    "tied": Tied,
-    "frozen": frozen,
-    "encoder": encoder,
-    "normalized": normalized,
-}
 CASES = [
     *(Case(name, optimizer=make, loop=RAGGED) for name, make in OPTIMIZERS.items()),
     *(

@@ -3,24 +3,24 @@
 python tests/exactness.py
 """
 
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from cases import CASES, MODELS, OPTIMIZERS, Case
-from loops import LOOPS
+from cases import CASES, OPTIMIZERS, Case
+from helpers import AXES, SAMPLE_AXES, of_samples, run, wanted_influence, wanted_samples
+from loops import LOOPS, Loop
+from models import MODELS
+from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("engine", "explanation", "tracking")]
-from test_exactness import AXES, run, wanted_influence  # noqa: E402
-from test_loops import measure  # noqa: E402
-from test_sample_axis import AXES as SAMPLE_AXES  # noqa: E402
-from test_sample_axis import of_samples, wanted  # noqa: E402
-
-from explaind_track import Quadrature  # noqa: E402
-from explaind_track.errors import ForwardModeFallbackWarning  # noqa: E402
+from explaind_track import Quadrature, Trajectory, explain
+from explaind_track.errors import ForwardModeFallbackWarning, SampleMismatchWarning
 
 PAGE = Path(__file__).with_name("README.md")
 HEAD = """# What is exact
@@ -48,6 +48,57 @@ REFUSED = {
         "use a Tracker of the DistributedDataParallel in your own loop"
     ),
 }
+REFINED = Quadrature(tolerance=1e-9, nodes=4, max_nodes=64)
+TWO = {"quadrature": Quadrature.fixed(2), "progress": False}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is exact about a loop, as fractions of the largest number."""
+
+    residual: float
+    """The largest of all steps, refined; in float32 its part above the rounding floor."""
+    prediction: float
+    """By how much the sum of all parts misses the trained model's outputs."""
+    offline: float
+    """By how much the influences of the replayed record differ from the live ones."""
+    samples: float
+    """By how much the influences of single samples miss their sum, which is known without them."""
+    refusal: str = ""
+
+
+def measure(loop: Loop, directory: Path) -> Measured:
+    live = loop.run(trajectory=directory, quadrature=REFINED, keyframe_every=4)
+    by_step, by_output = (live.tracker.influence("query", keep) for keep in (("step", "group"), ("query", "output")))
+    floor = 4 * by_step.data["residual_floor"] * (loop.dtype is torch.float32)
+    final = live.query(live.model.eval()).detach()
+    missing = (torch.from_numpy(by_output.prediction().values) - final).abs().max() / final.abs().max()
+
+    trajectory, model = Trajectory.open(directory), loop.model().to(loop.dtype)
+    parts = live.tracker.parts("query")
+    offline = explain(trajectory, model, live.query, parts=parts, quadrature=REFINED, progress=False)
+    last = trajectory.state_dict(len(trajectory))
+    assert all(torch.equal(value, last[name]) for name, value in live.model.state_dict().items())
+
+    def data(index: Tensor) -> Any:
+        return loop.data(live.x[index], live.y[index])
+
+    refusal, error = "", float("nan")
+    try:
+        keep = ("group", "query", "output", "sample")
+        with pytest.warns(SampleMismatchWarning) if loop.rounded else nullcontext():
+            samples = explain(trajectory, model, live.query, keep=keep, sample_loss=loop.sample_loss, data=data, **TWO)
+        kernel = explain(trajectory, model, live.query, keep=keep[:-1], **TWO).data["influence"].sel(part="kernel")
+        error = float(abs(samples.data["influence"].sum("sample") - kernel).max() / abs(kernel).max())
+    except ValueError as raised:
+        refusal = str(raised)
+    return Measured(
+        float((by_step.residual - floor).clip(0).max()),
+        float(missing),
+        float(abs(offline.data["influence"] - by_step.data["influence"]).max()),
+        error,
+        refusal,
+    )
 
 
 def against_oracle(cases: list[Case]) -> tuple[float, float]:
@@ -58,7 +109,7 @@ def against_oracle(cases: list[Case]) -> tuple[float, float]:
         expected = wanted_influence(case.reference(1), case.resolved_groups(), ("kernel", "regularization"))
         groups = max(groups, float(abs(found.data["influence"].values - expected).max() / abs(expected).max()))
         data = of_samples(case, SAMPLE_AXES)
-        terms = wanted(case, data["sample"].values.tolist())[:, data["seen"].values.tolist()]
+        terms = wanted_samples(case, data["sample"].values.tolist())[:, data["seen"].values.tolist()]
         error = (torch.from_numpy(data["influence"].values) - terms).abs().max() / terms.abs().max()
         samples = max(samples, float(error))
     return groups, samples

@@ -6,16 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from models import Answer, Answers, Structured, TiedLayers, Tokens, Twice, batch_norm, dropout, frozen_norm, mlp
 from torch import Tensor, nn
 
 from explaind_track import Query, Tracker
 
 STEPS = 6
 Loss = Callable[[nn.Module, Any], Tensor]
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -159,17 +156,6 @@ def smoothed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none", label_smoothing=0.1)
 
 
-class Tokens(nn.Module):
-    """(B, T) tokens to (B, T, 5) logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(5, 6), nn.Linear(6, 5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.embedding(tokens)))
-
-
 def masked_tokens(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The next tokens' losses summed over each sequence, but for those at the padding 0."""
     tokens = batch[0]
@@ -273,52 +259,6 @@ def left_out(run: Run) -> None:
                 run.optimizer.step()
 
 
-def dropout() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))
-
-
-def batch_norm() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
-
-
-def frozen_norm() -> nn.Module:
-    """One module is in eval mode while the others train."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Tanh(), nn.Linear(6, 3))
-    model[1].eval()
-    return model
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.body(torch.tanh(self.body(x)))))
-
-
-class Answers(nn.Module):
-    """Takes two inputs by position and answers with a mapping."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
-
-    def forward(self, one: Tensor, two: Tensor) -> dict[str, Tensor]:
-        return {"logits": torch.tanh(self.left(one)) * self.right(two)}
-
-
 def answered(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     logits = model(batch["one"], batch["two"])["logits"]
     return F.cross_entropy(logits, batch["label"], reduction="none")
@@ -330,24 +270,6 @@ def with_mappings(run: Run) -> None:
             run.optimizer.zero_grad()
             run.backward(index, batch={"one": run.x[index], "two": run.x[index].flip(1), "label": run.y[index]})
             run.optimizer.step()
-
-
-@dataclass
-class Answer:
-    logits: Tensor
-    hidden: Tensor
-
-
-class Structured(nn.Module):
-    """Answers with a dataclass, or with a tuple."""
-
-    def __init__(self, kind: Callable[[Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        self.body, self.head, self.kind = nn.Linear(4, 4), nn.Linear(4, 3), kind
-
-    def forward(self, x: Tensor) -> Any:
-        hidden = torch.tanh(self.body(x))
-        return self.kind(self.head(hidden), hidden)
 
 
 def of_answer(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -394,7 +316,7 @@ LOOPS = [
     Loop("dropout", model=dropout),
     Loop("batch norm", model=batch_norm, optimizer=nesterov),
     Loop("module in eval mode", model=frozen_norm),
-    Loop("tied weights", model=Tied),
+    Loop("tied weights", model=TiedLayers),
     Loop("module used twice", model=Twice),
     Loop("mappings as batches and outputs, two inputs", with_mappings, Answers, sample_loss=answered, query=of_logits,
          data=lambda x, y: {"one": x, "two": x.flip(1), "label": y}),

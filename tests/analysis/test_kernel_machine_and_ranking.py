@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from cases import Case
-from conftest import make_job
-from test_exactness import cases, check, full
-from test_sample_axis import lasting, of_samples
+from helpers import cases, check, full, lasting, of_samples
+from jobs import make_job
 from torch import Tensor, nn
 
 from explaind_track import Quadrature, Trajectory, explain

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case
-from conftest import make_job
-from test_exactness import cases, check
+from helpers import cases, check
+from jobs import make_job
 
 from explaind_track import Quadrature, Trajectory
 from explaind_track.analysis import parameter_scores

@@ -8,9 +8,8 @@ import pytest
 import torch
 import xarray as xr
 from cases import Case
-from conftest import make_job, sample_loss
-from test_exactness import cases, check
-from test_sample_axis import lasting, of_samples
+from helpers import cases, check, lasting, of_samples
+from jobs import make_job, sample_loss
 
 from explaind_track import Quadrature, Trajectory
 from explaind_track.analysis import sample_cosine, similarity

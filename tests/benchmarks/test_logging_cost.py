@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import wandb
-from conftest import Server
+from servers import Server
 
 from explaind_track import open_run
 from explaind_track.record.history import AXIS

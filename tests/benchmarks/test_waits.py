@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import wandb
-from conftest import Server, close_wandb, make_job
+from jobs import make_job
+from servers import Server, close_wandb
 
 from explaind_track import open_run
 from explaind_track.wandb_io.sync import sync

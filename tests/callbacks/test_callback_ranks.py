@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import in_ranks, sample_loss
+from jobs import in_ranks, sample_loss
 from torch import nn
 
 from explaind_track import Influence, Quadrature, Query, Trajectory, explain

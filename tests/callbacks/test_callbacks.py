@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from conftest import Server
+from servers import Server
 from torch import nn
 
 from explaind_track import Query, Tracker, Trajectory, open_run

@@ -12,10 +12,11 @@ import pytest
 import torch
 import xarray as xr
 from click.testing import CliRunner, Result
-from conftest import Server, make_job, sample_loss
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import make_job, sample_loss
 from safetensors.torch import load_file
+from servers import Server
 
 from explaind_track import Influence, Quadrature, Task, Trajectory, explain, open_run
 from explaind_track.analysis import parameter_scores, prune_masks, similarity

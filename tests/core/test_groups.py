@@ -6,8 +6,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from cases import Case
+from helpers import AXES, cases, check, fixed, run, wanted_influence
 from hypothesis import Phase, given, settings
-from test_exactness import AXES, cases, check, fixed, run, wanted_influence
 
 from explaind_track import explain, resolve_groups
 from explaind_track.engine import directions

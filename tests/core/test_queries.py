@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import TARGETS, Case, Target
-from test_exactness import AXES, check, fixed, run
+from helpers import AXES, check, fixed, run
 from torch import Tensor, nn
 
 from explaind_track import Explainer, Quadrature, Query, explain

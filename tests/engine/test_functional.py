@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import ADAMW, LATE, MLP, QUERIES, RAGGED, TARGETS, Case, Target, encoder, mean
+from cases import ADAMW, LATE, QUERIES, RAGGED, TARGETS, Case, Target, mean
+from helpers import AXES, OWN_PARTS, cases, check, fixed, parts_of, run, wanted_influence
+from models import MLP, encoder
 from reference import flat
-from test_exactness import AXES, OWN_PARTS, cases, check, fixed, parts_of, run, wanted_influence
 from torch import Tensor, nn
 
 from explaind_track import Quadrature, Query, State, explain

@@ -9,20 +9,11 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from conftest import ROOT, TESTS, Job, make_job, sample_loss
+from jobs import KEEPS, ROOT, TESTS, Job, make_job, options_of
 
-from explaind_track import Influence, Quadrature, Query, Trajectory, explain, open_influence, plan_explanation
+from explaind_track import Influence, Query, Trajectory, explain, open_influence, plan_explanation
 from explaind_track.explanation import plan
 from explaind_track.explanation.digests import query_digest
-
-KEEPS = [
-    ("step", "group"),
-    ("step", "group", "query", "output"),
-    ("query", "output"),
-    ("seen", "group", "query", "sample"),
-    ("step", "query", "output", "sample"),
-    ("sample",),
-]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +23,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     job.run(tracker, 10)
     tracker.finish()
     return job, directory
-
-
-def options_of(job: Job, keep: tuple[str, ...]) -> dict[str, Any]:
-    options: dict[str, Any] = {"keep": keep, "window": (1, 9), "quadrature": Quadrature.fixed(1)}
-    if "sample" in keep:
-        options |= {"sample_loss": sample_loss, "data": lambda index: (job.x[index], job.y[index])}
-    if keep == ("sample",):
-        options["partition"] = job.y
-    return options
 
 
 @pytest.mark.parametrize("keep", KEEPS, ids="+".join)
@@ -128,9 +110,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import torch.distributed as dist
-from conftest import make_job
-sys.path.insert(0, sys.argv[1] + '/explanation')
-from test_plan import KEEPS, options_of
+from jobs import KEEPS, make_job, options_of
 from explaind_track import Trajectory, explain
 
 dist.init_process_group("gloo")

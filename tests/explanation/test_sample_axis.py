@@ -1,6 +1,5 @@
 """Influences of single training samples against the oracle, which keeps a momentum buffer for each of them."""
 
-from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from cases import Case
-from conftest import OPTIMIZERS, Job, make_job, sample_loss
+from helpers import SAMPLE_AXES, cases, check, of_samples, wanted_samples
+from jobs import OPTIMIZERS, Job, make_job, sample_loss
+from models import Dropped
 from reference import copies
-from test_exactness import cases, check
 from torch import Tensor, nn
 
 from explaind_track import Batch, Influence, Quadrature, Query, Step, StepObserver, Tracker, Trajectory, explain
@@ -21,33 +21,12 @@ from explaind_track.core.rng import random_state
 from explaind_track.engine import per_sample as products_module
 from explaind_track.errors import ForwardModeFallbackWarning, SampleMismatchWarning
 
-AXES = ("step", "seen", "group", "query", "output", "sample")
-
-
-@cache
-def lasting(case: Case) -> list[Step]:
-    return case.lasting_steps()
-
-
-def of_samples(case: Case, keep: tuple[str, ...], **options: Any) -> xr.Dataset:
-    options = {"quadrature": Quadrature.fixed(1), "progress": False, **case.sample_options(), **options}
-    model, steps = case.make(9), lasting(case)
-    return explain(steps, model, case.query(), groups=case.resolved_groups(), keep=keep, **options).data
-
-
-def wanted(case: Case, samples: list[int], nodes: int = 1) -> Tensor:
-    """Ψ by step, seen step, group, query, output and sample, from c_{s,i} and the rest."""
-    oracle = case.reference(nodes)
-    own = oracle.train[:, :, list(samples)]  # N N M D
-    terms = torch.einsum("sxjd,sikd->sdixjk", oracle.test, own)
-    return oracle.over(case.resolved_groups(), terms).transpose(1, 2)
-
 
 @cases()
 def test_sample_sums_are_those_of_the_influence_tensor(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products_module, "FORWARD_DIRECTIONS", 10**6)
-    data = of_samples(case, AXES)
-    expected = wanted(case, data["sample"].values.tolist())[:, data["seen"].values.tolist()]
+    data = of_samples(case, SAMPLE_AXES)
+    expected = wanted_samples(case, data["sample"].values.tolist())[:, data["seen"].values.tolist()]
     check(data["influence"], expected)
     check(data["kernel"], expected.sum((1, -1)))
     assert float(data["mismatch"].max()) < 1e-8
@@ -59,24 +38,24 @@ def test_sample_sums_are_those_of_the_influence_tensor(case: Case, monkeypatch: 
        "adamw-thawed", "late-activation")  # fmt: skip
 def test_gradients_of_samples_give_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products_module, "FORWARD_DIRECTIONS", 0)
-    data = of_samples(case, AXES[2:])
-    check(data["influence"], wanted(case, data["sample"].values.tolist()).sum((0, 1)))
+    data = of_samples(case, SAMPLE_AXES[2:])
+    check(data["influence"], wanted_samples(case, data["sample"].values.tolist()).sum((0, 1)))
     assert float(data["mismatch"].max()) < 1e-8
 
 
 @cases("sgd-nesterov-decay")
 def test_every_choice_of_axes_is_a_sum_of_the_full_array(case: Case) -> None:
-    whole = of_samples(case, AXES)["influence"]
+    whole = of_samples(case, SAMPLE_AXES)["influence"]
     for count in range(5):
-        for keep in combinations(AXES[:-1], count):
+        for keep in combinations(SAMPLE_AXES[:-1], count):
             found = of_samples(case, (*keep, "sample"), memory=3 * 8 * 31 * 4)["influence"]
-            check(found, whole.sum([axis for axis in AXES[:-1] if axis not in keep]), float(abs(whole).max()))
+            check(found, whole.sum([axis for axis in SAMPLE_AXES[:-1] if axis not in keep]), float(abs(whole).max()))
 
 
 @cases("adamw-betas", "sgd-momentum-decay", "sgd-nesterov-decay")
 def test_a_window_acts_through_all_that_was_seen_before_it(case: Case) -> None:
     data = of_samples(case, ("seen", "query", "output", "sample"), window=(2, 3))
-    expected = wanted(case, data["sample"].values.tolist())[2].sum(1)
+    expected = wanted_samples(case, data["sample"].values.tolist())[2].sum(1)
     check(data["influence"], expected[data["seen"].values.tolist()])
     assert data["seen"].values.tolist() == [0, 1, 2]
 
@@ -89,7 +68,7 @@ def test_parts_of_a_partition_are_sums_of_their_samples(case: Case) -> None:
         parts = of_samples(case, keep, partition=labels)["influence"]
         for label in "abc":
             members = [k for k in single["sample"].values.tolist() if labels[k] == label]
-            expected = single.sel(sample=members).sum(["sample", *(a for a in AXES[2:5] if a not in keep)])
+            expected = single.sel(sample=members).sum(["sample", *(a for a in SAMPLE_AXES[2:5] if a not in keep)])
             check(parts.sel(sample=label), expected, float(abs(single).max()))
     some = of_samples(case, ("query", "sample"), partition=labels, samples=[1, 4, 5])["influence"]
     wanted_ones = single.sum(["group", "output"])
@@ -110,18 +89,7 @@ def test_some_samples_are_pieces_of_all(case: Case) -> None:
 def test_a_loss_that_vmap_refuses_goes_forward_and_says_so(case: Case) -> None:
     with pytest.warns(ForwardModeFallbackWarning, match="one direction at a time"):
         found = of_samples(case, ("query", "output", "sample"))["influence"]
-    check(found, wanted(case, list(range(7))).sum((0, 1, 2)))
-
-
-class Dropped(nn.Module):
-    """Dropout and batch norm: a sample's loss depends on chance and on its batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.second = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(F.dropout(torch.tanh(self.norm(self.first(x))), 0.4, self.training))
+    check(found, wanted_samples(case, list(range(7))).sum((0, 1, 2)))
 
 
 @pytest.mark.parametrize("rows", ["all", "sum"])

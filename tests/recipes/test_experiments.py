@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import xarray as xr
-from conftest import MainJob, Server
+from jobs import MainJob
 from omegaconf import DictConfig, OmegaConf
+from servers import Server
 from torch import nn
 
 from explaind_track import Trajectory

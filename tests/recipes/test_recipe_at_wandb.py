@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
-from conftest import ROOT, Server
+from jobs import ROOT
+from servers import Server
 
 from explaind_track import Influence, Quadrature, Trajectory, explain
 from explaind_track.record.history import read_rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MainJob
+from jobs import MainJob
 from safetensors import safe_open
 
 from explaind_track import Influence, Trajectory

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_job
+from jobs import make_job
 
 from explaind_track import Influence, Trajectory
 from explaind_track.errors import TrajectoryError

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import xarray as xr
-from conftest import sample_loss
+from jobs import sample_loss
 from torch import nn
 
 from explaind_track import Influence, Query, Tracker, Trajectory

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import xarray as xr
-from conftest import OPTIMIZERS, TESTS, make_job, sample_loss
+from jobs import OPTIMIZERS, TESTS, make_job, sample_loss
 from torch import nn
 
 from explaind_track import Influence, Query, Tracker, Trajectory, explain
@@ -272,7 +272,7 @@ def test_a_replay_that_misses_its_keyframe_says_so(
 def test_a_killed_run_leaves_a_whole_trajectory(tmp_path: Path) -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from conftest import make_job\n"
+        "from jobs import make_job\n"
         "job = make_job(); tracker = job.tracker(trajectory=sys.argv[2], keyframe_every=5)\n"
         "job.run(tracker, 100000)\n"
     )

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import xarray as xr
-from conftest import Job, in_ranks, make_job, sample_loss
-from test_sample_axis import Dropped
+from jobs import Job, in_ranks, make_job, sample_loss
+from models import Dropped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

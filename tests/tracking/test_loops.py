@@ -1,22 +1,18 @@
 """Training loops as people have them: influences are exact in each, live and offline, or refused with the reason."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import MODELS, OPTIMIZERS
-from conftest import TESTS
+from cases import OPTIMIZERS
+from exactness import measure
+from jobs import TESTS
 from loops import LOOPS, Loop
-from torch import Tensor, nn
+from models import MODELS
+from torch import nn
 
-from explaind_track import Quadrature, Query, Tracker, Trajectory, explain
-from explaind_track.errors import SampleMismatchWarning
-
-REFINED = Quadrature(tolerance=1e-9, nodes=4, max_nodes=64)
-TWO = {"quadrature": Quadrature.fixed(2), "progress": False}
+from explaind_track import Query, Tracker
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.id)
@@ -31,55 +27,6 @@ def test_a_loop_is_explained_exactly(loop: Loop, tmp_path: Path) -> None:
         assert loop.refused in found.refusal
     else:
         assert found.samples <= (1e-9 if exact else 0.1 if loop.rounded else 1e-4)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is exact about a loop, as fractions of the largest number."""
-
-    residual: float
-    """The largest of all steps, refined; in float32 its part above the rounding floor."""
-    prediction: float
-    """By how much the sum of all parts misses the trained model's outputs."""
-    offline: float
-    """By how much the influences of the replayed record differ from the live ones."""
-    samples: float
-    """By how much the influences of single samples miss their sum, which is known without them."""
-    refusal: str = ""
-
-
-def measure(loop: Loop, directory: Path) -> Measured:
-    live = loop.run(trajectory=directory, quadrature=REFINED, keyframe_every=4)
-    by_step, by_output = (live.tracker.influence("query", keep) for keep in (("step", "group"), ("query", "output")))
-    floor = 4 * by_step.data["residual_floor"] * (loop.dtype is torch.float32)
-    final = live.query(live.model.eval()).detach()
-    missing = (torch.from_numpy(by_output.prediction().values) - final).abs().max() / final.abs().max()
-
-    trajectory, model = Trajectory.open(directory), loop.model().to(loop.dtype)
-    parts = live.tracker.parts("query")
-    offline = explain(trajectory, model, live.query, parts=parts, quadrature=REFINED, progress=False)
-    last = trajectory.state_dict(len(trajectory))
-    assert all(torch.equal(value, last[name]) for name, value in live.model.state_dict().items())
-
-    def data(index: Tensor) -> Any:
-        return loop.data(live.x[index], live.y[index])
-
-    refusal, error = "", float("nan")
-    try:
-        keep = ("group", "query", "output", "sample")
-        with pytest.warns(SampleMismatchWarning) if loop.rounded else nullcontext():
-            samples = explain(trajectory, model, live.query, keep=keep, sample_loss=loop.sample_loss, data=data, **TWO)
-        kernel = explain(trajectory, model, live.query, keep=keep[:-1], **TWO).data["influence"].sel(part="kernel")
-        error = float(abs(samples.data["influence"].sum("sample") - kernel).max() / abs(kernel).max())
-    except ValueError as raised:
-        refusal = str(raised)
-    return Measured(
-        float((by_step.residual - floor).clip(0).max()),
-        float(missing),
-        float(abs(offline.data["influence"] - by_step.data["influence"]).max()),
-        error,
-        refusal,
-    )
 
 
 def test_the_page_tells_of_all_that_is_tested() -> None:

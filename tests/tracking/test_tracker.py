@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_job, sample_loss
+from jobs import make_job, sample_loss
 from torch import nn
 
 from explaind_track import Quadrature, Query, Tracker

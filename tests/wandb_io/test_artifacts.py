@@ -12,7 +12,8 @@ import pytest
 import torch
 import wandb
 import xarray as xr
-from conftest import Server, make_job
+from jobs import make_job
+from servers import Server
 
 from explaind_track import Trajectory, explain, log_result, open_influence, open_run
 from explaind_track.errors import LoggingWarning, TrajectoryError

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import wandb
-from conftest import TESTS, Server, make_job
+from jobs import TESTS, make_job
+from servers import Server
 
 from explaind_track import Trajectory, open_run
 from explaind_track.errors import LoggingWarning, TrajectoryError
@@ -179,7 +180,7 @@ sys.path.insert(0, sys.argv[1])
 from contextlib import suppress
 from pathlib import Path
 import wandb
-from conftest import make_job
+from jobs import make_job
 from explaind_track import artifacts, open_run
 artifacts.FINISH_SECONDS = 2.0
 staging, record, mode = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -228,7 +229,7 @@ import os, sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from conftest import make_job
+from jobs import make_job
 from explaind_track import open_run
 out = Path(sys.argv[2])
 modes = sys.argv[3:]

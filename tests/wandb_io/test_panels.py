@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from conftest import Server, make_job
+from jobs import make_job
+from servers import Server
 
 from explaind_track import Quadrature, Trajectory, open_run, where_to_look
 from explaind_track.errors import LoggingWarning, ResumeWarning
