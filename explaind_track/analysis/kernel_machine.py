@@ -7,8 +7,8 @@ for log-probabilities and the negative log-likelihood, the model is the kernel m
 I = Σ_i I_i.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,9 @@ from explaind_track.engine.functional import Functional
 from explaind_track.engine.integrator import MEMORY
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.engine.targets import check_query
-from explaind_track.explanation.sample_axis import Data, SampleAxis
+from explaind_track.explanation.sample_axis import Array, Data, SampleAxis, batches_with_data, choose_indices
 from explaind_track.explanation.sample_plan import SamplePlan
-from explaind_track.explanation.step_source import choose_samples, source_of
+from explaind_track.explanation.step_source import RepeatableSteps, StepSource, Window
 from explaind_track.record.trajectory import Trajectory
 
 Outputs = Callable[[nn.Module, Any], Tensor]
@@ -36,26 +36,47 @@ OutputLoss = Callable[[Tensor, Any], Tensor]
 """`loss(outputs, batch)` → unreduced losses (N,)."""
 
 
-@dataclass(frozen=True)
-class OutputSamples(SampleAxis):
-    """Every output of every sample takes a sample's place; the loss gradient a_{i,k} is what each counts."""
+class LossGradients:
+    """The samples' a_{i,k}, as the steps are gone back over: the last step's, and how far the others lie from it."""
 
-    model: nn.Module | None = None
-    output_loss: OutputLoss | None = None
-    outputs: int = 0
-    first: dict[int, Tensor] = field(default_factory=dict)
-    """a_k (O,) by place, as it was when it was first met."""
-    spread: dict[int, float] = field(default_factory=dict)
-    """By place: the largest |a_{i,k} − a_k|."""
+    def __init__(self) -> None:
+        self._last: dict[int, Tensor] = {}
+        self._spread: dict[int, float] = {}
+
+    def note(self, places: Tensor, gradients: Tensor) -> None:
+        """One step's: the samples' places (N,), and a_{i,k} (N, O)."""
+        for place, row in zip(places.tolist(), gradients, strict=True):
+            last = self._last.setdefault(place, row)
+            self._spread[place] = max(self._spread.get(place, 0.0), float((row - last).abs().max()))
+
+    def last(self, samples: int, outputs: int) -> Array:
+        """a_k of the last step that saw each sample, (samples, outputs); NaN where none did."""
+        never = np.full(outputs, np.nan)
+        return np.stack([self._last[k].cpu().numpy() if k in self._last else never for k in range(samples)])
+
+    def spread(self, samples: int) -> Array:
+        """The largest |a_{i,k} − a_k| of each sample, (samples,); NaN where no step saw it."""
+        return np.array([self._spread.get(place, np.nan) for place in range(samples)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputAxis(SampleAxis):
+    """The axis of samples and their outputs: each of a sample's O outputs takes a place, and is the sample's loss; the
+    loss gradient a_{i,k} is what it counts in the step's gradient."""
+
+    model: nn.Module
+    output_loss: OutputLoss
+    outputs: int
+    gradients: LossGradients
+    """Takes note of those that are met."""
 
     def batches(self, step: Step) -> Iterator[tuple[Batch, Tensor, Tensor | float]]:
         for batch, places, _ in super().batches(step):
             gradient = self._loss_gradient(step, batch)
-            for place, row in zip(places.tolist(), gradient, strict=True):
-                known = self.first.setdefault(place, row)
-                self.spread[place] = max(self.spread.get(place, 0.0), float((row - known).abs().max()))
-            own = places[:, None] * self.outputs + torch.arange(self.outputs)
-            expanded = torch.where(places[:, None] < 0, -1, own).flatten()
+            self.gradients.note(places, gradient)
+
+            output_places = places[:, None] * self.outputs + torch.arange(self.outputs)
+            expanded = torch.where(places[:, None] < 0, -1, output_places).flatten()
             weight = batch.weight
             if isinstance(weight, Tensor):
                 weight = weight.repeat_interleave(self.outputs)
@@ -63,20 +84,14 @@ class OutputSamples(SampleAxis):
 
     def _loss_gradient(self, step: Step, batch: Batch) -> Tensor:
         """a_{i,k}, (N, O)."""
-        assert self.model is not None  # set where these are made
-        assert self.output_loss is not None
-        buffers = {name: value.clone() for name, value in step.before.buffers.items()}
-        with replayed_random_state(batch.random_state), torch.no_grad():
-            found: Tensor = Functional(self.model)(
-                State(step.before.parameters, buffers), lambda model: self.loss(model, batch.data)
-            )
+        found = _as_trained(self.model, step, batch, self.loss)
         leaf = found.reshape(-1, self.outputs).requires_grad_()
         with torch.enable_grad():
             return torch.autograd.grad(self.output_loss(leaf, batch.data).sum(), leaf)[0]
 
 
 def kernel_machine(
-    steps: "Trajectory | Iterable[Step]",
+    steps: Trajectory | Iterable[Step],
     model: nn.Module,
     query: Query,
     *,
@@ -85,70 +100,130 @@ def kernel_machine(
     data: Data | None = None,
     groups: GroupSpec = None,
     keep: Sequence[str] = ("query", "output"),
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     samples: Iterable[int] | None = None,
     quadrature: Quadrature | None = None,
     memory: int = MEMORY,
     progress: bool = True,
 ) -> xr.Dataset:
-    """The kernels and the loss gradients of a run, or of a window of its steps.
+    """Computes the kernels and the loss gradients of a run, or of a window of its steps (Cor. F.1).
 
-    outputs, loss: the sample's loss in two pieces, `loss(outputs(model, batch), batch)` → (N,).
-    keep:          some of "step", "seen", "group", "query", "output" (see `explain`).
+    Costs one forward-mode derivative for each target and group.
 
-    Returns `kernel` I (kept axes, sample, train_output); `loss_gradient` a_k (sample, train_output), from the last step
-    that saw the sample; `spread` (sample), the largest difference of a_{i,k} from it over the steps. If that is 0,
-    `prediction_change` (kept axes without seen), −Σ_k I(x, x_k) a_k, is all that the samples did. Costs one
-    forward-mode derivative for each target and group. Raises ValueError as `explain` does.
+    Args:
+        steps: As in `explain`, but that a stream's steps have to last.
+        model: The module that was trained.
+        query: X inputs (or one reduction of them) with O outputs each, whose predictions are taken apart.
+        outputs: `(model, batch)` → (N, O); with `loss`, the sample's loss in two pieces.
+        loss: `(outputs, batch)` → unreduced losses (N,).
+        data: From an index tensor (N,) to the batch that both take; not needed where the trajectory holds the batches
+            themselves.
+        groups: As in `explain`.
+        keep: Some of "step", "seen", "group", "query", "output" (see `explain`).
+        window: `(first, last)`, steps first ≤ s < last; None: all.
+        samples: The training indices asked for; None: all.
+        quadrature: As in `explain`.
+        memory: Bytes one pass may take.
+        progress: Show a bar.
+
+    Returns:
+        `kernel` I (kept axes, sample, train_output); `loss_gradient` a_k (sample, train_output), from the last step
+        that saw the sample; `spread` (sample), the largest difference of a_{i,k} from it over the steps; `mismatch`
+        (walked) as in `explain`. If the spread is 0, `prediction_change` (kept axes without seen), −Σ_k I(x, x_k) a_k,
+        is all that the samples did.
+
+    Raises:
+        ValueError: As `explain` does, and for `outputs` that are not (N, O).
+
+    Example:
+        >>> import tempfile, torch
+        >>> from explaind_track import Query, Tracker, Trajectory
+        >>> from explaind_track.analysis import kernel_machine
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LogSoftmax(-1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     tracker = Tracker(model, optimizer, queries={}, trajectory=directory)
+        ...     for _ in range(3):
+        ...         with tracker.step():
+        ...             optimizer.zero_grad()
+        ...             tracker.batch((x, y), index=torch.arange(8))
+        ...             torch.nn.functional.nll_loss(model(x), y).backward()
+        ...             optimizer.step()
+        ...     tracker.finish()
+        ...     found = kernel_machine(
+        ...         Trajectory.open(directory), model, Query.outputs(x[:4]), data=lambda index: (x[index], y[index]),
+        ...         outputs=lambda model, batch: model(batch[0]), progress=False,
+        ...         loss=lambda outputs, batch: torch.nn.functional.nll_loss(outputs, batch[1], reduction="none"),
+        ...     )
+        >>> dict(found["kernel"].sizes)
+        {'query': 4, 'output': 2, 'sample': 8, 'train_output': 2}
+        >>> float(found["spread"].max())  # log-probabilities: the same at every step
+        0.0
+        >>> found["prediction_change"].shape
+        (4, 2)
     """
-    source = source_of(steps, model, window)
+    source = StepSource.of(steps, model, window).repeatable()
     check_query(model, query)
-    chosen = choose_samples(
-        source, window[1] if window else len(source), lambda *_: torch.empty(0), data, samples, None
+    indices = choose_indices(source, data, samples)
+    count = _output_count(source, model, outputs, data)
+
+    gradients = LossGradients()
+    axis = OutputAxis(
+        loss=lambda module, batch: outputs(module, batch).reshape(-1),
+        data=data,
+        labels=range(len(indices) * count),
+        place={index: place for place, index in enumerate(indices)},
+        alone=False,
+        model=model,
+        output_loss=loss,
+        outputs=count,
+        gradients=gradients,
     )
-    step, batch = _first(source, chosen)
-    with torch.no_grad(), replayed_random_state(batch.random_state):
-        buffers = {name: value.clone() for name, value in step.before.buffers.items()}
-        shape = Functional(model)(State(step.before.parameters, buffers), lambda own: outputs(own, batch.data)).shape
+    resolved = resolve_groups(groups, dict(model.named_parameters()))
+    plan = SamplePlan(source, model, query, resolved, (*keep, "sample"), axis, quadrature, memory, progress)
+    influence = plan.run().data
+    return _labelled(influence, indices, gradients.last(len(indices), count), gradients.spread(len(indices)))
+
+
+def _output_count(source: RepeatableSteps, model: nn.Module, outputs: Outputs, data: Data | None) -> int:
+    """O, found on the run's first batch. Raises ValueError for outputs that are not (N, O)."""
+    step = next(step for step in source.forwards(source.start, source.last) if step.batches)
+    batch = next(batches_with_data(step, data))
+    shape = _as_trained(model, step, batch, outputs).shape
     if len(shape) != 2 or shape[0] != batch.size:
         raise ValueError(f"outputs must return (N, O) for the batch's {batch.size} samples, not {tuple(shape)}")
-    places = {index: place for place, index in enumerate(chosen.labels)}
-    expanded = OutputSamples(
-        lambda own, data: outputs(own, data).reshape(-1), data, range(len(places) * shape[1]), places, False, False,
-        model, loss, shape[1],
-    )  # fmt: skip
-    resolved = resolve_groups(groups, dict(model.named_parameters()))
-    axes = (*keep, "sample")
-    plan = SamplePlan(source, model, query, resolved, axes, window, expanded, quadrature, memory, progress)
-    return _together(plan.run().data, chosen.labels, expanded)
+    return shape[1]
 
 
-def _first(source: Any, samples: SampleAxis) -> tuple[Step, Batch]:
-    for step in source.steps(0, len(source)):
-        for batch, *_ in samples.batches(step):
-            return step, batch
-    raise ValueError("the run has no record of its batches")  # choose_samples has found some
+def _as_trained(model: nn.Module, step: Step, batch: Batch, outputs: Outputs) -> Tensor:
+    """The outputs of the batch as they were in training: with its parameters, buffers and random numbers."""
+    buffers = {name: value.clone() for name, value in step.before.buffers.items()}
+    with torch.no_grad(), replayed_random_state(batch.random_state):
+        found: Tensor = Functional(model)(
+            State(step.before.parameters, buffers), lambda module: outputs(module, batch.data)
+        )
+    return found
 
 
-def _together(data: xr.Dataset, labels: Sequence[Any], samples: OutputSamples) -> xr.Dataset:
-    found = data["influence"]
-    axes = [axis for axis in found.dims if axis != "sample"]
-    values = found.transpose(*axes, "sample").values.reshape(*(found.sizes[a] for a in axes), len(labels), -1)
-    gradient = np.stack([_row(samples.first, place, samples.outputs) for place in range(len(labels))])
-    variables: Mapping[str, Any] = {
-        "kernel": ((*axes, "sample", "train_output"), values),
+def _labelled(influence: xr.Dataset, indices: Sequence[int], gradient: Array, spread: Array) -> xr.Dataset:
+    """The kernels beside the loss gradients (sample, train_output) and their spread (sample)."""
+    values = influence["influence"]
+    axes = [axis for axis in values.dims if axis != "sample"]
+    kernel = values.transpose(*axes, "sample").values
+    variables: dict[str, Any] = {
+        "kernel": ((*axes, "sample", "train_output"), kernel.reshape(*kernel.shape[:-1], len(indices), -1)),
         "loss_gradient": (("sample", "train_output"), gradient),
-        "spread": (("sample",), np.array([samples.spread.get(place, np.nan) for place in range(len(labels))])),
-        "mismatch": data["mismatch"],
+        "spread": (("sample",), spread),
+        "mismatch": influence["mismatch"],
     }
-    coordinates = {str(axis): data[axis].values for axis in axes if axis in data.coords}
-    result = xr.Dataset(variables, {**coordinates, "sample": np.array(labels)}, data.attrs)
+    labels = {str(axis): influence[axis].values for axis in axes if axis in influence.coords}
+    result = xr.Dataset(variables, {**labels, "sample": np.array(indices)}, influence.attrs)
+
+    # Σ_k I a_k is all that the samples did if a_k is the same at all steps
     scale = np.nanmax(np.abs(gradient), initial=0.0)
     if float(result["spread"].max()) <= 1e-6 * scale:
         change = -(result["kernel"] * result["loss_gradient"]).sum(["sample", "train_output"])
         result["prediction_change"] = change.sum("seen") if "seen" in change.dims else change
     return result
-
-
-def _row(rows: Mapping[int, Tensor], place: int, outputs: int) -> np.ndarray[Any, Any]:
-    return rows[place].cpu().numpy() if place in rows else np.full(outputs, np.nan)

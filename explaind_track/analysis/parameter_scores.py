@@ -1,7 +1,6 @@
 """Influence and importance of every single parameter: Ψ_S(θ) and Ψ̄_S(θ), by which the paper prunes (§4.1)."""
 
-from collections.abc import Iterable, Iterator, Sized
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +8,14 @@ from tqdm import tqdm
 
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
-from explaind_track.core.tensors import size_in_bytes
+from explaind_track.core.tensors import cuts, size_in_bytes
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.integrator import MEMORY, Integrator
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.engine.targets import check_query, kept_targets, output_count, some_outputs
-
-if TYPE_CHECKING:
-    from explaind_track.record.trajectory import Trajectory
+from explaind_track.explanation.step_source import StepSource, Window
+from explaind_track.record.trajectory import Trajectory
 
 
 class ParameterScores:
@@ -27,9 +25,15 @@ class ParameterScores:
     """
 
     def __init__(
-        self, model: nn.Module, query: Query, part: str = "kernel", quadrature: Quadrature | None = None,
-        memory: int = MEMORY, *, apart: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        query: Query,
+        part: str = "kernel",
+        quadrature: Quadrature | None = None,
+        memory: int = MEMORY,
+        *,
+        apart: bool = False,
+    ) -> None:
         """apart: keep the targets apart; else they are summed first."""
         kept = query if apart else kept_targets(query, ())
         self.part = part
@@ -39,6 +43,7 @@ class ParameterScores:
         """By parameter, (targets, *shape); nothing for those that no step has moved."""
 
     def add(self, step: Step) -> None:
+        """Takes one step in. Raises ValueError if it does not have the part."""
         if not step.updates:
             return
         self._integrator.parts(step)  # raises for one that there is not
@@ -51,50 +56,74 @@ class ParameterScores:
 
 
 def parameter_scores(
-    steps: "Trajectory | Iterable[Step]",
+    steps: Trajectory | Iterable[Step],
     model: nn.Module,
     query: Query,
     *,
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     part: str = "kernel",
     importance: bool = False,
     quadrature: Quadrature | None = None,
     memory: int = MEMORY,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Ψ_S(θ) of every parameter, of its shape: the signed influence on the sum of the query's targets over a window of
-    steps S (None: all). Summed over a group's parameters, it is the group's.
+    """Scores every parameter by its influence Ψ_S(θ) on the query over a window of steps S (§4.1).
 
-    importance: Ψ̄_S(θ) = Σ_x Σ_j |Ψ_S(θ, x)_j| instead, which takes one copy of the parameters for each target in
-                flight, and so goes through the trajectory once for every chunk of them that `memory` bytes hold.
-    part:       "kernel", "regularization", or another of a step's parts.
+    The score is signed, and of the sum of the query's targets. Summed over a group's parameters, it is the group's.
 
-    Raises ValueError for a window outside of the record, a model that is not the one trained, a part that there is not,
-    a query that cannot be differentiated, and importance of steps that can be gone through only once.
+    Args:
+        steps: As in `explain`; they have to last where the importance takes several passes.
+        model: The module that was trained.
+        query: Whose targets are scored on: X inputs (or one reduction of them) with O outputs each.
+        window: `(first, last)`, steps first ≤ s < last; None: all.
+        part: "kernel", "regularization", or another of a step's parts.
+        importance: Ψ̄_S(θ) = Σ_x Σ_j |Ψ_S(θ, x)_j| instead, which takes one copy of the parameters for each target in
+            flight, and so goes through the steps once for every chunk of targets that `memory` holds.
+        quadrature: As in `explain`.
+        memory: Bytes one pass may take.
+        progress: Show a bar.
+
+    Returns:
+        Scores by parameter, each of its parameter's shape.
+
+    Raises:
+        ValueError: For a window outside of the run, a model that is not the one trained, a part that there is not, a
+            query that cannot be differentiated, and steps that have to last and do not.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from explaind_track import Query, Tracker, Trajectory
+        >>> from explaind_track.analysis import parameter_scores
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     tracker = Tracker(model, optimizer, queries={}, trajectory=directory)
+        ...     for _ in range(3):
+        ...         with tracker.step():
+        ...             optimizer.zero_grad()
+        ...             torch.nn.functional.cross_entropy(model(x), y).backward()
+        ...             optimizer.step()
+        ...     tracker.finish()
+        ...     scores = parameter_scores(Trajectory.open(directory), model, Query.loss(x, y), progress=False)
+        >>> {name: tuple(score.shape) for name, score in scores.items()}
+        {'weight': (2, 3), 'bias': (2,)}
+        >>> bool(sum(score.sum() for score in scores.values()) > 0)  # it is subtracted: the loss fell
+        True
     """
-    from explaind_track.record.trajectory import Trajectory
-
-    if isinstance(steps, Trajectory):
-        steps.check_model(model)
-        first, last = window or (0, len(steps))
-        source: Iterable[Step] = _Again(steps, first, last)
-    elif window is not None:
-        raise ValueError("a window is for trajectories; pass the steps that you want")
-    else:
-        source = steps
+    source = StepSource.of(steps, model, window)
     check_query(model, query)
-    parameters = dict(model.named_parameters())
-    total = {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()}
-    chunks = list(_chunks(model, query, memory)) if importance else [query]
-    if len(chunks) > 1 and iter(source) is source:
-        raise ValueError(
-            f"the importance takes {len(chunks)} passes over the steps, but these can be gone through only once; pass "
-            "the trajectory, a list of lasting steps, or more memory="
-        )
-    with tqdm(desc="scores", unit="step", total=_length(source, len(chunks)), disable=not progress) as bar:
+    chunks = _target_chunks(model, query, memory) if importance else [query]
+    if len(chunks) > 1:
+        source = source.repeatable()
+
+    total = {name: torch.zeros_like(value, requires_grad=False) for name, value in model.named_parameters()}
+    count = len(source) * len(chunks) or None
+    with tqdm(desc="scores", unit="step", total=count, disable=not progress) as bar:
         for chunk in chunks:
             scores = ParameterScores(model, chunk, part, quadrature, memory, apart=importance)
-            for step in source:
+            for step in source.forwards(source.first, source.last):
                 scores.add(step)
                 bar.update()
             for name, rows in scores.rows.items():
@@ -102,32 +131,18 @@ def parameter_scores(
     return total
 
 
-class _Again:
-    """A trajectory's steps, as often as wanted."""
-
-    def __init__(self, trajectory: "Trajectory", first: int, last: int) -> None:
-        self._trajectory, self._first, self._last = trajectory, first, last
-
-    def __iter__(self) -> Iterator[Step]:
-        return self._trajectory.steps(self._first, self._last)
-
-    def __len__(self) -> int:
-        return self._last - self._first
-
-
-def _length(steps: Iterable[Step], times: int) -> int | None:
-    return len(steps) * times if isinstance(steps, Sized) else None
-
-
-def _chunks(model: nn.Module, query: Query, memory: int) -> Iterator[Query]:
+def _target_chunks(model: nn.Module, query: Query, memory: int) -> list[Query]:
     """The query's targets, as many at a time as may be kept apart."""
     parameters = dict(model.named_parameters())
+    device = next(iter(parameters.values())).device
     copies = max(1, memory // (2 * size_in_bytes(parameters)))
     outputs = output_count(model, query)
-    device = next(iter(parameters.values())).device
+
+    # all outputs of some rows where they fit, else some outputs of one row; a reduced query has one row
     some = min(outputs, copies)
     rows = query.size if query.reduction else max(1, copies // some)
-    for start in range(0, query.size, rows):
-        chunk = query.rows(start, start + rows, device) if not query.reduction else query
-        for low in range(0, outputs, some):
-            yield chunk if some == outputs else some_outputs(chunk, low, low + some)
+    chunks: list[Query] = []
+    for inputs in cuts(0, query.size, rows):
+        chunk = query if query.reduction else query.rows(inputs.start, inputs.stop, device)
+        chunks += [chunk] if some == outputs else [some_outputs(chunk, o.start, o.stop) for o in cuts(0, outputs, some)]
+    return chunks

@@ -1,13 +1,15 @@
 """Which steps matter: rankings, the decomposition that keeps only some steps (§4.2, G.2), and what checkpoints far
 apart leave out of the first moment (Remark F.3)."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import nn
+from tqdm import tqdm
 
 from explaind_track.core.faithfulness import faithfulness
 from explaind_track.core.influence import Influence
@@ -17,49 +19,80 @@ from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.engine.targets import target_of
 from explaind_track.explanation.explain import explain
-
-if TYPE_CHECKING:
-    from explaind_track.record.trajectory import Trajectory
+from explaind_track.explanation.step_source import StepSource, Window
+from explaind_track.record.trajectory import Trajectory
 
 By = Literal["loss", "size", "influence"]
 
 
 def step_scores(
-    steps: "Trajectory | Iterable[Step]",
+    steps: Trajectory | Iterable[Step],
     model: nn.Module,
     query: Query | None = None,
     *,
     by: By = "loss",
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     quadrature: Quadrature | None = None,
     progress: bool = True,
 ) -> xr.DataArray:
-    """A score for every step, to rank them by: (step).
+    """Scores every step, to rank them by.
 
-    by: "loss", the absolute change of the query's summed targets (its loss, held out: G.2); "size", ‖θ_{s+1} − θ_s‖₂;
-        "influence", the importance of all parameters and parts together on the query, with one node unless `quadrature`
-        says otherwise.
+    Args:
+        steps: As in `explain`.
+        model: The module that was trained.
+        query: What the steps are scored on; not needed for their size.
+        by: "loss", the absolute change of the query's summed targets (its loss, held out: G.2); "size",
+            ‖θ_{s+1} − θ_s‖₂; "influence", the importance of all parameters and parts together on the query.
+        window: `(first, last)`, steps first ≤ s < last; None: all.
+        quadrature: Of the influence; None: one node for each step.
+        progress: Show a bar.
 
-    Raises ValueError without a query where one is needed, and as `explain` does.
+    Returns:
+        The scores (step), called as they are ranked.
+
+    Raises:
+        ValueError: Without a query where one is needed, for a ranking that there is not, and as `explain` does.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from explaind_track import Query, Tracker, Trajectory
+        >>> from explaind_track.analysis import step_scores
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     tracker = Tracker(model, optimizer, queries={}, trajectory=directory)
+        ...     for _ in range(4):
+        ...         with tracker.step():
+        ...             optimizer.zero_grad()
+        ...             torch.nn.functional.cross_entropy(model(x), y).backward()
+        ...             optimizer.step()
+        ...     tracker.finish()
+        ...     scores = step_scores(Trajectory.open(directory), model, Query.loss(x, y), progress=False)
+        >>> int(scores.argmax())  # plain gradient descent slows down
+        0
     """
-    if by not in ("loss", "size", "influence"):
-        raise ValueError(f'by is "loss", "size" or "influence", not {by!r}')
-    if by != "size" and query is None:
+    if by not in get_args(By):
+        raise ValueError(f"steps are ranked by one of {get_args(By)}, not by={by!r}")
+    score: Callable[[Step], float]
+    if by == "size":
+        score = _size
+    elif query is None:
         raise ValueError(f"steps are ranked by {by} on a query: pass one, such as Query.loss(x, y)")
-    if by == "influence":
-        assert query is not None  # looked at above
+    elif by == "influence":
         rule = quadrature or Quadrature.fixed(1)
         found = explain(steps, model, query, keep=("step",), window=window, quadrature=rule, progress=progress)
         return found.total_importance().sum("part").rename("influence")
-    from explaind_track.record.trajectory import Trajectory
+    else:
+        score = partial(_change, model=model, query=query)
 
-    if isinstance(steps, Trajectory):
-        steps.check_model(model)
-        steps = steps.steps(*(window or (0, len(steps))))
+    source = StepSource.of(steps, model, window)
+    every = source.forwards(source.first, source.last)
     numbers, scores = [], []
-    for step in steps:
+    for step in tqdm(every, "ranking", len(source) or None, unit="step", disable=not progress):
         numbers.append(step.number)
-        scores.append(_size(step) if by == "size" else _change(step, model, query))
+        scores.append(score(step))
     return xr.DataArray(np.array(scores), {"step": np.array(numbers)}, ("step",), by)
 
 
@@ -68,8 +101,7 @@ def _size(step: Step) -> float:
     return float(sum(float((after[name] - before[name]).double().square().sum()) for name in step.updates) ** 0.5)
 
 
-def _change(step: Step, model: nn.Module, query: Query | None) -> float:
-    assert query is not None  # looked at before
+def _change(step: Step, model: nn.Module, query: Query) -> float:
     functional, device = Functional(model), next(iter(step.before.parameters.values())).device
     chunk = query.rows(0, query.size, device)
     with evaluation(model), torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from explaind_track.core.rules import require_rule, update_rule
-from explaind_track.core.step import Batch, Contribution, State, Step, Update
+from explaind_track.core.step import Batch, Contribution, State, Step, Update, Validity
 from explaind_track.core.tensors import Tensors, same_bits
 from explaind_track.errors import UnexplainedUpdateError
 
@@ -72,6 +72,8 @@ class StepObserver:
         """The model's buffers after the last step."""
         self._settled: State | None = None
         """What the last step left behind, kept from `settle()` to the next `before()`."""
+        self._last_validity = Validity()
+        """Whether the last step may still be looked at."""
         self._last_lasting: Step | None = None
         """The step that `lasting()` gave last."""
 
@@ -106,6 +108,7 @@ class StepObserver:
             RuntimeError: A state was loaded into the optimizer after the first step.
         """
         self._take_down_past()
+        self._last_validity.over = True
 
         if self.untouched(buffers):
             self._before = State(self._before.parameters, buffers)
@@ -144,11 +147,12 @@ class StepObserver:
         warm = bool(self.momentum_shares.get("past"))
         auxiliary = tuple(self._auxiliary)
         step = Step(number, self._before, after, updates, batches, warm, auxiliary, follows=self._last_mark)
-        self._last_mark = step.mark
+        self._last_mark, self._last_validity = step.mark, step.validity
         return step
 
     def settle(self) -> None:
         """Keeps `θ_{s+1}` in the place of `θ_s`: the step just told of is not valid any more."""
+        self._last_validity.over = True
         for name, parameter in self.parameters.items():
             self._before.parameters[name].copy_(parameter.detach())
         self._settled = State(self._before.parameters, _copied_tensors(self._last_buffers))
@@ -164,6 +168,7 @@ class StepObserver:
     def lasting(self, step: Step) -> Step:
         """The step just told of, in tensors of its own, which outlast the next one. It shares θ with the lasting step
         that it follows."""
+        step.require_valid()
         last = self._last_lasting
         follows = last is not None and step.follows is last.mark
         before = last.after if last is not None and follows else _copied_state(step.before)
@@ -188,7 +193,7 @@ class StepObserver:
                 },
             )
 
-        self._last_lasting = replace(step, before=before, after=after, updates=updates)
+        self._last_lasting = replace(step, before=before, after=after, updates=updates, validity=Validity())
         return self._last_lasting
 
     # --------------------------------------------------------------- its past

@@ -215,6 +215,13 @@ class Part(Mapping[str, Tensor]):
         return len(self._updates)
 
 
+@dataclass
+class Validity:
+    """Whether a step's tensors still hold its numbers: whoever made the step says so when they are written over."""
+
+    over: bool = False
+
+
 @dataclass(frozen=True)
 class Step:
     """What training step `number` did: `θ_s` → `θ_{s+1}`.
@@ -255,6 +262,16 @@ class Step:
     """Stands for this very step, also in its copies; compared by identity."""
     follows: object = None
     """The mark of the step whose `after` is, bit for bit, this one's `before`; None where there is none."""
+    validity: Validity = field(default_factory=Validity)
+
+    def require_valid(self) -> None:
+        """Raises ValueError if the step's tensors hold the numbers of a later step by now."""
+        if self.validity.over:
+            raise ValueError(
+                f"step {self.number} is not valid any more: its tensors were written over when the run went on. Steps "
+                "that are held have to last: take them from trajectory.steps(lasting=True), or from "
+                "StepObserver.lasting in a loop of your own, or pass the trajectory itself"
+            )
 
     @cached_property
     def parts(self) -> Mapping[str, Part]:

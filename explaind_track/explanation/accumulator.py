@@ -1,6 +1,7 @@
 """Sums the terms of steps into an `Influence`, over the axes that it does not keep."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,43 @@ from torch import Tensor
 
 from explaind_track.core.influence import AXES, Influence
 from explaind_track.engine.path_integral import Terms
+
+Row = dict[str, Tensor]
+"""The variables of an `Influence` by name, for one step or for the sum of all."""
+
+
+@dataclass
+class Reduced:
+    """One chunk of queries, summed over the axes that are not kept."""
+
+    values: Row
+    squares: tuple[Tensor, Tensor, Tensor]
+    """‖remainder‖², ‖change‖², and the square of what float arithmetic may leave of the first, in float64: chunks add
+    up before the roots are taken."""
+
+
+@dataclass
+class Sums:
+    """All that an Accumulator has taken in; those of neighbouring stretches of steps can be joined."""
+
+    parts: tuple[str, ...] = ()
+    steps: list[int] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+    """By step: the quadrature nodes it took."""
+    rows: list[Row] = field(default_factory=list)
+    """By step, where the step is kept."""
+    chunks: dict[int, Terms] = field(default_factory=dict)
+    """Where the step is not kept: the sums over the steps, by the chunk's first query."""
+    initial: dict[int, Tensor] = field(default_factory=dict)
+    """The predictions before the first step, by the chunk's first query."""
+
+    def extend(self, other: "Sums") -> None:
+        """Takes in the sums of the steps that follow."""
+        self.steps += other.steps
+        self.nodes += other.nodes
+        self.rows += other.rows
+        for start, terms in other.chunks.items():
+            self.chunks[start] += terms
 
 
 class Accumulator:
@@ -23,46 +61,53 @@ class Accumulator:
             raise ValueError(f"keep takes some of {AXES}, got {tuple(keep)}")
         self.keep = tuple(axis for axis in AXES if axis in keep)
         self.groups = tuple(groups)
-        self.parts: tuple[str, ...] = ()
-        self._chunks: dict[int, Terms] = {}
-        self._initial: dict[int, Tensor] = {}
-        self._open: list[dict[str, Tensor]] = []
-        self._rows: list[dict[str, Tensor]] = []
-        self._steps: list[int] = []
-        self._nodes: list[int] = []
+        self.sums = Sums()
+        self._open: list[Reduced] = []
+        """The chunks of the step that has begun."""
 
     def begin(self, number: int, nodes: int, parts: tuple[str, ...]) -> None:
         """Starts a step. Raises ValueError if its parts are not those of the steps before."""
-        if self.parts and parts != self.parts:
-            raise ValueError(f"step {number} has the parts {parts}, the steps before it had {self.parts}")
-        self.parts = parts
-        self._steps.append(number)
-        self._nodes.append(nodes)
+        known = self.sums.parts
+        if known and parts != known:
+            raise ValueError(f"step {number} has the parts {parts}, the steps before it had {known}")
+        self.sums.parts = parts
+        self.sums.steps.append(number)
+        self.sums.nodes.append(nodes)
 
     def add(self, start: int, terms: Terms) -> None:
         """Adds the terms of the queries from row `start` on."""
         if "group" not in self.keep:
             terms = terms.grouped()
-        if {"query", "output"} <= set(self.keep) and start not in self._initial:
-            self._initial[start] = (terms.after - terms.buffers - terms.change).cpu()
+        if {"query", "output"} <= set(self.keep) and start not in self.sums.initial:
+            self.sums.initial[start] = (terms.after - terms.buffers - terms.change).cpu()
+
         if "step" in self.keep:
             self._open.append(self._reduce(terms))
-        elif start in self._chunks:
-            self._chunks[start] += terms
+        elif start in self.sums.chunks:
+            self.sums.chunks[start] += terms
         else:
-            self._chunks[start] = terms.copy()
+            self.sums.chunks[start] = terms.copy()
 
-    def end(self) -> dict[str, Tensor]:
+    def end(self) -> Row:
         """Closes the step and returns its row (empty where steps are summed)."""
         if "step" not in self.keep:
             return {}
         row = self._join(self._open)
         self._open = []
-        self._rows.append(row)
+        self.sums.rows.append(row)
         return row
 
-    def _reduce(self, terms: Terms) -> dict[str, Tensor]:
-        """The terms of one chunk of queries, summed over the axes that are not kept; norms are still squared."""
+    def join(self, every: Sequence[Sums]) -> None:
+        """Becomes what it would be, had it taken in the steps of all these sums, which follow on each other."""
+        taken = [sums for sums in every if sums.steps]
+        if not taken:
+            return
+        self.sums = taken[0]
+        for sums in taken[1:]:
+            self.sums.extend(sums)
+
+    def _reduce(self, terms: Terms) -> Reduced:
+        """The terms of one chunk of queries, summed over the axes that are not kept."""
         group, query, output = (axis in self.keep for axis in ("group", "query", "output"))
         gone = tuple(axis for axis, kept in ((-2, query), (-1, output)) if not kept)
         across = (-1,) if query else (-2, -1)
@@ -71,53 +116,42 @@ class Accumulator:
             return (value.sum(axes) if axes else value).cpu()
 
         totals = terms.influence.sum(1)
-        return {
-            "influence": over(terms.influence if group else totals, gone),
-            "importance": over((terms.influence if group else totals).abs(), across),
+        cells = terms.influence if group else totals
+        values = {
+            "influence": over(cells, gone),
+            "importance": over(cells.abs(), across),
             "total_importance": over(totals.abs(), across),
             "rounding": over(terms.rounding, gone),
             "buffers": over(terms.buffers, gone),
             "change": over(terms.change, gone),
             "final": over(terms.after, gone),
             "remainder": over(terms.remainder, gone),
-            "_remainder": terms.remainder.square().sum().double().cpu(),
-            "_change": terms.change.square().sum().double().cpu(),
-            "_floor": terms.after.square().sum().double().cpu() * (4 * torch.finfo(terms.after.dtype).eps) ** 2,
         }
 
-    def _join(self, chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The rows of all chunks as one: laid end to end along the query axis if that is kept, else added."""
+        remainder, change, after = (
+            value.square().sum().double().cpu() for value in (terms.remainder, terms.change, terms.after)
+        )
+        floor = after * (4 * torch.finfo(terms.after.dtype).eps) ** 2
+        return Reduced(values, (remainder, change, floor))
+
+    def _join(self, chunks: Sequence[Reduced]) -> Row:
+        """All chunks as one row: laid end to end along the query axis where that is kept, else added."""
         dims = self.dims()
 
         def join(name: str) -> Tensor:
-            values = [chunk[name] for chunk in chunks]
-            axes = [axis for axis in dims.get(name, ()) if axis != "step"]
+            values = [chunk.values[name] for chunk in chunks]
+            axes = [axis for axis in dims[name] if axis != "step"]
             return torch.cat(values, axes.index("query")) if "query" in axes else torch.stack(values).sum(0)
 
-        row = {name: join(name) for name in chunks[0]}
-        remainder, change, floor = (row.pop(name).sqrt() for name in ("_remainder", "_change", "_floor"))
+        row = {name: join(name) for name in chunks[0].values}
+        squares = zip(*(chunk.squares for chunk in chunks), strict=True)
+        remainder, change, floor = (torch.stack(column).sum(0).sqrt() for column in squares)
         row["residual"] = torch.where(change > 0, remainder / change, remainder)
         row["residual_floor"] = torch.where(change > 0, floor / change, floor)
         return row
 
-    @property
-    def state(self) -> tuple[Any, ...]:
-        """All that was taken in, to be joined with others'."""
-        return self.parts, self._chunks, self._initial, self._rows, self._steps, self._nodes
-
-    def join(self, states: Sequence[tuple[Any, ...]]) -> None:
-        """Becomes what it would be, had it taken in the steps of all these states, which follow on each other."""
-        states = [state for state in states if state[4]]
-        if not states:
-            return
-        self.parts, self._chunks, self._initial = states[0][:3]
-        for _, chunks, *_ in states[1:]:
-            for start, terms in chunks.items():
-                self._chunks[start] += terms
-        self._rows, self._steps, self._nodes = ([item for state in states for item in state[p]] for p in (3, 4, 5))
-
     def dims(self) -> dict[str, tuple[str, ...]]:
-        """The axes of every variable but `part`'s and `step`'s order: see `result`."""
+        """The axes of every variable; that of the parts comes first, that of the steps behind it."""
         kept = set(self.keep)
         cells = tuple(axis for axis in ("step", "query", "output") if axis in kept)
         return {
@@ -131,32 +165,37 @@ class Accumulator:
 
     def result(self, attrs: Mapping[str, Any]) -> Influence:
         """The influence of all steps so far. Raises ValueError if there was none."""
-        if not self._steps:
+        sums = self.sums
+        if not sums.steps:
             raise ValueError("there is no step to sum over")
-        if "step" in self.keep:
-            values = {name: torch.stack([row[name] for row in self._rows], 0) for name in self._rows[0]}
-            for name, axes in self.dims().items():  # the part axis comes first, the step axis after it
-                if axes and axes[0] == "part":
-                    values[name] = values[name].movedim(0, 1)
-        else:
-            values = self._join([self._reduce(self._chunks[start]) for start in sorted(self._chunks)])
-        dims = self.dims()
+
+        dims, by_step = self.dims(), "step" in self.keep
+        values = self._stacked() if by_step else self._join([self._reduce(sums.chunks[k]) for k in sorted(sums.chunks)])
         variables: dict[str, Any] = {name: (dims[name], value.numpy()) for name, value in values.items()}
-        if "step" in self.keep:
-            variables["nodes"] = (("step",), np.array(self._nodes))
-        else:
-            variables["nodes"] = ((), np.array(max(self._nodes)))
-        if self._initial:
-            initial = torch.cat([self._initial[start] for start in sorted(self._initial)])
+        variables["nodes"] = (("step",), np.array(sums.nodes)) if by_step else ((), np.array(max(sums.nodes)))
+
+        # the predictions before the first and behind the last step, which only make sense by query and output
+        if sums.initial:
+            initial = torch.cat([sums.initial[start] for start in sorted(sums.initial)])
             variables["initial"] = (("query", "output"), initial.numpy())
-            if "step" in self.keep:
+            if by_step:
                 variables["final"] = (("query", "output"), values["final"][-1].numpy())
         else:
             del variables["final"]
-        labels: dict[str, Any] = {"part": np.array(self.parts, dtype=object)}
-        if "step" in self.keep:
-            labels["step"] = np.array(self._steps)
+
+        labels: dict[str, Any] = {"part": np.array(sums.parts, dtype=object)}
+        if by_step:
+            labels["step"] = np.array(sums.steps)
         if "group" in self.keep:
             labels["group"] = np.array(self.groups, dtype=object)
-        span = {"first_step": self._steps[0], "last_step": self._steps[-1], "steps": len(self._steps)}
+        span = {"first_step": sums.steps[0], "last_step": sums.steps[-1], "steps": len(sums.steps)}
         return Influence(xr.Dataset(variables, labels, {**attrs, **span}))
+
+    def _stacked(self) -> Row:
+        """The rows of all steps as one, with the step axis in its place."""
+        rows = self.sums.rows
+        values = {name: torch.stack([row[name] for row in rows], 0) for name in rows[0]}
+        for name, axes in self.dims().items():
+            if axes and axes[0] == "part":
+                values[name] = values[name].movedim(0, 1)
+        return values

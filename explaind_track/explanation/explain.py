@@ -1,10 +1,9 @@
 """One entry for every decomposition: it picks the plan for the axes that are asked for."""
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial, wraps
+from collections.abc import Iterable, Sequence
+from functools import partial
 from os import PathLike
-from typing import Any, ParamSpec
+from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
@@ -19,12 +18,108 @@ from explaind_track.engine.targets import check_query
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.explanation.group_plan import GroupPlan
 from explaind_track.explanation.plan import ExplanationPlan
-from explaind_track.explanation.sample_axis import Data
+from explaind_track.explanation.sample_axis import Data, choose_samples
 from explaind_track.explanation.sample_plan import SamplePlan
-from explaind_track.explanation.step_source import StepStream, choose_samples, source_of
+from explaind_track.explanation.step_source import StepSource, Window
 from explaind_track.record.trajectory import Trajectory
 
-Arguments = ParamSpec("Arguments")
+
+class ExplainOptions(TypedDict, total=False):
+    """What can be said to `explain` and `plan_explanation` beside steps, model and query; `explain` tells of each."""
+
+    groups: GroupSpec
+    keep: Sequence[str]
+    parts: Sequence[str] | None
+    window: Window | None
+    quadrature: Quadrature | None
+    close: bool
+    memory: int
+    progress: bool
+    out: str | PathLike[str] | None
+    sample_loss: SampleLoss | None
+    data: Data | None
+    samples: Iterable[int] | None
+    partition: Any
+
+
+def explain(
+    steps: Trajectory | Iterable[Step], model: nn.Module, query: Query, **options: Unpack[ExplainOptions]
+) -> Influence:
+    """Computes the influences of a training run on the query's targets, over the axes asked for.
+
+    Ψ of §4 and Thm. 3.1: what is subtracted from the prediction. Under `torchrun`, each process does its share, and all
+    get the whole result.
+
+    Args:
+        steps: A `Trajectory`; a list of steps that last (`trajectory.steps(lasting=True)`); or, where no samples are
+            asked for, any stream of steps in their order, each of which need only be valid until the next.
+        model: The module that was trained; its own values do not matter, and are not touched.
+        query: Whose targets are explained: X inputs (or one reduction of them) with O outputs each.
+        groups: See `resolve_groups`; None: by the first part of the module path.
+        keep: Some of "step", "group", "query", "output", ("step", "group") if not given; all other axes are summed
+            over. With "sample", the kernel part is split over the training samples by reverse replay, and "seen" is an
+            axis beside "step": "step" is the step at which the influence acts, "seen" the one whose batch the sample
+            was in.
+        parts: Of the steps, one row each; what is not asked for is left to the remainder. None: all, the rounding
+            summed over the groups. "momentum" is a share of "kernel".
+        window: `(first, last)`, steps first ≤ s < last; None: all.
+        quadrature: How each step is integrated; None: until the residual is at most 1e-3, with at most 64 nodes.
+        close: Share the remainder out over parts and groups, so that sums are exact; `residual` stays as it was.
+        memory: Bytes one pass may take (2**28 if not given): a guide by which queries and directions are cut into
+            chunks.
+        progress: False: show no bar.
+        out: A directory for a result that is larger than the memory: it is written there piece by piece, and an
+            interrupted call goes on when it is made again. `open_influence` opens it later.
+        sample_loss: For the axis "sample": `(model, batch)` → unreduced losses (N,); the model in the mode that it was
+            trained in.
+        data: For the axis "sample": from an index tensor (N,) to the batch that `sample_loss` takes; not needed where
+            the trajectory holds the batches themselves.
+        samples: For the axis "sample": the training indices asked for; None: all.
+        partition: For the axis "sample": `partition[index]` is the label of the part that a sample is in; parts take
+            the samples' place along the axis, and are summed before the product (Cor. F.2).
+
+    Returns:
+        An `Influence`. The sample axis's `influence` comes with `kernel`, what the optimizer's own state says of all
+        samples together, and `mismatch` (walked), by how much each step's samples miss the gradient which the
+        optimizer saw (NaN where nobody looked: with `samples`, every 50th step is compared); a SampleMismatchWarning
+        warns of those that are not rounding.
+
+    Raises:
+        ValueError: Before any work, for groups that are no partition, axes that there are not, a query whose target is
+            not differentiable, a window outside of the run, steps that are held and do not last, and a result that
+            does not fit into memory.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from explaind_track import Query, Tracker, Trajectory, explain
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     tracker = Tracker(model, optimizer, queries={}, trajectory=directory)
+        ...     for _ in range(5):
+        ...         with tracker.step():
+        ...             optimizer.zero_grad()
+        ...             tracker.batch((x, y), index=torch.arange(8))
+        ...             loss(model, (x, y)).mean().backward()
+        ...             optimizer.step()
+        ...     tracker.finish()
+        ...     trajectory, query = Trajectory.open(directory), Query.outputs(x[:4])
+        ...     of_groups = explain(trajectory, model, query, progress=False)
+        ...     of_samples = explain(
+        ...         trajectory, model, query, keep=("query", "output", "sample"), progress=False,
+        ...         sample_loss=loss, data=lambda index: (x[index], y[index]),
+        ...     )
+        >>> dict(of_groups.data["influence"].sizes)
+        {'part': 2, 'step': 5, 'group': 1}
+        >>> of_samples.data["influence"].shape
+        (4, 2, 8)
+        >>> bool(of_groups.residual.max() < 1e-3)  # so much of each step's change is not explained
+        True
+    """
+    return plan_explanation(steps, model, query, **options).run()
 
 
 def plan_explanation(
@@ -35,7 +130,7 @@ def plan_explanation(
     groups: GroupSpec = None,
     keep: Sequence[str] = ("step", "group"),
     parts: Sequence[str] | None = None,
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     quadrature: Quadrature | None = None,
     close: bool = False,
     memory: int = MEMORY,
@@ -46,77 +141,28 @@ def plan_explanation(
     samples: Iterable[int] | None = None,
     partition: Any = None,
 ) -> ExplanationPlan:
-    """The influences of a training run on the query's targets, over the axes asked for.
+    """Plans what `explain` computes at once, with the same arguments.
 
-    `explain` computes them, an `Influence`. `plan_explanation` with the same arguments gives the plan: `describe()`
-    tells what it takes, `run()` does it.
+    Returns:
+        An `ExplanationPlan`: `describe()` tells what it takes, `run()` does it and returns the `Influence`.
 
-    steps:      a `Trajectory`, or any steps in their order.
-    model:      the module that was trained; its own values do not matter, and are not touched.
-    groups:     see `resolve_groups`; None: by the first part of the module path.
-    keep:       some of "step", "group", "query", "output"; all other axes are summed over. With "sample", the
-                kernel part is split over the training samples by reverse replay, and "seen" is an axis beside "step":
-                "step" is the step at which the influence acts, "seen" the one whose batch the sample was in.
-    parts:      of the steps, one row each; what is not asked for is left to the remainder. None: all, the rounding
-                summed over the groups. "momentum" is a share of "kernel".
-    window:     steps first ≤ s < last of a trajectory; None: all.
-    quadrature: how each step is integrated; None: until the residual is at most 1e-3, with at most 64 nodes.
-    close:      share the remainder out over parts and groups, so that sums are exact; `residual` stays as it was.
-    memory:     bytes one pass may take: a guide by which queries and directions are cut into chunks.
-
-    out:        a directory for a result that is larger than the memory: it is written there piece by piece, and an
-                interrupted call goes on when it is made again. `Influence.load` opens it later.
-
-    For the axis "sample":
-
-    sample_loss: `(model, batch)` → unreduced losses (N,); the model in the mode that it was trained in.
-    data:        from an index tensor (N,) to the batch that `sample_loss` takes; not needed where the trajectory
-                 holds the batches themselves.
-    samples:     the training indices asked for; None: all.
-    partition:   `partition[index]` is the label of the part that a sample is in; parts take the samples' place along
-                 the axis, and are summed before the product (Cor. F.2).
-
-    The sample axis's `influence` comes with `kernel`, what the optimizer's own state says of all samples together, and
-    `mismatch` (walked), by how much each step's samples miss the gradient which the optimizer saw (NaN where nobody
-    looked: with `samples`, every 50th step is compared); a SampleMismatchWarning warns of those that are not rounding.
-
-    Under `torchrun`, each process does its share, and all get the whole result.
-
-    Raises ValueError, before any work, for groups that are no partition, axes that there are not, a query whose target
-    is not differentiable, a window outside of the record, and a result that does not fit into memory.
+    Raises:
+        ValueError: As `explain` does, but for a result that does not fit into memory, which `describe()` tells of and
+            `run()` refuses.
     """
     resolved = resolve_groups(groups, dict(model.named_parameters()))
+    source = StepSource.of(steps, model, window)
     if not {"sample", "seen"} & set(keep):
         make = partial(Explainer, model, query, resolved, [keep], parts, quadrature, close, memory)
-        if isinstance(steps, Trajectory):
-            source_of(steps, model, window)
-            return GroupPlan(steps, make, window, memory, progress, out)
-        if window is not None:
-            raise ValueError("a window is for trajectories; pass the steps that you want")
-        return GroupPlan(StepStream(steps), make, None, memory, progress, out)
-    source = source_of(steps, model, window)
+        return GroupPlan(source, make, memory, progress, out)
+
     if close:
         raise ValueError("close= shares the remainder out over parts and groups, not over samples")
     if parts is not None and tuple(parts) != ("kernel",):
         raise ValueError(f"samples act through the kernel part alone; parts={tuple(parts)} cannot be kept with them")
+    if sample_loss is None:
+        raise ValueError("influences of samples need sample_loss=: (model, batch) → unreduced losses (N,)")
     check_query(model, query)
-    last = window[1] if window else len(source)
-    chosen = choose_samples(source, last, sample_loss, data, samples, partition)
-    return SamplePlan(
-        source, model, query, resolved, keep, window, chosen, quadrature, memory, progress, out
-    )  # fmt: skip
-
-
-def _at_once(plan: Callable[Arguments, ExplanationPlan]) -> Callable[Arguments, Influence]:
-    """A function that plans, and does it."""
-
-    @wraps(plan)
-    def explain(*arguments: Arguments.args, **named: Arguments.kwargs) -> Influence:
-        return plan(*arguments, **named).run()
-
-    explain.__name__ = explain.__qualname__ = "explain"
-    explain.__signature__ = inspect.signature(plan).replace(return_annotation=Influence)  # type: ignore[attr-defined]
-    return explain
-
-
-explain = _at_once(plan_explanation)
+    whole = source.repeatable()
+    chosen = choose_samples(whole, sample_loss, data, samples, partition)
+    return SamplePlan(whole, model, query, resolved, keep, chosen, quadrature, memory, progress, out)

@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from explaind_track.core.groups import Groups
 from explaind_track.core.influence import Influence
@@ -14,11 +14,50 @@ from explaind_track.core.step import Step
 from explaind_track.engine.integrator import MEMORY, Integrator
 from explaind_track.engine.path_integral import Quadrature, Terms
 from explaind_track.engine.targets import check_query
-from explaind_track.explanation.accumulator import Accumulator
+from explaind_track.explanation.accumulator import Accumulator, Row
 
 
 class Explainer:
-    """Takes steps one by one and sums their influences on one query, for one or several choices of kept axes."""
+    """Takes steps one by one and sums their influences on one query, for one or several choices of kept axes.
+
+    What `Tracker` and `explain` run inside; for training loops of one's own, with a `StepObserver`.
+
+    Args:
+        model: The module that is trained.
+        query: Whose targets are explained: X inputs (or one reduction of them) with O outputs each.
+        groups: The names of each group's parameters, as `resolve_groups` gives them.
+        keeps: One choice of axes for each influence that `results` gives.
+        parts: As in `explain`.
+        quadrature: As in `explain`.
+        close: As in `explain`.
+        memory: Bytes one pass may take.
+
+    Raises:
+        ValueError: For axes that there are not, and a query whose target is not differentiable.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Explainer, Query, StepObserver, resolve_groups
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> parameters = dict(model.named_parameters())
+        >>> observer = StepObserver(optimizer, parameters)
+        >>> explainer = Explainer(model, Query.loss(x, y), resolve_groups(None, parameters), [("step", "group")])
+        >>> for number in range(3):
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.cross_entropy(model(x), y).backward()
+        ...     observer.before({})
+        ...     optimizer.step()
+        ...     (row,) = explainer.add(observer.after(number, {}))
+        ...     observer.settle()
+        >>> row["influence"].shape  # of the last step: parts, groups
+        torch.Size([2, 1])
+        >>> (influence,) = explainer.results()
+        >>> influence.data["step"].values.tolist()
+        [0, 1, 2]
+    """
 
     def __init__(
         self,
@@ -31,13 +70,13 @@ class Explainer:
         close: bool = False,
         memory: int = MEMORY,
     ) -> None:
-        """Arguments as in `explain`; keeps: one choice of axes for each influence that `results` gives."""
         check_query(model, query)
         if not any("group" in keep for keep in keeps):
             groups = {"all": [name for names in groups.values() for name in names]}
         self.accumulators = [Accumulator(keep, list(groups)) for keep in keeps]
         self.integrator = Integrator(model, query, groups, parts, quadrature, memory)
         self.close = close
+
         self.nodes = 0
         """After a step: the quadrature nodes it took."""
         self.residual = float("nan")
@@ -45,18 +84,28 @@ class Explainer:
         self.metrics: dict[str, float] = {}
         """After a step: the query's mean `loss` and `accuracy`, where it has labels to tell."""
 
-    def add(self, step: Step) -> list[dict[str, Tensor]]:
-        """Takes one step in. Returns, for each choice of axes that keeps the step, the step's own row of it."""
+    def add(self, step: Step) -> list[Row]:
+        """Takes one step in.
+
+        Returns:
+            For each choice of axes that keeps the step, the step's row: the variables of its `Influence` by name,
+            without the step axis; an empty row for the others.
+
+        Raises:
+            ValueError: For a step that is not valid any more, and for one with other parts than those before it.
+        """
+        step.require_valid()
         nodes, parts = self.integrator.nodes(step), self.integrator.parts(step)
-        self.nodes = nodes
         for accumulator in self.accumulators:
             accumulator.begin(step.number, nodes, parts)
-        self.metrics = {}
+
+        self.nodes, self.metrics = nodes, {}
         for start, terms in self.integrator.terms(step, nodes, self.close):
             for name, value in _metrics(self.integrator.query, start, terms).items():
                 self.metrics[name] = self.metrics.get(name, 0.0) + value
             for accumulator in self.accumulators:
                 accumulator.add(start, terms)
+
         rows = [accumulator.end() for accumulator in self.accumulators]
         self.residual = next((float(row["residual"]) for row in rows if row), float("nan"))
         return rows
@@ -76,11 +125,12 @@ class Explainer:
 
 
 def _metrics(query: Query, start: int, terms: Terms) -> dict[str, float]:
-    """This chunk's share of the query's mean loss and accuracy."""
+    """This chunk's share of the query's mean loss and accuracy; nothing where the query has no labels to tell."""
     after = terms.after
     if query.is_loss:
         scale = 1 if query.reduction == "mean" else query.size
         return {"loss": float(after.sum()) / scale}
+
     if query.is_classified and query.reduction is None:
         y = query.labels[0][start : start + len(after)].to(after.device)
         right = float((after.argmax(-1) == y).sum())

@@ -1,4 +1,4 @@
-"""The optimizer, walked backwards: how the targets depend on each step's gradient, with all that momentum carried on.
+"""The optimizer, gone back through: how the targets depend on each step's gradient, with all that momentum carried on.
 
 The kernel part of step s is `P_s (e_s M_s + d_s G_s)` with `M_s = β_s M_{s−1} + b_s Q_s G_s` (see `rules`). Its adjoint
 is
@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from explaind_track.core import distributed
 from explaind_track.core.groups import Groups
-from explaind_track.core.queries import Query
-from explaind_track.core.step import Batch, Step
+from explaind_track.core.step import Batch, Step, Update
 from explaind_track.core.tensors import Tensors, tree_map
 from explaind_track.engine.features import Features
-from explaind_track.engine.functional import Functional
 from explaind_track.engine.per_sample import SampleProducts
 from explaind_track.errors import SampleMismatchWarning
 from explaind_track.explanation.sample_axis import Array, SampleAxis
@@ -37,38 +35,48 @@ class Adjoint:
         self._acting = acting
         self._mu: dict[str, Tensor] = {}
         self._decay: dict[str, float] = {}
+        """By parameter: the share that is left of what μ was within the window."""
 
-    def back(self, step: Step, features: Mapping[str, Tensor] | None, slot: int = 0) -> dict[str, Tensor]:
-        """Goes back over a step. features: φ^test (R, *shape) by parameter (written over), None for a step outside of
-        the window; slot: which of the A acting steps they belong to.
+    def back(self, step: Step, features: dict[str, Tensor] | None, slot: int = 0) -> dict[str, Tensor]:
+        """Goes back over a step. features: φ^test (R, *shape) by parameter (used up), None for a step outside of the
+        window; slot: which of the A acting steps they belong to.
 
         Returns the directions whose product with `w_k ∇L_k` is the influence, (A·R, *shape) by parameter.
         """
         directions = {}
         for name, update in step.updates.items():
-            own = None if features is None else update.precondition(features.pop(name))  # type: ignore[attr-defined]
-            direction = self._through_buffer(name, step, own, slot)
-            if own is not None and update.rule.d:
+            # P φ^test
+            preconditioned = None if features is None else update.precondition(features.pop(name))
+
+            # b Q μ
+            direction = self._through_buffer(name, update, preconditioned, slot)
+
+            # b Q μ + d P φ^test
+            if preconditioned is not None and update.rule.d:
                 if direction is None:
-                    direction = own.new_zeros(self._acting, *own.shape)
-                direction[slot].add_(own, alpha=update.rule.d)
+                    direction = preconditioned.new_zeros(self._acting, *preconditioned.shape)
+                direction[slot].add_(preconditioned, alpha=update.rule.d)
             if direction is not None:
                 directions[name] = direction.flatten(0, 1)
         return directions
 
-    def _through_buffer(self, name: str, step: Step, own: Tensor | None, slot: int) -> Tensor | None:
-        update = step.updates[name]
+    def _through_buffer(self, name: str, update: Update, preconditioned: Tensor | None, slot: int) -> Tensor | None:
+        """Takes b Q μ (A, R, *shape), with μ moved on to the step before; None where the buffer carries nothing."""
         if update.rule.buffer is None:
             return None
         mu = self._mu.get(name)
         if mu is None:
-            if own is None:
+            if preconditioned is None:
                 return None
-            mu = self._mu[name] = own.new_zeros(self._acting, *own.shape)
-        if own is not None:
-            mu[slot].add_(own, alpha=update.rule.e)
+            mu = self._mu[name] = preconditioned.new_zeros(self._acting, *preconditioned.shape)
+
+        # μ_s = e P φ^test + β_{s+1} μ_{s+1}, whose last term is there already
+        if preconditioned is not None:
+            mu[slot].add_(preconditioned, alpha=update.rule.e)
             self._decay[name] = 1.0
         direction = update.into_buffer(mu.clone())
+
+        # β_s μ_s, for step s − 1
         mu.mul_(update.rule.beta)
         self._decay[name] *= abs(update.rule.beta)
         return direction
@@ -85,64 +93,76 @@ def inner(directions: Tensors, gradient: Tensors) -> Tensor:
     return torch.stack(products).sum(0)
 
 
-class ReverseSweep:
-    """Walks back over a trajectory's steps, with some targets and acting steps first ≤ s < last."""
+class Mismatch:
+    """By how much the samples' influences miss that of the gradient which the optimizer saw, step by step."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        query: Query,
-        groups: Groups,
-        samples: SampleAxis,
-        products: SampleProducts,
-        walk: Tile,
-        nodes: Callable[[Step], int],
-        memory: int,
-        shared: bool,
-    ) -> None:
-        """query: the walk's, reduced to the targets that are kept. shared: whether all processes do this walk together,
-        each for its share of every batch's samples."""
-        self._groups, self._samples, self._nodes, self._shared = groups, samples, nodes, shared
-        self._first, self._last = walk.steps.start, walk.steps.stop
-        self._acting = walk.acting if walk.apart else 1
-        self._adjoint = Adjoint(self._acting)
-        self._features = Features(Functional(model), query, memory)
-        self._products = products
-        self.mismatch: dict[int, float] = {}
-        """By step: by how much the samples' influences miss the gradient's, relative to it."""
+    def __init__(self) -> None:
+        self.by_step: dict[int, float] = {}
+        """Relative to its size; NaN where nobody looked."""
         self.wrong: list[int] = []
-        """The steps at which they miss it by more than rounding."""
+        """The steps at which it is more than rounding."""
 
-    def walk(self, steps: Iterable[Step], target: Array, kernel: Array, bar: Any) -> None:
-        """Adds to `target` (step, seen, group, query, output, sample), where what is not kept has length 1 and `seen`
-        counts from step 0, until nothing is left to add; to `kernel` (step, group, query, output) what the optimizer's
-        own state says of all samples together. steps: those before `last`, the last one first."""
-        for step in steps:
-            inside = self._first <= step.number < self._last
-            if not inside and self._adjoint.spent:
-                break
-            slot = step.number - self._first if inside and self._acting > 1 else 0
-            features = self._features.of(step, self._nodes(step)) if inside and step.updates else None
-            if features and not (self._shared and distributed.rank()):
-                kernel[slot] += self._kernel(step, features).reshape(kernel.shape[1:]).numpy()
-            directions = self._adjoint.back(step, features, slot)
-            if directions:
-                place = step.number if target.shape[1] > 1 else 0
-                self.mismatch[step.number] = self._add(step, directions, torch.from_numpy(target[:, place]))
-            bar.update()
+    def note(self, number: int, off: float, size: float, eps: float, floor: float = 0.0) -> None:
+        """Notes that at step `number`, what is of this size in arithmetic of this precision is missed by `off`.
+        floor: so much may be off however small it is."""
+        if off > eps**0.4 * size + floor:
+            self.wrong.append(number)
+        self.by_step[number] = off / size if size else off
 
-    def tell_of_mismatch(self) -> None:
+    def warn(self) -> None:
         """Warns of the steps that are wrong."""
-        worst = max(self.wrong, key=self.mismatch.__getitem__)
+        worst = max(self.wrong, key=self.by_step.__getitem__)
         warnings.warn(
-            f"at {len(self.wrong)} of {len(self.mismatch)} steps, the samples' influences do not add up to that of the "
-            f"gradient which the optimizer saw (at step {worst} they miss it by {self.mismatch[worst]:.2g} of its "
+            f"at {len(self.wrong)} of {len(self.by_step)} steps, the samples' influences do not add up to that of the "
+            f"gradient which the optimizer saw (at step {worst} they miss it by {self.by_step[worst]:.2g} of its "
             "size), and are wrong there. Tell tracker.batch of every batch with the weights of its samples (a clipped "
             "gradient's factor among them), put the model into the mode that it was trained in, and see that "
             "data(index) gives what it gave then",
             SampleMismatchWarning,
             stacklevel=5,
         )
+
+
+class ReverseSweep:
+    """Goes back over a run's steps once, with the targets of one tile."""
+
+    def __init__(
+        self,
+        tile: Tile,
+        features: Features,
+        products: SampleProducts,
+        samples: SampleAxis,
+        groups: Groups,
+        nodes: Callable[[Step], int],
+        shared: bool,
+    ) -> None:
+        """features: of the tile's targets. shared: whether all processes do this sweep together, each for its share of
+        every batch's samples."""
+        self._tile, self._groups, self._samples, self._shared = tile, groups, samples, shared
+        self._features, self._products, self._nodes = features, products, nodes
+        self._adjoint = Adjoint(tile.slots)
+        self.mismatch = Mismatch()
+
+    def run(self, steps: Iterable[Step], target: Array, kernel: Array, bar: Any) -> None:
+        """Adds to `target` (step, seen, group, query, output, sample), where what is not kept has length 1 and `seen`
+        counts from step 0, until nothing is left to add; to `kernel` (step, group, query, output) what the optimizer's
+        own state says of all samples together. steps: those before the tile's last, the last one first."""
+        first, last = self._tile.steps.start, self._tile.steps.stop
+        for step in steps:
+            acts = first <= step.number < last
+            if not acts and self._adjoint.spent:
+                break
+
+            slot = step.number - first if acts and self._tile.slots > 1 else 0
+            features = self._features.of(step, self._nodes(step)) if acts and step.updates else None
+            if features and not (self._shared and distributed.rank()):
+                kernel[slot] += self._kernel(step, features).reshape(kernel.shape[1:]).numpy()
+
+            directions = self._adjoint.back(step, features, slot)
+            if directions:
+                seen = step.number if target.shape[1] > 1 else 0
+                self._add(step, directions, torch.from_numpy(target[:, seen]))
+            bar.update()
 
     def _kernel(self, step: Step, features: Mapping[str, Tensor]) -> Tensor:
         """⟨φ^test, u_s⟩ by group, (G, R)."""
@@ -151,20 +171,24 @@ class ReverseSweep:
         for group, names in enumerate(self._groups.values()):
             for name in names:
                 if name in features:
-                    own = features[name].reshape(len(some), -1)
-                    result[group] += own @ step.updates[name].kernel().flatten()
+                    rows = features[name].reshape(len(some), -1)
+                    result[group] += rows @ step.updates[name].kernel().flatten()
         return result.cpu()
 
-    def _add(self, step: Step, directions: dict[str, Tensor], target: Tensor) -> float:
-        """Adds this step's samples to (step, group, query, output, sample); returns their mismatch."""
+    def _add(self, step: Step, directions: dict[str, Tensor], target: Tensor) -> None:
+        """Adds this step's samples to (step, group, query, output, sample), and notes by how much they miss it."""
+        # what all of them have to come to: the product with the gradient that the optimizer saw
         gradient = {name: step.updates[name].kernel_gradient() for name in directions}
         expected = inner(directions, gradient)
         norms = torch.stack([value.square().sum() for value in directions.values()]).sum()
-        size = sum(float(value.square().sum()) for value in gradient.values())
-        floor = 8 * torch.finfo(expected.dtype).eps * (float(norms) * size) ** 0.5
+        squares = sum(float(value.square().sum()) for value in gradient.values())
+        eps = torch.finfo(expected.dtype).eps
+        floor = 8 * eps * (float(norms) * squares) ** 0.5
+
         for name, direction in directions.items():
             if step.updates[name].sign < 0:
                 direction.neg_()
+
         total = torch.zeros_like(expected)
         complete = True
         for batch, places, share in self._samples.batches(step):
@@ -177,24 +201,16 @@ class ReverseSweep:
             if not bool(chosen.all()) and self._products.stands_alone(step, batch):
                 batch, places = _rows(batch, chosen), places[chosen]
             total += self._add_batch(step, batch, places, share, directions, target)
-        if complete and self._shared:
-            distributed.add_up(total)
-        if complete:
-            return self._miss(step.number, total, expected, floor)
-        due = not self.mismatch or step.number % CHECK_EVERY == 0
-        return self._gradient_miss(step, gradient) if due else float("nan")
 
-    def _gradient_miss(self, step: Step, gradient: Mapping[str, Tensor]) -> float:
-        """Where only some samples are asked for: the same of all of them, without influences."""
-        rest = {name: value * step.updates[name].sign for name, value in gradient.items()}
-        size = sum(float(value.square().sum()) for value in rest.values()) ** 0.5
-        for batch, _, share in self._samples.batches(step):
-            for name, value in self._products.gradient(step, batch, share, rest).items():
-                rest[name] = rest[name] - value
-        off = sum(float(value.square().sum()) for value in rest.values()) ** 0.5
-        if off > torch.finfo(next(iter(rest.values())).dtype).eps ** 0.4 * size:
-            self.wrong.append(step.number)
-        return float(off / size if size else off)
+        if complete:
+            if self._shared:
+                distributed.add_up(total)
+            off, norm = float((total - expected).norm()), float(expected.norm())
+            self.mismatch.note(step.number, off, norm, eps, floor)
+        elif not self.mismatch.by_step or step.number % CHECK_EVERY == 0:
+            self._compare_gradients(step, gradient)
+        else:
+            self.mismatch.by_step[step.number] = float("nan")
 
     def _add_batch(
         self,
@@ -210,18 +226,24 @@ class ReverseSweep:
         chosen = places >= 0
         parts = (torch.where(chosen, places, count), count + 1) if self._samples.partition else None
         values = self._products.of(step, batch, directions, parts)
-        found = values.unflatten(1, (self._acting, *target.shape[2:4])).movedim(1, 0).to(target)  # (A, G, x, o, N)
+
+        # A: acting steps, G: groups, x: queries, o: outputs, N: samples, or parts and behind them the rest
+        found = values.unflatten(1, (self._tile.slots, *target.shape[2:4])).movedim(1, 0).to(target)  # (A, G, x, o, N)
         if parts is not None:
             target += found[..., :count]
         else:
             target.index_add_(4, places[chosen], found if bool(chosen.all()) else found[..., chosen])
         return (values * share).sum((0, 2))
 
-    def _miss(self, number: int, total: Tensor, expected: Tensor, floor: float) -> float:
-        off, size = float((total - expected).norm()), float(expected.norm())
-        if off > torch.finfo(expected.dtype).eps ** 0.4 * size + floor:
-            self.wrong.append(number)
-        return off / size if size else off
+    def _compare_gradients(self, step: Step, gradient: Mapping[str, Tensor]) -> None:
+        """Where only some samples are asked for: whether all of them add up to the gradient, without influences."""
+        rest = {name: value * step.updates[name].sign for name, value in gradient.items()}
+        size = sum(float(value.square().sum()) for value in rest.values()) ** 0.5
+        for batch, _, share in self._samples.batches(step):
+            for name, value in self._products.gradient(step, batch, share, rest).items():
+                rest[name] = rest[name] - value
+        off = sum(float(value.square().sum()) for value in rest.values()) ** 0.5
+        self.mismatch.note(step.number, off, size, torch.finfo(next(iter(rest.values())).dtype).eps)
 
 
 CHECK_EVERY = 50
@@ -230,8 +252,8 @@ CHECK_EVERY = 50
 
 def _own_share(places: Tensor) -> Tensor:
     """The places of the samples that this process does; −1 for all others."""
-    own = (places >= 0).nonzero()[distributed.rank() :: distributed.processes(), 0]
-    return torch.full_like(places, -1).index_copy(0, own, places[own])
+    mine = (places >= 0).nonzero()[distributed.rank() :: distributed.processes(), 0]
+    return torch.full_like(places, -1).index_copy(0, mine, places[mine])
 
 
 def _rows(batch: Batch, chosen: Tensor) -> Batch:

@@ -1,153 +1,210 @@
-"""Where steps come from, forwards and backwards: a trajectory, or steps in memory; and which samples they have seen."""
+"""These steps, this model, this window: where every explanation and analysis takes its steps from."""
 
-from collections.abc import Iterable, Iterator, Sized
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence, Sized
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from explaind_track.core.step import Batch, Step
-from explaind_track.engine.functional import SampleLoss
-from explaind_track.explanation.sample_axis import Data, SampleAxis
+from explaind_track.explanation.plan import timed
 from explaind_track.record.trajectory import Trajectory
 
+Window = tuple[int, int]
+"""`(first, last)`: the steps first ≤ s < last."""
 
-class StepList:
-    """Steps in memory, as a trajectory gives them. They have to last (`Trajectory.steps(lasting=True)`)."""
 
-    def __init__(self, steps: Iterable[Step]) -> None:
-        self._steps = list(steps)
-        for one, other in zip(self._steps, self._steps[1:], strict=False):
-            if any(other.before.parameters[name] is value for name, value in one.before.parameters.items()):
-                raise ValueError(
-                    "samples are explained from the last step back, so all steps have to last: take them from "
-                    "trajectory.steps(lasting=True), or pass the trajectory itself"
-                )
+class StepSource(ABC):
+    """The steps first ≤ s < last of a run, in their order.
 
-    fingerprint = "steps in memory"
+    `StepSource.of` makes one of whatever a caller has. Every step that it gives is valid at that moment, or ValueError
+    is raised: nothing is computed from tensors that hold a later step by now.
+    """
+
+    def __init__(self, start: int, first: int, last: int) -> None:
+        """start: the run's first step."""
+        self.start, self.first, self.last = start, first, last
+
+    @staticmethod
+    def of(steps: Trajectory | Iterable[Step], model: nn.Module, window: Window | None) -> "StepSource":
+        """The source of a trajectory; of a list of steps that last; or of a stream of steps, each valid until the next.
+
+        Raises ValueError for a model that is not the one recorded, a window outside of the run, a window of a stream,
+        and a list of steps that do not last, or are not in their order.
+        """
+        if isinstance(steps, Trajectory):
+            steps.check_model(model)
+            return RecordedSteps(steps, window)
+        return HeldSteps(steps, window) if isinstance(steps, Sequence) else PassingSteps(steps, window)
 
     def __len__(self) -> int:
-        return self._steps[-1].number + 1 if self._steps else 0
+        """The number of steps within the window; 0 where nobody knows."""
+        return self.last - self.first
 
-    def steps_back(self, first: int, last: int, memory: int) -> Iterator[Step]:
-        return (step for step in reversed(self._steps) if first <= step.number < last)
+    @abstractmethod
+    def repeatable(self) -> "RepeatableSteps":
+        """The same steps, to be gone through again and backwards. Those of a stream are held: ValueError is raised
+        unless they last."""
 
-    def steps(self, first: int, last: int) -> Iterator[Step]:
-        return (step for step in self._steps if first <= step.number < last)
+    @abstractmethod
+    def forwards(self, first: int, last: int) -> Iterator[Step]:
+        """Steps first ≤ s < last."""
 
-    def indices(self, last: int) -> Iterator[tuple[int, Batch]]:
-        return ((step.number, batch) for step in self._steps if step.number < last for batch in step.batches)
+    @abstractmethod
+    def trial(self) -> tuple[Step, float]:
+        """The step in the middle of the window, and the seconds that it takes to come to it from the step before."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one recorded run from another. Raises ValueError for steps that are not recorded."""
+        raise ValueError("out= goes on where it stopped, for which the steps have to be those of a trajectory")
 
 
-class StepStream:
-    """Steps that pass by once, each valid until the next."""
+class RepeatableSteps(StepSource):
+    """Steps that can be gone through again, and backwards together with those before the window."""
 
-    fingerprint = "steps in memory"
+    def repeatable(self) -> "RepeatableSteps":
+        return self
 
-    def __init__(self, steps: Iterable[Step]) -> None:
+    @abstractmethod
+    def backwards(self, last: int, memory: int) -> Iterator[Step]:
+        """All the run's steps before `last`, the last one first. memory: bytes that may be held for it."""
+
+    @abstractmethod
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Every batch of the run before the window's end, with the number of its step."""
+
+    def reach(self, first: int, last: int, memory: int) -> int:
+        """The first step whose gradient, carried on by momentum, can be told from 0 in the steps first ≤ s < last."""
+        decay: dict[str, float] = {}
+        for step in self.backwards(last, memory):
+            for name, update in step.updates.items():
+                if update.rule.buffer is None:
+                    continue
+                if step.number >= first:
+                    decay[name] = abs(update.rule.beta)
+                elif name in decay:
+                    decay[name] *= abs(update.rule.beta)
+
+            smallest = torch.finfo(next(iter(step.before.parameters.values())).dtype).eps
+            if step.number <= first and all(value < smallest for value in decay.values()):
+                return step.number
+        return self.start
+
+
+class RecordedSteps(RepeatableSteps):
+    """A trajectory's steps, replayed whenever they are asked for."""
+
+    def __init__(self, trajectory: Trajectory, window: Window | None) -> None:
+        super().__init__(0, *_within(0, len(trajectory), window))
+        self._trajectory = trajectory
+
+    @property
+    def fingerprint(self) -> str:
+        return self._trajectory.fingerprint
+
+    def forwards(self, first: int, last: int) -> Iterator[Step]:
+        return self._trajectory.steps(first, last)
+
+    def backwards(self, last: int, memory: int) -> Iterator[Step]:
+        return self._trajectory.steps_back(self.start, last, memory)
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        return self._trajectory.indices(self.last)
+
+    def trial(self) -> tuple[Step, float]:
+        middle = (self.first + self.last) // 2
+        start = self._trajectory.keyframe(middle)
+        stop = min(start + 10, middle + 1)
+        replay = timed(lambda: sum(1 for _ in self.forwards(start, stop))) / (stop - start)
+        return next(self.forwards(middle, middle + 1)), replay
+
+
+class HeldSteps(RepeatableSteps):
+    """Steps in memory, all of them valid at once."""
+
+    def __init__(self, steps: Iterable[Step], window: Window | None) -> None:
+        self._steps: list[Step] = []
+        for step in _in_order(steps):
+            if self._steps:
+                self._steps[-1].require_valid()  # said as soon as it can be, for there may be thousands to come
+            self._steps.append(step)
+
+        for step in self._steps:
+            step.require_valid()
+
+        start, stop = (self._steps[0].number, self._steps[-1].number + 1) if self._steps else (0, 0)
+        first, last = _within(start, stop, window) if self._steps or window else (0, 0)
+        super().__init__(start, first, last)
+
+    def __len__(self) -> int:
+        return sum(self.first <= step.number < self.last for step in self._steps)
+
+    def forwards(self, first: int, last: int) -> Iterator[Step]:
+        return _in_order(step for step in self._steps if first <= step.number < last)
+
+    def backwards(self, last: int, memory: int) -> Iterator[Step]:
+        for step in reversed(self._steps):
+            if step.number < last:
+                step.require_valid()
+                yield step
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        return ((step.number, batch) for step in self._steps if step.number < self.last for batch in step.batches)
+
+    def trial(self) -> tuple[Step, float]:
+        steps = list(self.forwards(self.first, self.last))
+        return steps[len(steps) // 2], 0.0
+
+
+class PassingSteps(StepSource):
+    """Steps that pass by once, each perhaps valid until the next only. Nobody knows their numbers beforehand."""
+
+    def __init__(self, steps: Iterable[Step], window: Window | None) -> None:
+        if window is not None:
+            raise ValueError(
+                "a window is for trajectories and for lists of steps that last; of a stream, pass the steps that you "
+                "want"
+            )
+        super().__init__(0, 0, 0)
         self._steps = steps
 
     def __len__(self) -> int:
-        """0 where nobody knows."""
         return len(self._steps) if isinstance(self._steps, Sized) else 0
 
-    def steps(self, first: int, last: int) -> Iterable[Step]:
-        """All of them."""
-        return self._steps
+    def repeatable(self) -> RepeatableSteps:
+        return HeldSteps(self._steps, None)
+
+    def forwards(self, first: int, last: int) -> Iterator[Step]:
+        """All of them. Raises ValueError if none comes, as of a stream that has passed already."""
+        none = True
+        for step in _in_order(self._steps):
+            none = False
+            yield step
+        if none:
+            raise ValueError("there is no step to take: a stream of steps passes by only once")
+
+    def trial(self) -> tuple[Step, float]:
+        raise ValueError("the time is estimated by trying a step, which steps that pass by only once do not allow")
 
 
-Source = Trajectory | StepList
-
-
-def source_of(steps: Trajectory | Iterable[Step], model: nn.Module, window: tuple[int, int] | None) -> Source:
-    """Raises ValueError for a model that does not fit, and for a window outside of the run."""
-    if isinstance(steps, Trajectory):
-        steps.check_model(model)
-    source = steps if isinstance(steps, Trajectory) else StepList(steps)
-    first, last = window or (0, len(source))
-    if not 0 <= first < last <= len(source):
+def _within(start: int, stop: int, window: Window | None) -> Window:
+    """The window of a run with the steps start ≤ s < stop. Raises ValueError if it is not within the run."""
+    first, last = window or (start, stop)
+    if not start <= first < last <= stop:
         raise ValueError(
             f"window=({first}, {last}) is not within the run: a window (first, last) holds the steps first ≤ s < last, "
-            f"and the run has {len(source)} steps, so that 0 ≤ first < last ≤ {len(source)}"
+            f"and the run has {stop - start} steps, so that {start} ≤ first < last ≤ {stop}"
         )
-    return source
+    return first, last
 
 
-def reach(source: Source, first: int, last: int, memory: int) -> int:
-    """The first step whose gradient, carried on by momentum, can be told from 0 in the steps first ≤ s < last."""
-    decay: dict[str, float] = {}
-    for step in source.steps_back(0, last, memory):
-        for name, update in step.updates.items():
-            if update.rule.buffer is None:
-                continue
-            if step.number >= first:
-                decay[name] = abs(update.rule.beta)
-            elif name in decay:
-                decay[name] *= abs(update.rule.beta)
-        smallest = torch.finfo(next(iter(step.before.parameters.values())).dtype).eps
-        if step.number <= first and all(value < smallest for value in decay.values()):
-            return step.number
-    return 0
-
-
-def choose_samples(
-    source: Source,
-    last: int,
-    loss: SampleLoss | None,
-    data: Data | None,
-    samples: Iterable[int] | None,
-    partition: Any,
-) -> SampleAxis:
-    """The sample axis: every training index of the steps before `last`, or those asked for, or a partition's labels.
-
-    Raises ValueError for what the record lacks, with the remedy.
-    """
-    if loss is None:
-        raise ValueError("influences of samples need sample_loss=: (model, batch) → unreduced losses (N,)")
-    found: set[int] = set()
-    for number, batch in source.indices(last):
-        if batch.clipped:
-            raise ValueError(
-                f"the gradient of step {number} was clipped by value, and what is left of it is no sum over samples; "
-                "clip it by its norm, or explain groups and steps only"
-            )
-        if batch.index is None:
-            raise ValueError(
-                f"a batch of step {number} has no index, so its samples have no names; in training, pass index= to "
-                "tracker.batch"
-            )
-        if batch.data is None and data is None:
-            raise ValueError(
-                f"the record holds the indices of step {number}'s samples but not the samples; pass data=, a function "
-                "from an index tensor (N,) to the batch of sample_loss, such as lambda index: (x[index], y[index])"
-            )
-        found |= set(batch.index.tolist())
-    if not found:
-        raise ValueError(
-            "the run has no record of its batches; in training, call tracker.batch(batch, index=…) for each"
-        )
-    if samples is not None:
-        wanted = [int(index) for index in samples]
-        if set(wanted) - found:
-            raise ValueError(
-                f"no step before {last} saw the samples {sorted(set(wanted) - found)[:10]}; those of {len(found)} "
-                f"indices, {min(found)} to {max(found)}, were seen"
-            )
-        if len(set(wanted)) < len(wanted):
-            raise ValueError("samples= names some training indices twice")
-    else:
-        wanted = sorted(found)
-    if partition is None:
-        return SampleAxis(loss, data, wanted, {index: place for place, index in enumerate(wanted)}, False)
-    label = {index: _label_of(partition, index) for index in wanted}
-    labels = sorted(set(label.values()), key=lambda value: (str(type(value)), value))
-    return SampleAxis(loss, data, labels, {index: labels.index(own) for index, own in label.items()}, True)
-
-
-def _label_of(partition: Any, index: int) -> Any:
-    try:
-        value = partition[index]
-    except LookupError:
-        raise ValueError(f"partition= has no label for the training sample {index}, partition[{index}]") from None
-    return value.item() if isinstance(value, Tensor | np.generic) else value
+def _in_order(steps: Iterable[Step]) -> Iterator[Step]:
+    """The steps, each of them valid. Raises ValueError for one that is not, or comes too late."""
+    last: int | None = None
+    for step in steps:
+        step.require_valid()
+        if last is not None and step.number <= last:
+            raise ValueError(f"steps are taken in their order, but step {step.number} came after step {last}")
+        last = step.number
+        yield step
