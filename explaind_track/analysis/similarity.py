@@ -91,11 +91,11 @@ def similarity(
         ...     tracker.finish()
         ...     found = similarity(
         ...         Trajectory.open(directory), model, Query.outputs(x[:4]), sample_loss=loss,
-        ...         data=lambda index: (x[index], y[index]), progress=False,
+        ...         data=lambda index: (x[index], y[index]), groups={"all": "*"}, progress=False,
         ...     )
         >>> dict(found.sizes)
         {'group': 1, 'query': 4, 'other': 4}
-        >>> found.sel(group="weight").values.diagonal().round(6).tolist()
+        >>> found.sel(group="all").values.diagonal().round(6).tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
     if query.reduction:

@@ -70,7 +70,7 @@ def step_scores(
         ...             optimizer.step()
         ...     tracker.finish()
         ...     scores = step_scores(Trajectory.open(directory), model, Query.loss(x, y), progress=False)
-        >>> int(scores.argmax())  # plain gradient descent slows down
+        >>> int(scores.idxmax("step"))  # plain gradient descent slows down
         0
     """
     if by not in get_args(By):

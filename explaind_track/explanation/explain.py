@@ -113,7 +113,7 @@ def explain(
         ...         sample_loss=loss, data=lambda index: (x[index], y[index]),
         ...     )
         >>> dict(of_groups.data["influence"].sizes)
-        {'part': 2, 'step': 5, 'group': 1}
+        {'part': 2, 'step': 5, 'group': 2}
         >>> of_samples.data["influence"].shape
         (4, 2, 8)
         >>> bool(of_groups.residual.max() < 1e-3)  # so much of each step's change is not explained

@@ -53,7 +53,7 @@ class Explainer:
         ...     (row,) = explainer.add(observer.after(number, {}))
         ...     observer.settle()
         >>> row["influence"].shape  # of the last step: parts, groups
-        torch.Size([2, 1])
+        torch.Size([2, 2])
         >>> (influence,) = explainer.results()
         >>> influence.data["step"].values.tolist()
         [0, 1, 2]
