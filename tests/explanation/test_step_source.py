@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Job, make_job, sample_loss
-from test_exactness import check
+from helpers import check
+from jobs import Job, make_job, sample_loss
 from torch import Tensor
 
 from explaind_track import Quadrature, Query, Step, StepObserver, Trajectory, explain
