@@ -47,14 +47,14 @@ class Lock:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """The file is there whole, on the disk, when this returns, or not at all. Raises TrajectoryError where it can't."""
+    """Writes the file whole, through to the disk, or not at all. Raises TrajectoryError where it cannot."""
     scratch = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a crash may leave the new name with nothing behind it
         scratch.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -74,6 +74,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> tup
 
 
 def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -95,6 +96,7 @@ class TensorFile:
         return place < len(self.names) and self.names[place] == name
 
     def __getitem__(self, name: str) -> Tensor:
+        """Reads the tensor; the next time again."""
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 

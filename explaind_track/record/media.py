@@ -16,7 +16,7 @@ from explaind_track.record.files import file_sha256, write_atomic
 
 MEDIA = "media"
 PICTURE = re.compile(rf"{MEDIA}/[0-9a-f]{{64}}\.png")
-"""What a picture's file is called, beside the rows."""
+"""The names of pictures' files, beside the rows."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def with_files(row: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> Any:
-    """What `json.dumps` is told of tables, and of pictures in files."""
+    """Tables, and pictures in files, as JSON has them: the `default` of `json.dumps`."""
     if isinstance(value, Table):
         return {"columns": value.columns, "data": value.data}
     if isinstance(value, Path):
@@ -53,8 +53,11 @@ def to_json(value: Any) -> Any:
 def from_json(
     row: Mapping[str, Any], directory: Path, damaged: Literal["raise", "leave out"] = "raise"
 ) -> dict[str, Any]:
-    """A row as it was recorded in the directory. damaged: what becomes of a value with a picture that is missing or not
-    what was written: TrajectoryError, or a row without it."""
+    """A row as it was recorded in the directory.
+
+    damaged: what becomes of a value with a picture that is missing, or is not what was written: TrajectoryError, or a
+    row without it.
+    """
 
     def read(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -66,10 +69,9 @@ def from_json(
 
     found: dict[str, Any] = {}
     for key, value in row.items():
+        shown = Table(**value) if isinstance(value, dict) and "columns" in value else value
         try:
-            found |= map_values(
-                {key: Table(**value) if isinstance(value, dict) and "columns" in value else value}, read
-            )
+            found |= map_values({key: shown}, read)
         except TrajectoryError:
             if damaged == "raise":
                 raise
@@ -78,9 +80,10 @@ def from_json(
 
 def map_values(row: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     """The row with every value changed; of tables, every cell."""
-    return {
-        key: Table(one.columns, [[change(cell) for cell in line] for line in one.data])
-        if isinstance(one, Table)
-        else change(one)
-        for key, one in row.items()
-    }
+
+    def changed(value: Any) -> Any:
+        if not isinstance(value, Table):
+            return change(value)
+        return Table(value.columns, [[change(cell) for cell in line] for line in value.data])
+
+    return {key: changed(value) for key, value in row.items()}

@@ -1,4 +1,4 @@
-"""What W&B keeps, fetched on demand: each file once, whole, and as it was written, or not at all."""
+"""Fetches what W&B keeps, on demand: each file once, whole, and as it was written, or not at all."""
 
 import time
 from pathlib import Path
@@ -8,12 +8,13 @@ from explaind_track.record.files import file_sha256
 from explaind_track.record.manifest import MANIFEST, Entry
 
 PREFIX = "wandb:"
+"""In front of an artifact's name, where a directory on this disk could stand."""
 ATTEMPTS = 8
 CHUNK = 2**20
 
 
 def cache_directory() -> Path:
-    """Where fetched files are kept, each under its hash. It may be removed at any time."""
+    """The directory that keeps fetched files, each under its hash. It may be removed at any time."""
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("explaind_track"))
@@ -27,7 +28,8 @@ class RemoteArtifact:
         import wandb
 
         wanted = name.removeprefix(PREFIX)
-        wanted = wanted if ":" in wanted else f"{wanted}:latest"
+        if ":" not in wanted:
+            wanted = f"{wanted}:latest"
         try:
             self.artifact = wandb.Api().artifact(wanted)
         except (wandb.errors.Error, ValueError) as error:
@@ -37,7 +39,7 @@ class RemoteArtifact:
         self.name = self.artifact.source_qualified_name
 
     def manifest_directory(self) -> Path:
-        """A directory that holds the trajectory's manifest."""
+        """The directory that the trajectory's manifest is fetched to."""
         directory = cache_directory() / "manifests" / str(self.artifact.digest)
         if MANIFEST not in self.artifact.manifest.entries:
             raise TrajectoryError(f"{self.name} holds no trajectory: there is no {MANIFEST} in it")
@@ -60,6 +62,7 @@ class RemoteArtifact:
         with FileLock(target.with_suffix(".lock")):
             if target.is_file() and target.stat().st_size == size and file_sha256(target) == sha256:
                 return target
+
             part = target.with_suffix(".part")
             self._complete(path, size, part)
             found = file_sha256(part)
@@ -72,6 +75,7 @@ class RemoteArtifact:
         return target
 
     def _complete(self, path: str, size: int, part: Path) -> None:
+        """Asks for what is missing of the file until it has its size, a few times."""
         import requests
 
         for attempt in range(ATTEMPTS):
@@ -81,7 +85,7 @@ class RemoteArtifact:
                     return
                 reason = f"{part.stat().st_size} of {size} bytes"
                 if part.stat().st_size > size:
-                    part.unlink()
+                    part.unlink()  # begun from another file: from the start again
             except requests.RequestException as error:
                 reason = str(error)
             time.sleep(min(0.1 * 2**attempt, 10))
@@ -93,13 +97,15 @@ class RemoteArtifact:
         """Asks for the rest of the file, and writes what comes."""
         import requests
 
-        have = part.stat().st_size if part.is_file() else 0
         files = list(self.artifact.files(names=[path]))
         if not files:
             raise TrajectoryError(f"{self.name} has no file {path!r}")
+
+        have = part.stat().st_size if part.is_file() else 0
         headers = {"Range": f"bytes={have}-"} if have else {}
         with requests.get(files[0].direct_url, headers=headers, stream=True, timeout=60) as answer:
             answer.raise_for_status()
+            # a server that ignores the range sends the whole file
             with part.open("ab" if answer.status_code == requests.codes.partial_content else "wb") as file:
                 for chunk in answer.iter_content(CHUNK):
                     file.write(chunk)

@@ -24,42 +24,46 @@ Array = np.ndarray[Any, Any]
 
 
 class Store:
-    """One result's directory."""
+    """The directory of a result while it is computed."""
 
     def __init__(self, directory: str | PathLike[str], request: Mapping[str, Any]) -> None:
-        """Opens the directory to go on with what was done in it. Raises FileExistsError if it holds something else than
-        a result of this very request."""
+        """Opens the directory, to go on with what was done in it.
+
+        Raises FileExistsError if it holds something else than a result of this very request.
+        """
         self.directory = Path(directory)
-        self._request = json.loads(json.dumps(request))
         self.notes: dict[str, Any] = {}
         """By chunk that is done: what was noted of it."""
+        self._request = json.loads(json.dumps(request))  # as it will be read, to be compared with that
+        self._arrays: dict[str, np.memmap[Any, Any]] = {}
+        self._dims: dict[str, list[str]] = {}
+
         path = self.directory / REQUEST
         if path.is_file():
             content = json.loads(path.read_bytes())
-            if content["request"] != self._request:
-                other = [key for key in self._request if content["request"].get(key) != self._request[key]]
-                raise FileExistsError(
-                    f"{self.directory} holds the result of another request, which differs in {', '.join(other)}; name "
-                    "a new directory, or remove that one first"
-                )
+            self._refuse_another(content["request"])
             self.notes = content["notes"]
         elif self.directory.exists() and any(self.directory.iterdir()):
             raise FileExistsError(f"{self.directory} is not empty; name a new directory, or remove that one first")
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._arrays: dict[str, np.memmap[Any, Any]] = {}
-        self._dims: dict[str, list[str]] = {}
         self._write()
 
-    def array(self, name: str, sizes: Mapping[str, int], dtype: np.dtype[Any]) -> Array:
-        """The array of this name over these axes, zeros where nothing was written yet."""
-        if name not in self._arrays:
-            path = self.directory / f"{name}.npy"
-            shape = tuple(sizes.values())
-            self._arrays[name] = (
-                np.lib.format.open_memmap(path, "r+")
-                if path.is_file()
-                else np.lib.format.open_memmap(path, "w+", dtype, shape)
+    def _refuse_another(self, request: Mapping[str, Any]) -> None:
+        if request != self._request:
+            other = [key for key in self._request if request.get(key) != self._request[key]]
+            raise FileExistsError(
+                f"{self.directory} holds the result of another request, which differs in {', '.join(other)}; name "
+                "a new directory, or remove that one first"
             )
+
+    def array(self, name: str, sizes: Mapping[str, int], dtype: np.dtype[Any]) -> Array:
+        """The array of this name over these axes, mapped into memory; zeros where nothing was written yet."""
+        if name not in self._arrays:
+            path, shape = self.directory / f"{name}.npy", tuple(sizes.values())
+            if path.is_file():
+                self._arrays[name] = np.lib.format.open_memmap(path, "r+")
+            else:
+                self._arrays[name] = np.lib.format.open_memmap(path, "w+", dtype, shape)
             self._dims[name] = list(sizes)
         return self._arrays[name]
 
@@ -71,8 +75,11 @@ class Store:
         self._write()
 
     def complete(self, data: xr.Dataset, cut: Mapping[str, int]) -> Influence:
-        """Adds the labels. data: the result, of which the variables that have an array here are not copied; cut: where
-        the axes of these begin in their arrays."""
+        """Adds the labels: the result is complete then.
+
+        data: the result, of which the variables that have an array here are not copied. cut: where the axes of these
+        begin in their arrays.
+        """
         attrs = {"stored": json.dumps(self._dims), "cut": json.dumps(dict(cut))}
         small = data.drop_vars([name for name in self._dims if name in data]).assign_attrs(attrs)
         Influence(small).save(self.directory / LABELS)
@@ -91,21 +98,36 @@ def load(directory: Path) -> Influence:
         )
     small = Influence.load(directory / LABELS).data
     stored, cut = (json.loads(small.attrs.pop(name)) for name in ("stored", "cut"))
+
     variables = {}
     for name, dims in stored.items():
         array = np.load(directory / f"{name}.npy", mmap_mode="r")
-        for axis, start in cut.items():
-            if axis in dims:
-                array = array[(slice(None),) * dims.index(axis) + (slice(start, None),)]
-        variables[name] = (dims, array)
+        window = tuple(slice(cut.get(axis), None) for axis in dims)
+        variables[name] = (dims, array[window])
     return Influence(small.assign(variables))
 
 
 def open_influence(path: str | PathLike[str]) -> Influence:
-    """An influence, from wherever it lies: a file that `Influence.save` wrote, the directory of an `explain(out=…)`, or
-    the artifact that holds one, `wandb:entity/project/name:alias`.
+    """Opens an influence, wherever it lies.
 
-    Raises ValueError for anything else, TrajectoryError for an artifact that cannot be fetched.
+    Args:
+        path: A file that `Influence.save` wrote; the directory of an `explain(out=…)`, of which large arrays stay on
+            the disk; or the artifact that holds an influence, `wandb:entity/project/name:alias`.
+
+    Raises:
+        ValueError: There is anything else, or a result that is not complete.
+        TrajectoryError: The artifact cannot be fetched.
+
+    Example:
+        >>> import tempfile, xarray as xr
+        >>> from explaind_track import Influence, open_influence
+        >>> importance = (("part", "group"), [[3.0, 1.0]])
+        >>> data = xr.Dataset({"importance": importance}, {"part": ["kernel"], "group": ["body", "head"]})
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     Influence(data).save(f"{directory}/influence.safetensors")
+        ...     opened = open_influence(f"{directory}/influence.safetensors")
+        >>> opened.importance().sel(part="kernel", group="body").item()
+        3.0
     """
     if str(path).startswith(PREFIX):
         return Influence.load(fetch_result(str(path)))

@@ -1,8 +1,9 @@
 """Going on with a run that has ended before its time, as if it had not."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +34,14 @@ def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Litera
     """
     if not directory.is_dir():
         return None
+
     lock = Lock(directory)
     try:
         if _only_begun(directory):
             return None
         trajectory = Trajectory.open(directory)
-        if trajectory.directory != directory:
-            raise ValueError(f"{directory} has its trajectory in {trajectory.directory}: go on with that")
-        head, recorded = head_of(model, observer), trajectory.manifest.head
-        for key in ("optimizer", "parameters", "buffers", "aliases"):
-            if head[key] != recorded[key]:
-                raise ValueError(f"the run in {directory} has other {key}: {recorded[key]}, here {head[key]}")
+        _check_run(trajectory, directory, head_of(model, observer))
+
         if at is True:
             replay = trajectory.replay(len(trajectory))
             _load(replay, model, observer)
@@ -55,17 +53,30 @@ def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Litera
             trajectory = _cut(trajectory, at, next(model.parameters()).device)
     finally:
         lock.release()
+
     observer.go_on(replay.observer.momentum_shares, dict(model.named_buffers()))
     return trajectory
+
+
+def _check_run(trajectory: Trajectory, directory: Path, head: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the trajectory is that of `directory`, and of the model and optimizer in `head`."""
+    if trajectory.directory != directory:
+        raise ValueError(f"{directory} has its trajectory in {trajectory.directory}: go on with that")
+    recorded = trajectory.manifest.head
+    for key in ("optimizer", "parameters", "buffers", "aliases"):
+        if head[key] != recorded[key]:
+            raise ValueError(f"the run in {directory} has other {key}: {recorded[key]}, here {head[key]}")
 
 
 def _only_begun(directory: Path) -> bool:
     """Whether no step has been written; what an interrupted beginning has left is removed then."""
     for path in directory.rglob("*.part"):
         path.unlink()
+
     if (directory / MANIFEST).is_file():
         if Manifest.read(directory).entries:
             return False
+        # no step: then neither the rows nor the W&B run are any that could be gone on with
         for name in (MANIFEST, HISTORY, TIE, FINISHED):
             (directory / name).unlink(missing_ok=True)
 
@@ -77,10 +88,12 @@ def _only_begun(directory: Path) -> bool:
 
 @torch.no_grad()
 def _load(replay: Replay, model: nn.Module, observer: StepObserver) -> None:
+    """Puts the model and the optimizer's state where the replay is."""
     for name, parameter in observer.parameters.items():
         parameter.copy_(replay.parameters[name])
     for name, buffer in model.named_buffers():
         buffer.copy_(replay.buffers[name])
+
     for name, parameter in observer.parameters.items():
         state = replay.optimizer.state.get(replay.parameters[name])
         if state:
@@ -91,7 +104,7 @@ def _load(replay: Replay, model: nn.Module, observer: StepObserver) -> None:
 
 
 def _place(value: Tensor, parameter: Tensor) -> torch.device:
-    """Where an optimizer keeps a tensor: what is of the parameter's shape beside it, step counts where they were."""
+    """The device of an optimizer's tensor: the parameter's if it has its shape; a step count stays where it was."""
     return parameter.device if value.shape == parameter.shape and value.ndim else value.device
 
 
@@ -118,6 +131,7 @@ def _cut(trajectory: Trajectory, at: int, device: torch.device) -> Trajectory:
     device: of the model, whose random state is put down as that before step `at`.
     """
     directory, manifest = trajectory.directory, trajectory.manifest
+
     kept = [entry for entry in manifest.entries if entry.last <= at]
     for entry in trajectory.segments:
         if entry.first < at < entry.last:

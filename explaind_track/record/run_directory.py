@@ -57,6 +57,7 @@ class Tie:
 
 
 def write_tie(directory: Path, tie: Tie) -> None:
+    """Notes which W&B run the trajectory belongs to."""
     write_atomic(directory / TIE, json.dumps(asdict(tie), indent=1).encode())
 
 
@@ -94,6 +95,7 @@ def pictures(directory: Path) -> list[str]:
 
 
 def mark_finished(directory: Path, steps: int) -> None:
+    """Notes that the run has been ended, with so many steps."""
     write_atomic(directory / FINISHED, json.dumps({"steps": steps}).encode())
 
 

@@ -13,7 +13,7 @@ keyframes/00000100.safetensors    the run right before step 100 (`Keyframe`)
 steps/00000100.safetensors        the steps from 100 on (`Segment`)
 
     gradient:STEP:NAME            as the optimizer used it
-    auxiliary:STEP:PART:NAME      the gradient of an auxiliary loss, which the other holds too
+    auxiliary:STEP:LOSS:NAME      the gradient of an auxiliary loss, which that of the optimizer contains
     buffer:STEP:NAME              the model's buffers after the step, if it moved them
     batch:STEP:PLACE:NUMBER       the tensors of a batch that had no index, counted from 1
     batch:STEP:PLACE:random:DEVICE    the random generators before the batch's forward pass

@@ -1,11 +1,7 @@
 """The record of a training run: full checkpoints every so often, and the gradients, batches and settings between them.
 
 θ, the optimizer's state and with them every part of every step follow from a keyframe and the gradients after it, by
-running the optimizer's own `step`; the next keyframe proves that they do, bit for bit.
-
-    manifest.json                       what was trained, and every other file with its hash
-    keyframes/00000100.safetensors      parameters, buffers and optimizer state before step 100
-    steps/00000100.safetensors          gradients, batches and settings of the steps from 100 on
+running the optimizer's own `step`; the next keyframe proves that they do, bit for bit. `schema` says what is in a file.
 """
 
 import hashlib
@@ -30,9 +26,46 @@ from explaind_track.record.schema import Keyframe, Segment, random_state_in, sig
 
 
 class Trajectory:
-    """A recorded run: the same steps as the live ones, as often as wanted."""
+    """A recorded run: the same steps as the live ones, as often as wanted.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from explaind_track import Tracker, Trajectory
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(9, 2), torch.arange(9) % 3
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        >>> directory = tempfile.TemporaryDirectory()
+        >>> tracker = Tracker(model, optimizer, queries={}, trajectory=directory.name)
+        >>> for index in torch.arange(9).split(3):
+        ...     with tracker.step():
+        ...         optimizer.zero_grad()
+        ...         tracker.batch((x[index], y[index]), index=index)
+        ...         torch.nn.functional.cross_entropy(model(x[index]), y[index]).backward()
+        ...         optimizer.step()
+        >>> tracker.finish()
+
+        >>> trajectory = Trajectory.open(directory.name)
+        >>> for step in trajectory.steps():
+        ...     change = step.before.parameters["0.bias"] - step.after.parameters["0.bias"]
+        ...     parts = sum(step.parts[part]["0.bias"] for part in ("kernel", "regularization", "rounding"))
+        ...     print(step.number, torch.equal(parts, change), step.batches[0].index.tolist())
+        0 True [0, 1, 2]
+        1 True [3, 4, 5]
+        2 True [6, 7, 8]
+        >>> torch.equal(trajectory.state_dict(3)["0.bias"], model[0].bias)
+        True
+        >>> directory.cleanup()
+    """
 
     def __init__(self, directory: Path, manifest: Manifest, remote: RemoteArtifact | None = None) -> None:
+        """Use `open`, which checks what it opens.
+
+        Args:
+            directory: Where the files are; of a run at W&B, where its manifest is.
+            manifest: The manifest there.
+            remote: Where the other files come from, if they are not here.
+        """
         self.directory = directory
         self.manifest = manifest
         self.artifact = None if remote is None else remote.name
@@ -47,11 +80,22 @@ class Trajectory:
     def open(cls, directory: str | PathLike[str]) -> "Trajectory":
         """Reads the manifest and checks every file against its hash (about a second for a gigabyte).
 
-        directory: the trajectory, or a directory with one in `trajectory/` (a recipe's results; a run of W&B, also an
-        offline one); or `wandb:entity/project/name:alias`, of which a file is fetched when it is first needed, checked,
-        and kept under its hash for the next time.
+        Args:
+            directory: The trajectory, or a directory with one in `trajectory/` (a recipe's results; a run of W&B, also
+                an offline one); or `wandb:entity/project/name:alias`, of which a file is fetched when it is first
+                needed, checked, and kept under its hash for the next time.
 
-        Raises TrajectoryError if a file is missing, torn or altered, or if steps are missing between two segments.
+        Raises:
+            TrajectoryError: A file is missing, torn or altered, or steps are missing between two segments.
+
+        Example:
+            >>> import tempfile
+            >>> from explaind_track import Trajectory
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     Trajectory.open(directory)  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            explaind_track.errors.TrajectoryError: ... holds no trajectory: there is no manifest.json in it
         """
         remote = RemoteArtifact(str(directory)) if str(directory).startswith(PREFIX) else None
         root = trajectory_directory(directory) if remote is None else remote.manifest_directory()
@@ -76,22 +120,56 @@ class Trajectory:
 
     @property
     def fingerprint(self) -> str:
-        """Tells one record from another."""
+        """A hash that tells this record from any other."""
         return hashlib.sha256("".join(entry.sha256 for entry in self.manifest.entries).encode()).hexdigest()[:32]
 
     def check_model(self, model: nn.Module) -> None:
-        """Raises ValueError unless the model has the parameters that were trained, in name, shape and type."""
+        """Compares a model with the one that was trained.
+
+        Raises:
+            ValueError: Its parameters differ from the recorded ones in name, shape or type.
+        """
         expected, found = self.manifest.head["parameters"], signature(dict(model.named_parameters()))
-        if expected != found:
-            names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-            detail = "; ".join(f"{n}: recorded {expected.get(n)}, model {found.get(n)}" for n in names[:5])
-            raise ValueError(f"the model is not the one that {self.directory} records: pass that one. {detail}")
+        if expected == found:
+            return
+        names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        detail = "; ".join(f"{n}: recorded {expected.get(n)}, model {found.get(n)}" for n in names[:5])
+        raise ValueError(f"the model is not the one that {self.directory} records: pass that one. {detail}")
+
+    # ----------------------------------------------------------------------------------------------------- steps
 
     def steps(self, first: int = 0, last: int | None = None, lasting: bool = False) -> Iterator[Step]:
-        """Steps first ≤ s < last, replayed from the last keyframe before them, in order; each is valid until the next,
-        or if `lasting`, in tensors of its own.
+        """Replays the run from the last keyframe before step `first`, and gives its steps in order.
 
-        Raises ValueError for a window outside of the record, TrajectoryError where the replay misses a keyframe.
+        Args:
+            first: The first step that is given.
+            last: The step to end before; all that were recorded, if None.
+            lasting: Whether each step is given in tensors of its own; otherwise it is valid until the next.
+
+        Returns:
+            Steps first ≤ s < last. Replayed on the CPU.
+
+        Raises:
+            ValueError: The window reaches out of the record.
+            TrajectoryError: The replay misses a keyframe, or the files do not hold what they should.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from explaind_track import Tracker, Trajectory
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     tracker = Tracker(model, optimizer, queries={}, trajectory=directory)
+            ...     for _ in range(3):
+            ...         with tracker.step():
+            ...             optimizer.zero_grad()
+            ...             model(torch.ones(1, 2)).sum().backward()
+            ...             optimizer.step()
+            ...     tracker.finish()
+            ...     for step in Trajectory.open(directory).steps(first=1):
+            ...         print(step.number, step.parts["kernel"]["bias"].tolist())
+            1 [0.5]
+            2 [0.5]
         """
         last = len(self) if last is None else last
         self._require(0 <= first <= last <= len(self), f"{first} to {last}")
@@ -102,16 +180,27 @@ class Trajectory:
                     yield replay.observer.lasting(step) if lasting else step
 
     def steps_back(self, first: int, last: int, memory: int) -> Iterator[Step]:
-        """Steps last > s ≥ first, the last one first, in tensors of their own. Replays piece by piece: from a keyframe
-        to the next at most, and no more at once than fit `memory` bytes (but at least one)."""
+        """Gives the steps in reverse order, in tensors of their own.
+
+        Replays piece by piece: from a keyframe to the next at most, and no more at once than fit into memory.
+
+        Args:
+            first: The first step, which is given last.
+            last: The step to end before, so that the one before it is given first.
+            memory: Bytes that the steps held at once may take; one step is held in any case.
+
+        Returns:
+            Steps last > s ≥ first.
+        """
         stop = last
         while stop > first:
             start = self.keyframe(stop - 1)
             each = self._keyframes[start].size * 3 // 2  # with the gradient
             begin = max(start, first, stop - max(1, memory // each))
+
             held = list(self.steps(begin, stop, lasting=True))
             while held:
-                yield held.pop()
+                yield held.pop()  # so that it is freed once it has served
             stop = begin
 
     def keyframe(self, step: int) -> int:
@@ -119,7 +208,12 @@ class Trajectory:
         return max(number for number in self._keyframes if number <= step)
 
     def replay(self, number: int) -> Replay:
-        """The run as it was before step `number` (after all steps, for `len(self)`), able to take that step."""
+        """The run as it was before step `number` (after all steps, for `len(self)`), able to take that step.
+
+        Raises:
+            ValueError: The record does not reach that far.
+            TrajectoryError: The replay misses a keyframe.
+        """
         self._require(0 <= number <= len(self), str(number))
         with self._blaming_the_files():
             replay = self._at_keyframe(number)
@@ -127,8 +221,36 @@ class Trajectory:
                 pass
             return replay
 
+    # ---------------------------------------------------------------------------------- checkpoints and batches
+
     def state_dict(self, step: int) -> dict[str, Tensor]:
-        """The model's state before step `step` (after all steps, for `len(self)`), as `load_state_dict` takes it."""
+        """The model's state before a step, as `load_state_dict` takes it.
+
+        Args:
+            step: The number of the step; `len(self)` for the state after all of them.
+
+        Raises:
+            ValueError: The record does not reach that far.
+            TrajectoryError: The replay from the last keyframe misses the next.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from explaind_track import Tracker, Trajectory
+            >>> model = torch.nn.Linear(2, 1)
+            >>> _ = torch.nn.init.zeros_(model.bias)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     tracker = Tracker(model, optimizer, queries={}, trajectory=directory)
+            ...     for _ in range(3):
+            ...         with tracker.step():
+            ...             optimizer.zero_grad()
+            ...             model(torch.ones(1, 2)).sum().backward()
+            ...             optimizer.step()
+            ...     tracker.finish()
+            ...     trajectory = Trajectory.open(directory)
+            ...     [trajectory.state_dict(step)["bias"].item() for step in range(4)]
+            [0.0, -0.5, -1.0, -1.5]
+        """
         if step in self._keyframes:
             keyframe = self._keyframe(step)
             tensors = {**keyframe.parameters, **keyframe.buffers}
@@ -136,18 +258,38 @@ class Trajectory:
             replay = self.replay(step)
             tensors = {**{name: value.detach() for name, value in replay.parameters.items()}, **replay.buffers}
 
-        tensors |= {name: tensors[own] for name, own in self.manifest.head["aliases"].items()}
+        tensors |= {name: tensors[first] for name, first in self.manifest.head["aliases"].items()}
         return {name: tensors[name] for name in self.manifest.head["saved"]}
 
     def batches(self, step: int) -> tuple[Batch, ...]:
-        """The batches of one step: their indices and weights, or where there was no index, the samples themselves."""
+        """The batches of a step, with their indices and weights; where there was no index, with the samples themselves.
+
+        Raises:
+            ValueError: The record does not have that step.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from explaind_track import Tracker, Trajectory
+            >>> model, x, index = torch.nn.Linear(2, 1), torch.ones(9, 2), torch.tensor([2, 7, 1])
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     tracker = Tracker(model, optimizer, queries={}, trajectory=directory)
+            ...     with tracker.step():
+            ...         tracker.batch(x[index], index=index)
+            ...         model(x[index]).mean().backward()
+            ...         optimizer.step()
+            ...     tracker.finish()
+            ...     (batch,) = Trajectory.open(directory).batches(0)
+            >>> batch.index.tolist(), round(batch.weight, 4)
+            ([2, 7, 1], 0.3333)
+        """
         self._require(0 <= step < len(self), str(step))
-        (segment,) = (segment for segment in self.segments if segment.first <= step < segment.last)
+        (entry,) = (entry for entry in self.segments if entry.first <= step < entry.last)
         with self._blaming_the_files():
-            return self.read_segment(segment).batches(step)
+            return self.read_segment(entry).batches(step)
 
     def indices(self, last: int) -> Iterator[tuple[int, Batch]]:
-        """Every batch before step `last`, with its step."""
+        """Every batch before step `last`, with the number of its step."""
         with self._blaming_the_files():
             for entry in self.segments:
                 segment = self.read_segment(entry)
@@ -156,9 +298,11 @@ class Trajectory:
                         yield number, batch
 
     def random_state(self) -> dict[str, Tensor]:
-        """The state of the random generators, by device, where the record ends."""
+        """The state of the random generators where the record ends, by device."""
         last = self.segments[-1] if self.segments else self._keyframes[0]
         return dict(random_state_in(self.read(last)))
+
+    # ----------------------------------------------------------------------------------------------------- files
 
     def file(self, entry: Entry) -> Path:
         """The file on this disk; fetched, and checked, if it is not here yet."""
@@ -172,23 +316,6 @@ class Trajectory:
         """The segment, opened."""
         file = self.read(entry)
         return Segment(file, entry.first, partial(self._find, file))
-
-    def _at_keyframe(self, step: int) -> Replay:
-        """A replay that is to take step `step`, at the last keyframe before it."""
-        start = self.keyframe(step)
-        return Replay(self.manifest.head["optimizer"], start, self._keyframe(start))
-
-    def _advance(self, replay: Replay, last: int) -> Iterator[Step]:
-        """Lets the replay take its steps up to `last`, and meet every keyframe on the way, that before `last` included.
-        Each step is valid until the next is asked for."""
-        for segment in self.segments:
-            if segment.last <= replay.number or segment.first >= last:
-                continue
-            for record in self.read_segment(segment).records(replay.number, last):
-                yield replay.take(record)
-                replay.settle()
-                if replay.number in self._keyframes:
-                    replay.meet(self._keyframe(replay.number))
 
     def _keyframe(self, number: int) -> Keyframe:
         return Keyframe(self.read(self._keyframes[number]))
@@ -204,13 +331,33 @@ class Trajectory:
             self._written_once[name] = holder[name]
         return self._written_once[name]
 
-    def _require(self, inside: bool, found: str) -> None:
+    # ---------------------------------------------------------------------------------------------------- replay
+
+    def _at_keyframe(self, step: int) -> Replay:
+        """A replay that is to take step `step`, at the last keyframe before it."""
+        start = self.keyframe(step)
+        return Replay(self.manifest.head["optimizer"], start, self._keyframe(start))
+
+    def _advance(self, replay: Replay, last: int) -> Iterator[Step]:
+        """Lets the replay take its steps up to `last`, and meet every keyframe on the way, that before `last` included.
+        Each step is valid until the next is asked for."""
+        for entry in self.segments:
+            if entry.last <= replay.number or entry.first >= last:
+                continue
+            for record in self.read_segment(entry).records(replay.number, last):
+                yield replay.take(record)
+                replay.settle()
+                if replay.number in self._keyframes:
+                    replay.meet(self._keyframe(replay.number))
+
+    def _require(self, inside: bool, asked: str) -> None:
         if not inside:
-            raise ValueError(f"the trajectory has the steps 0 to {len(self)}, not {found}")
+            raise ValueError(f"the trajectory has the steps 0 to {len(self)}, not {asked}")
 
     @contextmanager
     def _blaming_the_files(self) -> Iterator[None]:
-        """Files with the right hashes may still say anything: whatever that leads to is their fault."""
+        """Turns whatever the files' content leads to into an error of the trajectory: with the right hashes, they may
+        still say anything."""
         try:
             yield
         except TrajectoryError:

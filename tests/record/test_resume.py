@@ -1,6 +1,7 @@
 """A run that dies and is taken up again is, bit for bit, the run that never died."""
 
 import atexit
+import copy
 import json
 import os
 import random
@@ -17,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 import xarray as xr
-from jobs import sample_loss
+from jobs import make_job, sample_loss
 from torch import nn
 
 from explaind_track import Influence, Query, Tracker, Trajectory
 from explaind_track.errors import ResumeWarning, TrajectoryError
 from explaind_track.record.history import read_rows
+from explaind_track.record.manifest import Manifest
 
 STEPS = 23
 
@@ -225,7 +227,7 @@ def stop_hard(directory: Path, number: int) -> None:
 
 @pytest.mark.parametrize("at", [5, 7])
 def test_a_checkpoint_of_the_loop_is_gone_on_from(at: int, tmp_path: Path, whole: Whole) -> None:
-    """The loop has its own checkpoint of step `at`; what the record holds of later steps is dropped."""
+    """The loop has its own checkpoint of step `at`; what the record holds of later steps is dropped, at one moment."""
     directory = tmp_path / "t"
     job(directory)
     early = tmp_path / "early"
@@ -269,11 +271,37 @@ def test_a_checkpoint_of_the_loop_is_gone_on_from(at: int, tmp_path: Path, whole
         model.load_state_dict(saved["model"])
         return model
 
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "Adam", loaded)
         patch.setattr(nn, "Sequential", with_weights)
+        with pytest.MonkeyPatch.context() as interruption:
+            interruption.setattr(Manifest, "write", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                job(directory, resume=at, prepare=load)
+        assert len(steps_of(directory)) == STEPS
+
         tracker = job(directory, resume=at, prepare=load)
     whole.check(directory, tracker.influence("query"))
+
+
+def test_a_record_that_is_cut_has_the_random_state_of_its_new_end(tmp_path: Path) -> None:
+    first, again = make_job(), make_job()
+    tracker = first.tracker(trajectory=tmp_path / "t", keyframe_every=4)
+    first.run(tracker, 6)
+    again.model.load_state_dict(first.model.state_dict())
+    again.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    first.run(tracker, 3)
+    tracker.finish()
+
+    torch.manual_seed(7)
+    expected = torch.get_rng_state()
+    again.tracker(trajectory=tmp_path / "t", resume=6).finish()
+    trajectory = Trajectory.open(tmp_path / "t")
+    assert len(trajectory) == 6
+    assert torch.equal(trajectory.random_state()["cpu"], expected)
 
 
 def test_another_state_than_the_records_is_refused(tmp_path: Path) -> None:

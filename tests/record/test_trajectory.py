@@ -16,6 +16,7 @@ from torch import nn
 
 from explaind_track import Influence, Query, Tracker, Trajectory, explain
 from explaind_track.errors import ReplayWarning, TrajectoryError
+from explaind_track.record.manifest import Manifest
 from explaind_track.record.writer import SEGMENT_BYTES
 
 
@@ -280,7 +281,7 @@ def test_a_killed_run_leaves_a_whole_trajectory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(TESTS), str(directory)]
     process = subprocess.Popen(command, env=os.environ)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(list((directory / "steps").glob("*.safetensors"))) < 3:
+    while time.monotonic() < deadline and Manifest.read(directory, missing_ok=True).steps < 15:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
