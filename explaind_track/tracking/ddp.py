@@ -38,7 +38,7 @@ class Ranks:
         return 1 if self._wrapped is None else distributed.processes()
 
     @property
-    def own(self) -> int:
+    def rank(self) -> int:
         return 0 if self._wrapped is None else distributed.rank()
 
     def gather(self, value: Item) -> list[Item]:
@@ -60,7 +60,7 @@ class Ranks:
     def at_zero(self, action: Callable[[], Item]) -> Item | None:
         """What `action` gives on rank zero, None elsewhere. Where it fails, all ranks do, so that none waits."""
         found, failure = None, None
-        if self.own == 0:
+        if self.rank == 0:
             try:
                 found = action()
             except Exception as error:
@@ -74,8 +74,8 @@ class Ranks:
 
     def refuse_others(self) -> None:
         """Raises RuntimeError for all but rank zero."""
-        if self.own:
-            raise RuntimeError(f"rank zero explains for all, and this is rank {self.own}: ask there")
+        if self.rank:
+            raise RuntimeError(f"rank zero explains for all, and this is rank {self.rank}: ask there")
 
     def refuse_uneven_steps(self) -> None:
         """Raises RuntimeError inside of `join()`, where ranks without batches take no steps."""

@@ -1,8 +1,7 @@
 """What a Tracker computes of every step: influences on each of its queries, and the row of metrics that shows them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -128,12 +127,3 @@ class Live:
             raise ValueError("parameter scores were not asked for: pass scores= and a query's name to the Tracker")
         own = self.scores.rows
         return {n: own[n][0].clone() if n in own else torch.zeros_like(p) for n, p in parameters.items()}
-
-    def configuration(self) -> dict[str, Any]:
-        """What was asked for, as W&B's configuration of the run has it."""
-        queries = {name: explainer.integrator.query for name, explainer in self.explainers.items()}
-        return {
-            "groups": {name: list(members) for name, members in self.groups.items()},
-            "queries": {name: {"targets": len(query), "loss": query.is_loss} for name, query in queries.items()},
-            "quadrature": asdict(self._quadrature),
-        }

@@ -41,45 +41,45 @@ class LiveSamples:
         self._samples = Samples(model, sample_loss)
         self._live, self._ranks, self._map_queries, self._render = live, ranks, map_queries, render
 
-    def gradient(self, state: State, told: StepBatches) -> tuple[dict[str, Tensor], Tensor]:
+    def gradient(self, state: State, batches: StepBatches) -> tuple[dict[str, Tensor], Tensor]:
         """The last batch's gradient by parameter, from per-sample gradients, and its loss; both are noted."""
-        batch = told.own[-1]
+        batch = batches.local[-1]
         gradient, losses, norms = self._samples.gradient(state, batch)
         if batch.index is not None:
-            told.norms |= dict(zip(batch.index.tolist(), norms.tolist(), strict=True))
+            batches.norms |= dict(zip(batch.index.tolist(), norms.tolist(), strict=True))
         loss = (losses * batch.weight).sum()
-        told.loss = (told.loss or 0.0) + float(loss)
+        batches.loss = (batches.loss or 0.0) + float(loss)
         return gradient, loss
 
     def check(
-        self, told: StepBatches, number: int, state: State, gradients: Tensors, auxiliary: Mapping[str, Tensors]
+        self, batches: StepBatches, number: int, state: State, gradients: Tensors, auxiliary: Mapping[str, Tensors]
     ) -> None:
         """Now and then, whether the samples make up the gradient, once the auxiliary losses are taken out of it."""
         due = number < CHECKED_STEPS or number % CHECK_EVERY == 0
-        if not due or not told.every or any(batch.clipped for batch in told.every):
+        if not due or not batches.of_all_ranks or any(batch.clipped for batch in batches.of_all_ranks):
             return
         rest = {name: value.clone() for name, value in gradients.items()}
-        for own in auxiliary.values():
-            for name, value in own.items():
+        for part in auxiliary.values():
+            for name, value in part.items():
                 rest[name] -= value
-        total = self._samples.total_gradient(state, told.own, rest)
+        total = self._samples.total_gradient(state, batches.local, rest)
         self._ranks.add_up(total.values())
-        if self._ranks.own == 0:
+        if self._ranks.rank == 0:
             compare_gradients(total, rest, number)
 
-    def influences(self, told: StepBatches, step: Step) -> tuple[SampleInfluence, Tensor | None]:
+    def influences(self, batches: StepBatches, step: Step) -> tuple[SampleInfluence, Tensor | None]:
         """Of all ranks' samples on the first loss query; and where a map is wanted, how much they changed the losses of
         its first single queries, (queries, samples)."""
-        own = replace(step, batches=tuple(told.own))
-        samples = SampleInfluence.together(self._ranks.gather(self._live.tabulate(self._samples, own)))
+        local = replace(step, batches=tuple(batches.local))
+        samples = SampleInfluence.together(self._ranks.gather(self._live.tabulate(self._samples, local)))
         if not self._map_queries:
             return samples, None
-        rows = self._ranks.gather(self._live.by_query(self._samples, own, self._map_queries))
+        rows = self._ranks.gather(self._live.by_query(self._samples, local, self._map_queries))
         return samples, -torch.cat(rows, dim=1)
 
-    def draw(self, told: StepBatches, samples: SampleInfluence, changes: Tensor | None) -> dict[str, Any]:
+    def draw(self, batches: StepBatches, samples: SampleInfluence, changes: Tensor | None) -> dict[str, Any]:
         """The panels of what `influences` has found."""
-        drawn: dict[str, Any] = {history.SAMPLES: sample_panels.sample_table(samples, told.norms, self._render)}
+        drawn: dict[str, Any] = {history.SAMPLES: sample_panels.sample_table(samples, batches.norms, self._render)}
         if changes is not None:
             order = sample_panels.most_influential(samples)
             drawn[history.SAMPLE_MAP] = sample_panels.sample_map(changes[:, order], samples.index[order])

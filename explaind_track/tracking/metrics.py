@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from explaind_track.record.history import (
@@ -54,8 +53,3 @@ def change_row(
         metrics[change_key(section, TOTAL, loss)] = sum(values)
     metrics[whole_change_key(loss)] = float(row["change"]) * scale
     return metrics
-
-
-def nonfinite(gradients: Mapping[str, Tensor]) -> list[str]:
-    """The names of the gradients that hold a number that is not finite."""
-    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]

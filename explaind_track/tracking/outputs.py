@@ -1,7 +1,11 @@
-"""Where a Tracker's steps go: rows to the panels, steps to the record on this disk, the record to W&B."""
+"""The outputs of a Tracker: rows to the panels, steps to the record on this disk, the record to W&B."""
 
+import atexit
+import signal
+import sys
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +19,6 @@ from explaind_track.record.resume import resume as resume_run
 from explaind_track.record.run_directory import mark_finished
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import TrajectoryWriter
-from explaind_track.tracking.exits import before_exit
 from explaind_track.wandb_io.artifacts import TrajectoryUpload
 from explaind_track.wandb_io.panels import Panels
 from explaind_track.wandb_io.run import is_tied, tie
@@ -31,18 +34,22 @@ def begin_record(
     model: nn.Module,
     observer: StepObserver,
 ) -> tuple[Trajectory | None, TrajectoryWriter | None]:
-    """The record that is gone on with, None if the run begins; and what writes it."""
+    """The record that is gone on with, None if the run begins; and what writes it.
+
+    Raises ValueError for a `resume` without a directory, and whatever `resume` and `TrajectoryWriter` raise.
+    """
     if directory is None:
         if resume is not False:
             raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
         return None, None
+
     record = None if resume is False else resume_run(Path(directory), model, observer, resume)
     entries = None if record is None else record.manifest.entries
     return record, TrajectoryWriter(directory, model, observer, keyframe_every, entries)
 
 
 class Outputs:
-    """Those of one run; there may be none."""
+    """Takes the rows of a run and ends its record; a run may have neither panels nor record."""
 
     def __init__(
         self,
@@ -56,13 +63,14 @@ class Outputs:
         self.seen = run is not None or writer is not None
         """Whether anybody will see what goes out."""
         directory = None if writer is None else writer.directory
+
         # a W&B run that is gone on with has rows of these already
         again = run is not None and directory is not None and is_tied(directory, run)
         logged = steps_logged(directory) if directory is not None and again else set()
         self.panels = Panels(run, directory, sections, configuration, logged)
-        self._upload = None if run is None or writer is None else _begin_upload(run, writer.directory)
+        self._upload = None if run is None or directory is None else _begin_upload(run, directory)
         self._unsent = 0
-        self.stay = before_exit(self._leave) if self.seen else lambda: None
+        self.call_off_exit = before_exit(self._leave) if self.seen else lambda: None
         """Calls off what is done where the process goes before the end of the run."""
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
@@ -93,9 +101,21 @@ class Outputs:
         return staging_mb
 
     def _leave(self) -> None:
+        """Saves what can be saved as the process goes."""
         if self.writer is not None:
             self.writer.flush()
         self.panels.close()
+
+
+def before_exit(action: Callable[[], None]) -> Callable[[], None]:
+    """Runs `action` as the process ends, after an exception, on Ctrl-C and on SIGTERM too; returns how to call it off.
+
+    SIGTERM, which would end the process at once, is turned into an ordinary exit if nobody else handles it.
+    """
+    atexit.register(action)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    return lambda: atexit.unregister(action)
 
 
 def _begin_upload(run: "wandb.Run", directory: Path) -> TrajectoryUpload | None:

@@ -331,7 +331,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     made: list[Tracker] = []
     with pytest.raises(KeyboardInterrupt):
         job(tmp_path / "t", prepare=lambda tracker: (made.append(tracker), train_a_bit(tracker), stop(tracker))[-1])
-    made[0]._writer.flush()  # type: ignore[union-attr]
+    made[0]._outputs.writer.flush()  # type: ignore[union-attr]
     with pytest.raises(TrajectoryError, match="another process is writing"):
         job(tmp_path / "t", resume=True)
 

@@ -124,11 +124,10 @@ def test_batches_come_back_with_their_indices_and_each_index_set_once(tmp_path: 
 
 def test_batches_without_an_index_are_stored_themselves(tmp_path: Path) -> None:
     job = make_job()
-    tracker = job.tracker(trajectory=tmp_path / "t")
+    tracker = job.tracker(trajectory=tmp_path / "t", sample_loss=None)
     with tracker.step():
         tracker.batch({"x": job.x[:3], "more": [job.y[:3], 7]}, weight="sum")
         sample_loss(job.model, (job.x[:3], job.y[:3])).sum().backward()
-        tracker._samples = None
         job.optimizer.step()
     tracker.finish()
     (batch,) = Trajectory.open(tmp_path / "t").batches(0)

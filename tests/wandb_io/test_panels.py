@@ -167,8 +167,8 @@ def test_steps_that_are_taken_again_are_not_logged_twice(server: Server, tmp_pat
     tracker = job.tracker(run=run, trajectory=tmp_path / "t", keyframe_every=4)
     job.run(tracker, 6)
     tracker._outputs.panels.close()
-    tracker._writer._lock.release()  # the process is gone, and with it the steps that were not written yet
-    tracker._outputs.stay()
+    tracker._outputs.writer._lock.release()  # the process is gone, and with it the steps that were not written yet
+    tracker._outputs.call_off_exit()
     run.finish()
     job = make_job()
     run = open_run("project", tmp_path, id="again", resume="must")

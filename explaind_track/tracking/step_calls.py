@@ -1,0 +1,191 @@
+"""The calls that a training loop makes within a step: of its batches, and of what it does to their gradient."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from explaind_track.core.step import State
+from explaind_track.tracking.ddp import Ranks
+from explaind_track.tracking.live_samples import LiveSamples
+from explaind_track.tracking.step_batches import make_batch
+from explaind_track.tracking.step_watch import StepWatch
+
+
+class StepCalls:
+    """What a `Tracker` is told between the beginning of a step and the optimizer's `step()`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        samples: LiveSamples | None,
+        watch: StepWatch,
+        index_needed: bool,
+    ) -> None:
+        self.model = model
+        """The module that is trained, without a DistributedDataParallel around it."""
+        self._ranks, self._samples, self._watch, self._index_needed = ranks, samples, watch, index_needed
+
+    def batch(self, batch: Any, index: Tensor | None = None, weight: Tensor | float | str = "mean") -> None:
+        """Tells of the next (micro-)batch of the step, right before its forward pass.
+
+        Args:
+            batch: As `sample_loss` takes it; the first axis of its tensors is the samples, N of them.
+            index: Which training samples these are, (N,) int64. Batches without an index are recorded themselves.
+            weight: `w_{i,k}`, how each sample's loss enters the step's gradient (with several ranks: that of its own
+                rank's loss): "mean", "sum", a number or (N,).
+
+        Raises:
+            RuntimeError: Outside of `step`.
+            ValueError: If the parts disagree about N, or if there is no index where `samples_every` needs it.
+
+        Example:
+            >>> import torch, torch.nn.functional as F
+            >>> from explaind_track import Query, Tracker
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4))})
+            >>> x, y, index = torch.ones(6, 4), torch.zeros(6, dtype=int), torch.arange(6)
+            >>> with tracker.step():
+            ...     for part in index.split(3):  # two micro-batches, each half of the step's mean
+            ...         tracker.batch((x[part], y[part]), index=part, weight=1 / 6)
+            ...         (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
+            ...     optimizer.step()
+        """
+        if not self._watch.open:
+            raise RuntimeError("tracker.batch() belongs inside `with tracker.step():`")
+        if index is None and self._index_needed:
+            raise ValueError("tables of samples were asked for (samples_every), so every batch needs its index=")
+        device = next(self.model.parameters()).device
+        self._watch.batches.local.append(make_batch(batch, index, weight, device))
+
+    def backward(self) -> Tensor:
+        """Adds the gradient of the last batch, from per-sample gradients, to the parameters' `.grad`.
+
+        In the place of `loss.backward()`, for steps whose samples are shown (`samples_due`): it notes the norms of the
+        samples' gradients. Averages over the ranks where DistributedDataParallel would.
+
+        Returns:
+            The batch's loss `Σ_k w_k L_k`, a scalar.
+
+        Raises:
+            ValueError: Without a sample_loss or a batch, or if a sample's loss depends on the others (batch norm in
+                training mode).
+
+        Example:
+            >>> import torch, torch.nn.functional as F
+            >>> from explaind_track import Query, Tracker
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> def sample_loss(model, batch):
+            ...     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+            >>> queries = {"test": Query.outputs(torch.ones(2, 4))}
+            >>> tracker = Tracker(model, optimizer, queries=queries, sample_loss=sample_loss)
+            >>> with tracker.step():
+            ...     tracker.batch((torch.ones(6, 4), torch.zeros(6, dtype=int)))
+            ...     loss = tracker.backward()
+            ...     optimizer.step()
+            >>> loss.shape, model.weight.grad.shape
+            (torch.Size([]), torch.Size([3, 4]))
+        """
+        if self._samples is None or not self._watch.batches.local:
+            raise ValueError("tracker.backward() needs the Tracker's sample_loss=, and tracker.batch(…) before it")
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        state = State({name: p.detach() for name, p in trained.items()}, dict(self.model.named_buffers()))
+        gradient, loss = self._samples.gradient(state, self._watch.batches)
+
+        for name, parameter in trained.items():
+            parameter.grad = gradient[name] if parameter.grad is None else parameter.grad + gradient[name]
+        self._ranks.average([parameter.grad for parameter in trained.values() if parameter.grad is not None])
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Calls `torch.nn.utils.clip_grad_norm_` on the model, and lets its factor scale the samples' weights.
+
+        Args:
+            max_norm: The 2-norm that the gradient is scaled down to.
+
+        Returns:
+            The norm before.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query, Tracker
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4))})
+            >>> with tracker.step():
+            ...     (100 * model(torch.ones(5, 4))).sum().backward()
+            ...     norm = tracker.clip_grad_norm_(1.0)
+            ...     optimizer.step()
+            >>> round(float(norm)), round(float(model.weight.grad.norm()), 2)
+            (1936, 0.89)
+        """
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.gradient_scaled(min(1.0, max_norm / (float(norm) + 1e-6)))
+        return norm
+
+    def gradient_scaled(self, factor: float) -> None:
+        """Tells, right before the optimizer's step, that the loop has scaled the step's gradient itself.
+
+        Args:
+            factor: What the gradient was multiplied by, and so the samples' weights.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query, Tracker
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4))})
+            >>> with tracker.step():
+            ...     model(torch.ones(5, 4)).square().mean().backward()
+            ...     for parameter in model.parameters():
+            ...         _ = parameter.grad.mul_(0.5)
+            ...     tracker.gradient_scaled(0.5)
+            ...     optimizer.step()
+        """
+        self._watch.batches.clip_by_norm(factor)
+
+    def clip_grad_value_(self, clip_value: float) -> None:
+        """Calls `torch.nn.utils.clip_grad_value_` on the model, and notes that it did.
+
+        What it leaves is no sum over samples any more: influences of groups stay exact, those of this step's samples
+        are refused.
+
+        Args:
+            clip_value: The largest size that a number of the gradient keeps.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query, Tracker
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4))})
+            >>> with tracker.step():
+            ...     (100 * model(torch.ones(5, 4))).sum().backward()
+            ...     tracker.clip_grad_value_(1.0)
+            ...     optimizer.step()
+            >>> float(model.weight.grad.max())
+            1.0
+        """
+        nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
+        self.gradient_altered()
+
+    def gradient_altered(self) -> None:
+        """Tells that the loop has changed the step's gradient in another way than by a factor.
+
+        As after `clip_grad_value_`, influences of groups stay exact, and those of this step's samples are refused.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query, Tracker
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4))})
+            >>> with tracker.step():
+            ...     model(torch.ones(5, 4)).square().mean().backward()
+            ...     _ = model.weight.grad.sign_()
+            ...     tracker.gradient_altered()
+            ...     optimizer.step()
+        """
+        self._watch.batches.clip_by_value()

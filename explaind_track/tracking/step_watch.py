@@ -1,0 +1,129 @@
+"""The watch over a training step: what has to be seen before the optimizer takes it, and the `Step` that it was."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explaind_track.core.observer import StepObserver
+from explaind_track.core.step import State, Step
+from explaind_track.core.tensors import Tensors
+from explaind_track.engine.integrator import buffers_moved
+from explaind_track.errors import NonFiniteError
+from explaind_track.record.writer import TrajectoryWriter
+from explaind_track.tracking.ddp import Ranks
+from explaind_track.tracking.live_samples import LiveSamples
+from explaind_track.tracking.step_batches import StepBatches
+from explaind_track.tracking.stopwatch import Stopwatch
+
+
+class StepWatch:
+    """Follows each step from before its first forward pass to the `Step` that it was, and has it recorded."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        observer: StepObserver,
+        ranks: Ranks,
+        samples: LiveSamples | None,
+        writer: TrajectoryWriter | None,
+        auxiliary: Mapping[str, Callable[[nn.Module], Tensor]],
+        mark_nonfinite: bool,
+        stopwatch: Stopwatch,
+    ) -> None:
+        """mark_nonfinite: note a gradient that is not finite in `nonfinite` instead of raising NonFiniteError."""
+        self._model, self._observer, self._ranks, self._samples = model, observer, ranks, samples
+        self._writer, self._auxiliary = writer, auxiliary
+        self._mark_nonfinite, self._stopwatch = mark_nonfinite, stopwatch
+        self.open = False
+        """Between `begin` and `end`."""
+        self.taken = False
+        """Whether the optimizer has taken the step."""
+        self.batches = StepBatches()
+        self.nonfinite: list[str] = []
+        """The parameters whose gradients hold numbers that are not finite."""
+        self._buffers: dict[str, Tensor] = {}
+        self._auxiliary_gradients: dict[str, dict[str, Tensor]] = {}
+
+    def begin(self) -> None:
+        """As the step begins, before anything random is drawn for it."""
+        if self.open:
+            raise RuntimeError("tracker.step() is open already; close it before the next step")
+        self._ranks.refuse_uneven_steps()
+        self._buffers = {name: buffer.detach().clone() for name, buffer in self._model.named_buffers()}
+        if self._writer is not None:
+            self._writer.begin()
+        self.batches, self.open, self.taken = StepBatches(), True, False
+
+    def end(self) -> None:
+        self.open = False
+
+    def before(self, number: int, arguments: Sequence[Any]) -> None:
+        """Right before the optimizer takes step `number`; arguments: those of its `step`."""
+        if not self.open:
+            raise RuntimeError("the optimizer took a step outside of `with tracker.step():`; put it inside")
+        if self.taken:
+            raise RuntimeError("the optimizer took two steps in one tracker.step(); give each its own")
+        if any(callable(argument) and argument is not self._observer.optimizer for argument in arguments):
+            raise ValueError("optimizer.step(closure) has its gradient too late to be seen; call the closure before it")
+        gradients = self._gradients()
+        self.nonfinite = _nonfinite(gradients)
+        if self.nonfinite and not self._mark_nonfinite:
+            raise NonFiniteError(
+                f"the gradient of step {number} is not finite in {', '.join(self.nonfinite)}; the parameters "
+                'are still those before the step. Tracker(on_nonfinite="mark") goes on and marks such steps'
+            )
+
+        # what the gradient is made of: batches, and auxiliary losses
+        self.batches.forget_unused_randomness(next(self._model.parameters()).device)
+        self.batches.exchange(self._ranks)
+        self._auxiliary_gradients = self._differentiate_auxiliary(gradients)
+        if self._samples is not None and not self.nonfinite:
+            state = State({name: p.detach() for name, p in self._observer.parameters.items()}, self._buffers)
+            self._samples.check(self.batches, number, state, gradients, self._auxiliary_gradients)
+
+        # what the step starts from
+        self._observer.before(self._buffers, self._auxiliary_gradients)
+        with self._stopwatch.timed("trajectory"):
+            if self._writer is not None:
+                self._writer.before(number, self._buffers)
+
+    def after(self, number: int) -> Step:
+        """Right behind the optimizer's step: the step that it took, proved and recorded. It holds until `settle`."""
+        buffers = {name: buffer.detach() for name, buffer in self._model.named_buffers()}
+        step = self._observer.after(number, buffers, self.batches.of_all_ranks)
+        with self._stopwatch.timed("trajectory"):
+            if self._writer is not None:
+                self._writer.record(step, buffers_moved(step), self._auxiliary_gradients)
+        self.taken = True
+        return step
+
+    def settle(self) -> None:
+        """The step has served; the next one may begin."""
+        self._observer.settle()
+
+    def _gradients(self) -> dict[str, Tensor]:
+        gradients = self._observer.gradients()
+        scale = getattr(self._observer.optimizer, "grad_scale", None)
+        if scale is not None:  # of a GradScaler whose optimizer unscales by itself
+            gradients = {name: gradient / scale for name, gradient in gradients.items()}
+        return gradients
+
+    def _differentiate_auxiliary(self, gradients: Tensors) -> dict[str, dict[str, Tensor]]:
+        """The gradient of every auxiliary loss by parameter, clipped as the whole was."""
+        moving = {name: self._observer.parameters[name] for name in gradients}
+        found = {}
+        for part, loss in self._auxiliary.items():
+            with torch.enable_grad():
+                rows = torch.autograd.grad(loss(self._model), list(moving.values()), allow_unused=True)
+            found[part] = {
+                name: gradient.detach() * self.batches.clip
+                for name, gradient in zip(moving, rows, strict=True)
+                if gradient is not None
+            }
+        return found
+
+
+def _nonfinite(gradients: Tensors) -> list[str]:
+    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
