@@ -21,7 +21,7 @@ from explaind_track.core.queries import Query
 from explaind_track.core.rng import replayed_random_state
 from explaind_track.core.step import Batch, State, Step
 from explaind_track.engine.functional import Functional
-from explaind_track.engine.integrator import MEMORY
+from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.engine.targets import check_query
 from explaind_track.explanation.sample_axis import Array, Data, SampleAxis, batches_with_data, choose_indices

@@ -11,7 +11,8 @@ from explaind_track.core.step import Step
 from explaind_track.core.tensors import cuts, size_in_bytes
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
-from explaind_track.engine.integrator import MEMORY, Integrator
+from explaind_track.engine.integrator import Integrator
+from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.engine.targets import check_query, kept_targets, output_count, some_outputs
 from explaind_track.explanation.step_source import StepSource, Window

@@ -20,11 +20,13 @@ from explaind_track.core.groups import Groups, GroupSpec, resolve_groups
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step, Update
 from explaind_track.core.tensors import Tensors, cuts, size_in_bytes
+from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.features import Features
-from explaind_track.engine.functional import Functional, SampleLoss
-from explaind_track.engine.integrator import MEMORY, Integrator
+from explaind_track.engine.functional import Functional
+from explaind_track.engine.integrator import Integrator
+from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature
-from explaind_track.engine.per_sample import SampleProducts
+from explaind_track.engine.per_sample import PerSampleGradients
 from explaind_track.engine.targets import check_query, output_count, some_outputs
 from explaind_track.explanation.sample_axis import Array, Data, SampleAxis, choose_samples
 from explaind_track.explanation.step_source import RepeatableSteps, StepSource, Window
@@ -156,13 +158,13 @@ def _squares(
     bar: tqdm,
 ) -> dict[int, dict[str, Tensor]]:
     """Σ_k φ_s^train(k)_θ² by parameter, for each step of the piece."""
-    products = SampleProducts(model, samples.loss, {}, memory)
+    per_sample = PerSampleGradients(model, samples.loss, memory)
     total: dict[int, dict[str, Tensor]] = {}
     start = source.reach(piece.start, piece.stop, memory)
     for chunk in cuts(0, len(samples.labels), at_once):
         momentum: dict[str, Tensor] = {}
         for step in source.forwards(start, piece.stop):
-            gradients = _own_gradients(step, samples, chunk, products)
+            gradients = _own_gradients(step, samples, chunk, per_sample)
             squares = {
                 name: _train_features(name, update, gradients, momentum).square_().sum(0)
                 for name, update in step.updates.items()
@@ -177,7 +179,7 @@ def _squares(
     return total
 
 
-def _own_gradients(step: Step, samples: SampleAxis, chunk: slice, products: SampleProducts) -> dict[str, Tensor]:
+def _own_gradients(step: Step, samples: SampleAxis, chunk: slice, per_sample: PerSampleGradients) -> dict[str, Tensor]:
     """`Σ w_k ∇L_k(θ_s)` of each of the chunk's samples, (n, *shape), 0 for those that the step did not see."""
     result = {
         name: update.before.new_zeros(chunk.stop - chunk.start, *update.before.shape)
@@ -187,7 +189,7 @@ def _own_gradients(step: Step, samples: SampleAxis, chunk: slice, products: Samp
         mine = (places >= chunk.start) & (places < chunk.stop)
         if not bool(mine.any()):
             continue
-        for rows, gradients in products.gradients(step, batch):
+        for rows, gradients in per_sample.gradients(step.before, batch):
             here = mine[rows].nonzero()[:, 0]
             where = places[rows][here] - chunk.start
             for name, total in result.items():

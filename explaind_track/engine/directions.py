@@ -16,7 +16,8 @@ from explaind_track.core.groups import Groups
 from explaind_track.core.queries import Query
 from explaind_track.core.step import SHARES, State, Step
 from explaind_track.core.tensors import Tensors, size_in_bytes
-from explaind_track.engine.functional import Functional, vjp_rows
+from explaind_track.engine.derivatives import vjp_rows
+from explaind_track.engine.functional import Functional
 from explaind_track.engine.targets import target_of
 
 REVERSE_COST = 5
@@ -28,20 +29,22 @@ group at a time, 38 ms, since passes repeat each other's work; two, 27 ms; all a
 
 
 class DirectionalDerivatives(Protocol):
-    rows: int
-    """How many copies of a forward pass's activations are alive at once."""
+    """⟨∇_θ f_{θ_s(t)}(x)_j, part restricted to Θ_g⟩ of one step, for every part and group."""
+
+    copies: int
+    """How many copies of a pass's activations are alive at once."""
     held: int
     """The bytes that are held beside them."""
 
-    def derivatives(self, chunk: Query, state: State) -> tuple[Tensor, Tensor]:
-        """At one node: those of each part and group, (P, G, x, O), and of the rounding, (x, O), for a chunk of queries
-        (its share of the one target where the query is reduced)."""
+    def at(self, state: State, chunk: Query) -> tuple[Tensor, Tensor]:
+        """At the node θ_s(t): those of each part and group, (P, G, x, O), and of the rounding, (x, O), for a chunk of
+        queries (its share of the one target where the query is reduced)."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of a step is to be differentiated: P parts in each of G groups, and if `rounding`, what those parts leave
-    over of the step, in all groups together."""
+    """The directions asked for: P parts of a step in each of G groups, and if `rounding`, what those parts leave over
+    of the step, in all groups together."""
 
     parts: tuple[str, ...]
     groups: Groups
@@ -56,6 +59,8 @@ class Wanted:
         """Writes the parts of one parameter's step, and last the rounding if it is wanted, into R rows of its shape."""
         for row, part in zip(rows, self.parts, strict=False):
             row.copy_(step.parts[part][parameter])
+
+        # (θ_s − θ_{s+1}) − Σ parts
         if self.rounding:
             rest = rows[-1].copy_(step.before.parameters[parameter]).sub_(step.after.parameters[parameter])
             for row, part in zip(rows, self.parts, strict=False):
@@ -66,13 +71,10 @@ class Wanted:
 def choose_derivatives(
     functional: Functional, query: Query, step: Step, wanted: Wanted, outputs: int, memory: int
 ) -> DirectionalDerivatives:
-    """outputs: O, for each query."""
-    plan = (
-        ReverseDerivatives
-        if outputs * REVERSE_COST <= len(wanted.parts) * len(wanted.groups) + 1
-        else ForwardDerivatives
-    )
-    return plan(functional, query, step, wanted, memory)
+    """The way that costs less. outputs: O, for each query."""
+    directions = len(wanted.parts) * len(wanted.groups) + 1
+    mode = ReverseDerivatives if outputs * REVERSE_COST <= directions else ForwardDerivatives
+    return mode(functional, query, step, wanted, memory)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class _Pass:
 
     tangents: dict[str, Tensor]
     cells: list[tuple[int, int] | None]
-    """What each row is: (part, group), or None for the rounding."""
+    """Of each row its (part, group), or None for the rounding."""
 
 
 class ForwardDerivatives:
@@ -91,22 +93,28 @@ class ForwardDerivatives:
 
     def __init__(self, functional: Functional, query: Query, step: Step, wanted: Wanted, memory: int) -> None:
         self._functional, self._query, self._step, self._wanted = functional, query, step, wanted
-        moving = [[name for name in names if name in step.updates] for names in wanted.groups.values()]
-        self._bundles: list[dict[int, list[str]]] = []
-        sizes: list[int] = []
-        for group, names in enumerate(moving):
-            if not names:
-                continue
-            bundle = {**(self._bundles[-1] if self._bundles else {}), group: names}
-            if self._bundles and self._rows(bundle) <= PASS_ROWS and self._bytes(bundle) <= memory // 2:
-                self._bundles[-1], sizes[-1] = bundle, self._bytes(bundle)
-            else:
-                self._bundles.append({group: names})
-                sizes.append(self._bytes(self._bundles[-1]))
-        self.rows = max(map(self._rows, self._bundles))
+        self._bundles = self._bundle(memory // 2)
+        self.copies = max(map(self._rows, self._bundles))
+
+        # all passes' tangents are kept from node to node, or each is made anew
+        sizes = [self._bytes(bundle) for bundle in self._bundles]
         keep = sum(sizes) <= memory // 2
         self.held = sum(sizes) if keep else max(sizes)
         self._kept = [self._pass(bundle) for bundle in self._bundles] if keep else None
+
+    def _bundle(self, memory: int) -> list[dict[int, list[str]]]:
+        """The groups of each pass, and their parameters that moved; as many as PASS_ROWS and the memory allow."""
+        bundles: list[dict[int, list[str]]] = []
+        for group, names in enumerate(self._wanted.groups.values()):
+            moving = [name for name in names if name in self._step.updates]
+            if not moving:
+                continue
+            larger = {**(bundles[-1] if bundles else {}), group: moving}
+            if bundles and self._rows(larger) <= PASS_ROWS and self._bytes(larger) <= memory:
+                bundles[-1] = larger
+            else:
+                bundles.append({group: moving})
+        return bundles
 
     def _rows(self, bundle: dict[int, list[str]]) -> int:
         return len(bundle) * len(self._wanted.parts) + self._wanted.rounding
@@ -116,37 +124,37 @@ class ForwardDerivatives:
         return self._rows(bundle) * size_in_bytes(members)
 
     def _pass(self, bundle: dict[int, list[str]]) -> _Pass:
-        count = len(self._wanted.parts)
+        parts, rows = len(self._wanted.parts), self._rows(bundle)
         tangents = {}
-        total = self._rows(bundle)
         for position, names in enumerate(bundle.values()):
-            own = [*range(position * count, (position + 1) * count), *range(len(bundle) * count, total)]
+            # a group's parameters move in the rows of its parts, and in the rounding's
+            moving = [*range(position * parts, (position + 1) * parts), *range(len(bundle) * parts, rows)]
             for name in names:
                 value = self._step.before.parameters[name]
-                tangents[name] = value.new_zeros(total, *value.shape)
-                self._wanted.fill(self._step, name, [tangents[name][row] for row in own])
-        cells: list[tuple[int, int] | None] = [(part, group) for group in bundle for part in range(count)]
+                tangents[name] = value.new_zeros(rows, *value.shape)
+                self._wanted.fill(self._step, name, [tangents[name][row] for row in moving])
+        cells: list[tuple[int, int] | None] = [(part, group) for group in bundle for part in range(parts)]
         return _Pass(tangents, cells + [None] * self._wanted.rounding)
 
     def _passes(self) -> Iterator[_Pass]:
         yield from self._kept if self._kept is not None else map(self._pass, self._bundles)
 
-    def derivatives(self, chunk: Query, state: State) -> tuple[Tensor, Tensor]:
+    def at(self, state: State, chunk: Query) -> tuple[Tensor, Tensor]:
         function = self._functional.at(state, target_of(self._query, chunk))
         influence: Tensor | None = None
         rounding = torch.zeros(())
-        for one in self._passes():
-            primals = {name: state.parameters[name] for name in one.tangents}
-            rows = self._functional.jvp(function, primals, one.tangents)
+        for directions in self._passes():
+            primals = {name: state.parameters[name] for name in directions.tangents}
+            rows = self._functional.jvp(function, primals, directions.tangents)  # v → J v, (R, x, O)
             if influence is None:
                 influence = rows.new_zeros(len(self._wanted.parts), len(self._wanted.groups), *rows.shape[1:])
                 rounding = torch.zeros_like(rows[0])
-            for cell, row in zip(one.cells, rows, strict=True):
+            for cell, row in zip(directions.cells, rows, strict=True):
                 if cell is None:
                     rounding += row
                 else:
                     influence[cell] = row
-        assert influence is not None  # a step that moves nothing has no plan
+        assert influence is not None  # a step that moves nothing is not differentiated
         return influence, rounding
 
 
@@ -160,12 +168,14 @@ class ReverseDerivatives:
             value = step.before.parameters[name]
             self._directions[name] = value.new_empty(wanted.rows, *value.shape)
             wanted.fill(step, name, list(self._directions[name]))
+
+        # held: the directions, θ_s(t) and its gradients; and those of as many queries as go together
         size = size_in_bytes(step.before.parameters)
         self._at_once = max(1, memory // 2 // size)
-        self.rows = 1
+        self.copies = 1
         self.held = (len(wanted.parts) + 3) * size + (0 if query.reduction else min(query.size, self._at_once) * size)
 
-    def derivatives(self, chunk: Query, state: State) -> tuple[Tensor, Tensor]:
+    def at(self, state: State, chunk: Query) -> tuple[Tensor, Tensor]:
         primals = {name: state.parameters[name] for name in self._directions}
         if self._query.reduction is not None:
             function = self._functional.at(state, target_of(self._query, chunk))
@@ -174,9 +184,9 @@ class ReverseDerivatives:
             device = next(iter(primals.values())).device
             pieces = (chunk.rows(start, start + self._at_once, device) for start in range(0, chunk.size, self._at_once))
             gradients = (self._functional.query_gradients(piece, state, primals) for piece in pieces)
-            products = torch.cat([self._products(one) for one in gradients], dim=2)
-        count = len(self._wanted.parts)
-        return products[:count], products[count:].sum((0, 1))
+            products = torch.cat([self._products(rows) for rows in gradients], dim=2)
+        parts = len(self._wanted.parts)
+        return products[:parts], products[parts:].sum((0, 1))
 
     def _products(self, gradients: Tensors) -> Tensor:
         """The gradients' inner products with each part, and last the rounding if wanted, by group: (R, G, x, O)."""
@@ -185,6 +195,7 @@ class ReverseDerivatives:
         for group, names in enumerate(self._wanted.groups.values()):
             for name in names:
                 if name in self._directions:
+                    # Σ_{θ of this parameter} φ(x)_{j,θ} part_θ
                     direction = rearrange(self._directions[name], "r ... -> r (...)")
                     gradient = gradients[name].reshape(*example.shape[:2], -1)
                     products[:, group] += einsum(gradient, direction, "x o d, r d -> r x o")

@@ -1,4 +1,5 @@
-"""Integrates a step's influences on one query: picks the nodes and the plan, and keeps memory within its setting."""
+"""Integrates a step's influences on one query: picks the nodes and the mode of differentiation, and keeps memory within
+its setting."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,16 +11,13 @@ from explaind_track.core.queries import Query
 from explaind_track.core.step import PARTS, SHARES, State, Step
 from explaind_track.core.tensors import Tensors, size_in_bytes
 from explaind_track.engine.directions import DirectionalDerivatives, Wanted, choose_derivatives
-from explaind_track.engine.functional import Functional, activation_bytes, evaluation, vjp_rows
+from explaind_track.engine.functional import Functional, evaluation
+from explaind_track.engine.memory import MEMORY, QueryChunks
 from explaind_track.engine.path_integral import Quadrature, Terms, gauss_legendre, interpolate
 from explaind_track.engine.targets import target_of
 
-MEMORY = 2**28
-"""Bytes that one pass over queries × directions may take, unless the caller says otherwise."""
-
-CPU_PASS = 2**26
-"""On a CPU, passes are no larger than this: one that does not find its memory again in the allocator faults it in page
-by page. Measured on the MNIST CNN (1,024 queries, one thread): 0.85 s a step instead of 1.8 s."""
+Chunk = tuple[int, Query]
+"""Some of the query's inputs: the row of the first, and the query of them alone."""
 
 
 class Integrator:
@@ -42,14 +40,10 @@ class Integrator:
         self.query, self.groups, self.memory = query, groups, memory
         self.quadrature = quadrature or Quadrature()
         self.wanted_parts = parts
-        self._activation_bytes: int | None = None
-        self._outputs: int | None = None
+        self._chunks = QueryChunks(self.functional, query, memory)
         self._terms_chunk: int | None = None
+        self._outputs: int | None = None
         self._predictions = _Predictions(self.functional)
-
-    def for_query(self, query: Query) -> "Integrator":
-        """The same integrator for another query."""
-        return Integrator(self.functional.model, query, self.groups, self.wanted_parts, self.quadrature, self.memory)
 
     def parts(self, step: Step) -> tuple[str, ...]:
         """The names along the part axis. Raises ValueError for parts that the step does not have."""
@@ -71,69 +65,16 @@ class Integrator:
             nodes = min(2 * nodes, rule.max_nodes)
         return nodes
 
-    def terms(self, step: Step, nodes: int, close: bool = False) -> Iterator[tuple[int, Terms]]:
-        """The step's influences, chunk by chunk of the queries (always the same chunks): the chunk's first row, and its
-        terms, which add up exactly if `close`. One chunk where the query is reduced to one target."""
-        parts = self.parts(step)
-        owned = [name not in SHARES for name in parts]  # so that no sum counts twice
-        with evaluation(self.functional.model):
-            plan = self._plan(step, parts)
-            if self._terms_chunk is None:
-                self._terms_chunk = self._chunk_size(step, *((plan.rows, plan.held) if plan else (1, 0)))
-            chunks = list(self._chunks(step, self._terms_chunk))
-            for together in [chunks] if self.query.reduction else [[chunk] for chunk in chunks]:
-                terms = self._start(step, together, len(parts), close)
-                if plan is not None:
-                    self._integrate(step, plan, together, nodes, terms)
-                terms.finish(owned)
-                yield together[0][0], terms
-
-    @staticmethod
-    def _integrate(
-        step: Step, plan: DirectionalDerivatives, together: Sequence[tuple[int, Query]], nodes: int, terms: Terms
-    ) -> None:
-        for time, weight in gauss_legendre(nodes):
-            state = interpolate(step, time)
-            influence, rounding = plan.derivatives(together[0][1], state)
-            for _, chunk in together[1:]:
-                more = plan.derivatives(chunk, state)
-                influence, rounding = influence + more[0], rounding + more[1]
-            terms.add(influence, rounding, weight)
-
-    def _plan(self, step: Step, parts: Sequence[str]) -> DirectionalDerivatives | None:
-        """How to differentiate the step's targets; None for a step that moved no parameter."""
-        if not step.updates:
-            return None
-        if self._outputs is None:
-            one = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
-            self._outputs = self.functional.value(step.before, one).shape[1]
-        wanted = Wanted(tuple(parts), self.groups, rounding=self.wanted_parts is None)
-        return choose_derivatives(self.functional, self.query, step, wanted, self._outputs, self.memory)
-
-    def gradient(self, step: Step, nodes: int) -> dict[str, Tensor]:
-        """φ_s^test = ∫₀¹ ∇_θ f_{θ_s(t)} dt of a query with one target, by parameter (those that the step moved)."""
-        total: dict[str, Tensor] = {}
-        with evaluation(self.functional.model):
-            size = self._chunk_size(step, 1, 2 * size_in_bytes(step.before.parameters))
-            for _, chunk in self._chunks(step, size):
-                for time, weight in gauss_legendre(nodes):
-                    state = interpolate(step, time)
-                    primals = {name: state.parameters[name] for name in step.updates}
-                    rows = vjp_rows(self.functional.at(state, target_of(self.query, chunk)), primals)
-                    for name, row in rows.items():
-                        value = row.sum((0, 1)) * weight
-                        total[name] = total[name] + value if name in total else value
-        return total
-
     def _total_residual(self, step: Step, nodes: int) -> tuple[float, float, float]:
         """‖remainder‖₂, ‖change‖₂, and the rounding floor of the first, from the direction of the whole step."""
         direction = {name: (step.before.parameters[name] - step.after.parameters[name])[None] for name in step.updates}
         squares = torch.zeros(3, dtype=torch.float64)
         with evaluation(self.functional.model):
-            size = self._chunk_size(step, 1, 2 * size_in_bytes(step.before.parameters))
-            chunks = list(self._chunks(step, size))
-            for together in [chunks] if self.query.reduction else [[chunk] for chunk in chunks]:
+            size = self._chunks.size(step.before, copies=1, held=2 * size_in_bytes(step.before.parameters))
+            for together in self._together(step, size):
                 terms = self._start(step, together, 0, close=False)
+
+                # [f(θ_{s+1}) − f(θ_s)] + Σ_t w_t ⟨∇f_{θ_s(t)}, θ_s − θ_{s+1}⟩
                 remainder = terms.change
                 for time, weight in gauss_legendre(nodes):
                     state = interpolate(step, time)
@@ -141,34 +82,63 @@ class Integrator:
                     for _, chunk in together:
                         function = self.functional.at(state, target_of(self.query, chunk))
                         remainder = remainder + self.functional.jvp(function, primals, direction)[0] * weight
+
                 for place, value in enumerate((remainder, terms.change, terms.after)):
                     squares[place] += value.square().sum().cpu()
         remainder_norm, change, prediction = squares.sqrt().tolist()
         return remainder_norm, change, 4 * torch.finfo(terms.change.dtype).eps * prediction
 
-    def _start(self, step: Step, together: Sequence[tuple[int, Query]], parts: int, close: bool) -> Terms:
-        """Terms without influences, for these chunks (several only where the query is reduced to their sum)."""
+    def terms(self, step: Step, nodes: int, close: bool = False) -> Iterator[tuple[int, Terms]]:
+        """The step's influences, chunk by chunk of the queries (always the same chunks): the chunk's first row, and its
+        terms, which add up exactly if `close`. One chunk where the query is reduced to one target."""
+        parts = self.parts(step)
+        owned = [name not in SHARES for name in parts]  # so that no sum counts twice
+        with evaluation(self.functional.model):
+            derivatives = self._derivatives(step, parts)
+            if self._terms_chunk is None:
+                copies, held = (derivatives.copies, derivatives.held) if derivatives else (1, 0)
+                self._terms_chunk = self._chunks.size(step.before, copies, held)
+            for together in self._together(step, self._terms_chunk):
+                terms = self._start(step, together, len(parts), close)
+                if derivatives is not None:
+                    self._integrate(step, derivatives, together, nodes, terms)
+                terms.finish(owned)
+                yield together[0][0], terms
+
+    def _derivatives(self, step: Step, parts: Sequence[str]) -> DirectionalDerivatives | None:
+        """Differentiates the step's targets; None for a step that moved no parameter."""
+        if not step.updates:
+            return None
+        if self._outputs is None:
+            first = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
+            self._outputs = self.functional.value(step.before, first).shape[1]
+        wanted = Wanted(tuple(parts), self.groups, rounding=self.wanted_parts is None)
+        return choose_derivatives(self.functional, self.query, step, wanted, self._outputs, self.memory)
+
+    @staticmethod
+    def _integrate(
+        step: Step, derivatives: DirectionalDerivatives, together: Sequence[Chunk], nodes: int, terms: Terms
+    ) -> None:
+        for time, weight in gauss_legendre(nodes):
+            state = interpolate(step, time)
+            influence, rounding = derivatives.at(state, together[0][1])
+            for _, chunk in together[1:]:
+                more_influence, more_rounding = derivatives.at(state, chunk)
+                influence, rounding = influence + more_influence, rounding + more_rounding
+            terms.add(influence, rounding, weight)
+
+    def _together(self, step: Step, size: int) -> list[list[Chunk]]:
+        """The query's chunks; all of them together where they are shares of the same targets, else each by itself."""
+        chunks = list(self._chunks.cut(size, next(iter(step.before.parameters.values())).device))
+        return [chunks] if self.query.reduction else [[chunk] for chunk in chunks]
+
+    def _start(self, step: Step, together: Sequence[Chunk], parts: int, close: bool) -> Terms:
+        """Terms without influences, for these chunks."""
         predictions = [
             self._predictions.of(step, start, chunk, target_of(self.query, chunk)) for start, chunk in together
         ]
         before, moved, after = (sum(more, first) for first, *more in zip(*predictions, strict=True))
         return Terms.start(before, moved, after, parts, len(self.groups), close)
-
-    def _chunk_size(self, step: Step, rows: int, held: int) -> int:
-        """Queries at once, such that `rows` copies of their activations and `held` bytes fit the memory."""
-        if self._activation_bytes is None:
-            one = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
-            self._activation_bytes = max(1, activation_bytes(self.functional, step.before, one))
-        room = max(self.memory - held, self.memory // 2)
-        if next(iter(step.before.parameters.values())).device.type == "cpu":
-            room = min(room, CPU_PASS)
-        chunks = -(-self.query.size // max(1, room // (self._activation_bytes * (rows + 1))))
-        return -(-self.query.size // chunks)
-
-    def _chunks(self, step: Step, size: int) -> Iterator[tuple[int, Query]]:
-        device = next(iter(step.before.parameters.values())).device
-        for start in range(0, self.query.size, size):
-            yield start, self.query.rows(start, start + size, device)
 
 
 class _Predictions:
@@ -178,22 +148,23 @@ class _Predictions:
     def __init__(self, functional: Functional) -> None:
         self._functional = functional
         self._mark: object = None
-        self._found: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._now: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._known: dict[tuple[int, int], Tensor] = {}
 
     def of(self, step: Step, start: int, chunk: Query, target: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...]:
         """f(θ_s, b_s), f(θ_{s+1}, b_s) and f(θ_{s+1}, b_{s+1}) for the chunk of queries from row `start` on."""
         if step.mark is not self._mark:
             follows = step.follows is not None and step.follows is self._mark
-            self._known = {rows: after for rows, (_, _, after) in self._found.items()} if follows else {}
-            self._found, self._mark = {}, step.mark
+            self._known = {rows: after for rows, (_, _, after) in self._now.items()} if follows else {}
+            self._now, self._mark = {}, step.mark
+
         rows = (start, chunk.size)
-        if rows not in self._found:
+        if rows not in self._now:
             value = self._functional.value
             before = self._known.pop(rows) if rows in self._known else value(step.before, target)
             moved = value(State(step.after.parameters, step.before.buffers), target)
-            self._found[rows] = before, moved, value(step.after, target) if buffers_moved(step) else moved
-        return self._found[rows]
+            self._now[rows] = before, moved, value(step.after, target) if buffers_moved(step) else moved
+        return self._now[rows]
 
 
 def buffers_moved(step: Step) -> bool:

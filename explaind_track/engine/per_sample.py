@@ -1,211 +1,263 @@
-"""⟨direction, ∇L_k⟩ for all samples k of a batch and R directions, without a buffer for any sample that lasts.
+"""Gradients of single training samples, and their products with directions, without a buffer for any sample that lasts.
 
-Few directions: one forward-mode derivative of the batch's unreduced losses for each, which runs the batch as training
-did, and is exact under dropout and batch norm. Many: per-sample gradients once, a chunk of samples at a time, and a
-matrix product with all directions; for models in which a sample's loss depends on that sample alone.
+⟨direction, ∇L_k⟩ for all samples k of a batch and R directions. Few directions: one forward-mode derivative of the
+batch's unreduced losses for each, which runs the batch as training did, and is exact under dropout and batch norm.
+Many: per-sample gradients once, a chunk of samples at a time, and a matrix product with all directions; for models in
+which a sample's loss depends on that sample alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
 
 from explaind_track.core.groups import Groups
-from explaind_track.core.rng import random_state, replayed_random_state
-from explaind_track.core.step import Batch, State, Step
-from explaind_track.core.tensors import Tensors, size_in_bytes, tree_slice
-from explaind_track.engine.functional import (
-    Functional,
-    SampleLoss,
-    activation_bytes,
-    differentiable_attention,
-    sample_gradients,
-    tell_of_fallback,
-    vjp_rows,
-)
-from explaind_track.engine.samples import CHUNK_BYTES, Samples
+from explaind_track.core.step import Batch, State
+from explaind_track.core.tensors import Tensors, cuts, size_in_bytes, tree_in_dims, tree_map, tree_slice
+from explaind_track.engine.batch_losses import BatchLosses, SampleLoss
+from explaind_track.engine.derivatives import tell_of_fallback, vjp_rows
+from explaind_track.engine.functional import Functional, differentiable_attention
+from explaind_track.engine.memory import MEMORY, activation_bytes
+
+CHUNK_BYTES = 2**25
+"""What one chunk of per-sample gradients may take. Measured on the modulo-113 Transformer (4000 samples, 2 cores):
+0.21 s with 100 samples (34 MB) at a time, 0.24 s with 50, and 0.50 to 0.55 s with 200 to 1600, whose memory is faulted
+in anew."""
 
 FORWARD_DIRECTIONS = 6
 """Up to so many directions, forward mode. Measured on the modulo-113 Transformer (4000 samples): per-sample gradients
 cost as much as five directions, and the products come on top."""
 
 
-class SampleProducts:
-    """For the batches of one training run."""
+class PerSampleGradients:
+    """∇L_k(θ_s) for the batches of one training run: sums of them, products with directions, and themselves."""
 
     def __init__(
-        self, model: nn.Module, sample_loss: SampleLoss, groups: Groups, memory: int, alone: bool | None = None
+        self, model: nn.Module, sample_loss: SampleLoss, memory: int = MEMORY, alone: bool | None = None
     ) -> None:
-        """alone: whether a sample's loss depends on that sample alone; None: look at the first batch."""
-        self._functional = Functional(model)
-        self._samples = Samples(model, sample_loss)
-        self._sample_loss = sample_loss
-        self._groups, self._memory = groups, memory
+        """memory: bytes that one pass may take. alone: whether a sample's loss depends on that sample alone, so that
+        samples and directions may be taken in any company; None: look at the first batch."""
+        self._losses = BatchLosses(model, sample_loss)
+        self._functional = self._losses.functional
+        self._memory = memory
         self._alone = alone
         self._vectorized = True
         self._activation_bytes = 0
 
-    def of(self, step: Step, batch: Batch, directions: Tensors, parts: tuple[Tensor, int] | None = None) -> Tensor:
-        """`w_k ⟨direction, ∇L_k(θ_s)⟩` restricted to each group, (G, R, N).
+    def losses(self, state: State, batch: Batch) -> Tensor:
+        """The batch's losses as training computed them, (N,), but for attention's kernel."""
+        with torch.no_grad(), differentiable_attention():
+            return self._losses.at(state, batch)({})
 
-        directions: (R, *shape) by parameter; entries too small to count may be set to 0.
-        parts: for each sample the part of a partition that it is in, (N,), and the number of parts P: the sums over
-        them, (G, R, P), which may come cheaper than the samples themselves.
-        """
-        state = step.before
-        self.stands_alone(step, batch)
-        rows = len(next(iter(directions.values())))
-        passes = rows * len(self._groups)
-        weight = batch.weights(next(iter(directions.values())))
-        if parts is not None:
-            present = parts[0].unique()
-            if len(present) < passes:
-                _drop_specks(directions)
-                gradients = self._part_gradients(state, batch, weight, parts[0], present, directions)
-                found = self._multiply(directions, gradients, rows, len(present))
-                return found.new_zeros(*found.shape[:2], parts[1]).index_copy(2, present, found)
-        values = None
-        if passes > FORWARD_DIRECTIONS and self._alone and self._vectorized:
-            values = self._reverse(state, batch, directions, rows)
-        if values is None:
-            values = self._forward(state, batch, directions, rows)
-        values = values * weight
-        if parts is None:
-            return values
-        return values.new_zeros(*values.shape[:2], parts[1]).index_add_(2, parts[0], values)
-
-    def gradient(self, step: Step, batch: Batch, share: Tensor | float, parameters: Tensors) -> dict[str, Tensor]:
-        """`Σ_k w_k share_k ∇L_k(θ_s)` of the whole batch, with respect to the parameters named."""
-        weight = batch.weights(next(iter(parameters.values()))) * share
-        all_of_them = torch.zeros(batch.size, dtype=torch.int64)
-        found = self._part_gradients(step.before, batch, weight, all_of_them, all_of_them[:1], parameters)
-        return {name: rows[0] for name, rows in found.items()}
-
-    def stands_alone(self, step: Step, batch: Batch) -> bool:
+    def stands_alone(self, state: State, batch: Batch) -> bool:
         """Whether a sample's loss depends on that sample alone, as far as the first batch told."""
         if self._alone is None:
-            self._alone = self._stand_alone(step.before, batch)
+            self._alone = self._losses.stand_alone(state, batch)
         return self._alone
 
-    def gradients(self, step: Step, batch: Batch) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """∇L_k(θ_s) by parameter, (n, *shape), chunk by chunk of the batch's samples."""
-        state = step.before
-        alone = self.stands_alone(step, batch)
+    # ------------------------------------------------- gradients
+
+    def gradients(self, state: State, batch: Batch) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """∇L_k by parameter, (n, *shape), chunk by chunk of the batch's samples."""
+        alone = self.stands_alone(state, batch)
+        for rows in self._chunks(state, batch):
+            yield rows, self._vmapped(state, batch, rows)[0] if alone else self._one_by_one(state, batch, rows)
+
+    def gradient(self, state: State, batch: Batch, share: Tensor | float, parameters: Tensors) -> dict[str, Tensor]:
+        """`Σ_k w_k share_k ∇L_k` of the whole batch, run as training did, with respect to the parameters named."""
+        weight = batch.weights(next(iter(parameters.values()))) * share
+        same_part = torch.zeros(batch.size, dtype=torch.int64, device=weight.device)
+        sums = self._part_gradients(state, batch, weight, same_part, same_part[:1], parameters)
+        return {name: parts[0] for name, parts in sums.items()}
+
+    def gradient_and_norms(self, state: State, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """`Σ_k w_k ∇L_k` by parameter, the samples' losses (N,) and the norms of their gradients (N,).
+
+        From per-sample gradients, a chunk of samples at a time. Raises ValueError for a model whose samples are not
+        independent of each other (batch norm in training mode), since then there is no gradient of one sample.
+        """
+        self._refuse_batch_statistics()
+        total = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
+        losses, norms = [], []
+        for rows in self._chunks(state, batch):
+            gradients, loss = self._vmapped(state, batch, rows)
+            weight = batch.weights(loss)[rows]
+            squares = torch.zeros_like(loss)
+            for name, gradient in gradients.items():
+                total[name] += einsum(gradient, weight, "n ..., n -> ...")
+                squares += gradient.reshape(len(gradient), -1).square().sum(1)
+            losses.append(loss)
+            norms.append(squares.sqrt())
+        return total, torch.cat(losses), torch.cat(norms)
+
+    def _chunks(self, state: State, batch: Batch) -> list[slice]:
+        """The batch's samples, as many at a time as whole gradients of them may be held."""
         size = max(1, min(CHUNK_BYTES, self._memory) // size_in_bytes(state.parameters))
-        for start in range(0, batch.size, size):
-            rows = slice(start, min(batch.size, start + size))
-            if alone:
-                chunk = tree_slice(batch.data, rows.start, rows.stop)
-                yield rows, sample_gradients(self._functional, self._sample_loss, state, chunk)[0]
-            else:
-                losses = self._losses(state, batch)
-                with differentiable_attention():
-                    yield rows, vjp_rows(lambda moved: losses(moved)[rows], dict(state.parameters))  # noqa: B023
+        return cuts(0, batch.size, size)
 
-    def _losses(self, state: State, batch: Batch) -> Callable[[Tensors], Tensor]:
-        """The batch's losses as training computed them, however often they are asked for."""
+    def _vmapped(self, state: State, batch: Batch, rows: slice) -> tuple[dict[str, Tensor], Tensor]:
+        chunk = tree_slice(batch.data, rows.start, rows.stop)
+        return sample_gradients(self._functional, self._losses.sample_loss, state, chunk)
 
-        def losses(moved: Tensors) -> Tensor:
-            buffers = {name: value.clone() for name, value in state.buffers.items()}
-            with replayed_random_state(batch.random_state):
-                return self._samples.losses(self._functional, State({**state.parameters, **moved}, buffers), batch)
-
-        return losses
-
-    def _forward(self, state: State, batch: Batch, directions: Tensors, rows: int) -> Tensor:
-        losses = self._losses(state, batch)
-        at_once = self._directions_at_once(state, batch)
-        result: list[Tensor] = []
+    def _one_by_one(self, state: State, batch: Batch, rows: slice) -> dict[str, Tensor]:
+        """Of some samples in the company of the whole batch: a reverse pass for each."""
+        losses = self._losses.at(state, batch)
         with differentiable_attention():
-            for names in self._groups.values():
-                members = {name: directions[name] for name in names if name in directions}
-                if not members:
-                    result.append(batch.weights(next(iter(directions.values()))).new_zeros(rows, batch.size))
-                    continue
-                primals = {name: state.parameters[name] for name in members}
-                pieces = [
-                    self._functional.jvp(
-                        losses, primals, {n: d[start : start + at_once] for n, d in members.items()}, bool(self._alone)
-                    )
-                    for start in range(0, rows, at_once)
-                ]
-                result.append(torch.cat(pieces))
-        return torch.stack(result)
-
-    def _directions_at_once(self, state: State, batch: Batch) -> int:
-        if not self._alone:
-            return 1
-        if not self._activation_bytes:
-            one = tree_slice(batch.data, 0, 1)
-            kept = activation_bytes(self._functional, state, lambda model: self._sample_loss(model, one))
-            self._activation_bytes = max(1, kept)
-        return max(1, self._memory // (2 * self._activation_bytes * batch.size))
-
-    def _reverse(self, state: State, batch: Batch, directions: Tensors, rows: int) -> Tensor | None:
-        """None where the samples' gradients cannot be taken by `vmap`."""
-        pieces = []
-        _drop_specks(directions)
-        size = max(1, min(CHUNK_BYTES, self._memory) // size_in_bytes(state.parameters))
-        for start in range(0, batch.size, size):
-            chunk = tree_slice(batch.data, start, start + size)
-            try:
-                gradients, _ = sample_gradients(self._functional, self._sample_loss, state, chunk)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError) as error:
-                self._vectorized = False
-                tell_of_fallback("one direction at a time", error)
-                return None
-            pieces.append(self._multiply(directions, gradients, rows, min(size, batch.size - start)))
-        return torch.cat(pieces, dim=2)
-
-    def _multiply(self, directions: Tensors, gradients: Tensors, rows: int, count: int) -> Tensor:
-        """The products of every direction with every gradient by group, (G, R, count); both may be written over."""
-        _drop_specks(gradients)
-        result = next(iter(directions.values())).new_zeros(len(self._groups), rows, count)
-        for group, names in enumerate(self._groups.values()):
-            for name in names:
-                if name in directions:
-                    one, other = (value.reshape(len(value), -1) for value in (directions[name], gradients[name]))
-                    result[group] += einsum(one, other, "r d, n d -> r n")
-        return result
+            return vjp_rows(lambda moved: losses(moved)[rows], dict(state.parameters))
 
     def _part_gradients(
-        self, state: State, batch: Batch, weight: Tensor, parts: Tensor, present: Tensor, directions: Tensors
+        self, state: State, batch: Batch, weight: Tensor, parts: Tensor, present: Tensor, parameters: Tensors
     ) -> dict[str, Tensor]:
         """Σ_{k in part} w_k ∇L_k by parameter, (parts present, *shape): one forward pass, one reverse pass for each."""
-        leaves = {name: state.parameters[name].detach().requires_grad_() for name in directions}
+        leaves = {name: state.parameters[name].detach().requires_grad_() for name in parameters}
         with torch.enable_grad(), differentiable_attention():
-            losses = self._losses(state, batch)(leaves)
-        rows = [
+            losses = self._losses.at(state, batch)(leaves)
+        sums = [
             torch.autograd.grad(
                 losses, list(leaves.values()), weight * (parts == part), retain_graph=True, allow_unused=True
             )
             for part in present
         ]
         return {
-            name: torch.stack([torch.zeros_like(leaf) if row[place] is None else row[place] for row in rows])
+            name: torch.stack([torch.zeros_like(leaf) if total[place] is None else total[place] for total in sums])
             for place, (name, leaf) in enumerate(leaves.items())
         }
 
-    def _stand_alone(self, state: State, batch: Batch) -> bool:
-        """Whether no random number is drawn, and a sample alone has the loss that it has in its batch."""
-        device = next(iter(state.parameters.values())).device
-        last = Batch(1, 1.0, None, tree_slice(batch.data, batch.size - 1, batch.size))
-        buffers = [{name: value.clone() for name, value in state.buffers.items()} for _ in range(2)]
-        states = [State(state.parameters, own) for own in buffers]
-        before = random_state(device)
-        with replayed_random_state(before), torch.no_grad():
-            together = self._samples.losses(self._functional, states[0], batch)[-1]
-            if not all(torch.equal(one, before[name]) for name, one in random_state(device).items()):
-                return False
+    def _refuse_batch_statistics(self) -> None:
+        for name, module in self._functional.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(
+                    f"'{name}' normalises with the statistics of its batch, so no sample has a gradient of its own; "
+                    "use loss.backward() instead of tracker.backward(), or put the module into eval mode"
+                )
+
+    # ------------------------------------------------- products
+
+    def products(
+        self,
+        state: State,
+        batch: Batch,
+        directions: Tensors,
+        groups: Groups,
+        parts: tuple[Tensor, int] | None = None,
+    ) -> Tensor:
+        """`w_k ⟨direction, ∇L_k⟩` restricted to each group, (G, R, N).
+
+        directions: (R, *shape) by parameter; entries too small to count may be set to 0.
+        parts: for each sample the part of a partition that it is in, (N,), and the number of parts P: the sums over
+        them, (G, R, P), which may come cheaper than the samples themselves.
+        """
+        self.stands_alone(state, batch)
+        example = next(iter(directions.values()))
+        weight = batch.weights(example)
+        passes = len(example) * len(groups)
+
+        places = torch.empty(0) if parts is None else parts[0].to(example.device)
+        if parts is not None:
+            present = places.unique()
+            if len(present) < passes:
+                _drop_specks(directions)
+                sums = self._part_gradients(state, batch, weight, places, present, directions)
+                products = _multiply(directions, sums, groups)
+                return products.new_zeros(*products.shape[:2], parts[1]).index_copy(2, present, products)
+
+        values = None
+        if passes > FORWARD_DIRECTIONS and self._alone and self._vectorized:
+            values = self._reverse(state, batch, directions, groups)
+        if values is None:
+            values = self._forward(state, batch, directions, groups)
+        values = values * weight
+        if parts is None:
+            return values
+        return values.new_zeros(*values.shape[:2], parts[1]).index_add_(2, places, values)
+
+    def _forward(self, state: State, batch: Batch, directions: Tensors, groups: Groups) -> Tensor:
+        """⟨direction, ∇L_k⟩, (G, R, N): the losses' derivatives in each group's directions."""
+        losses = self._losses.at(state, batch)
+        at_once = self._directions_at_once(state, batch)
+        example = next(iter(directions.values()))
+        products: list[Tensor] = []
+        with differentiable_attention():
+            for names in groups.values():
+                tangents = {name: directions[name] for name in names if name in directions}
+                if not tangents:
+                    products.append(batch.weights(example).new_zeros(len(example), batch.size))
+                    continue
+                primals = {name: state.parameters[name] for name in tangents}
+                pieces = [
+                    self._functional.jvp(losses, primals, _rows_of(tangents, rows), together=bool(self._alone))
+                    for rows in cuts(0, len(example), at_once)
+                ]
+                products.append(torch.cat(pieces))
+        return torch.stack(products)
+
+    def _directions_at_once(self, state: State, batch: Batch) -> int:
+        if not self._alone:
+            return 1
+        if not self._activation_bytes:
+            first = tree_slice(batch.data, 0, 1)
+            kept = activation_bytes(self._functional, state, lambda model: self._losses.sample_loss(model, first))
+            self._activation_bytes = max(1, kept)
+        return max(1, self._memory // (2 * self._activation_bytes * batch.size))
+
+    def _reverse(self, state: State, batch: Batch, directions: Tensors, groups: Groups) -> Tensor | None:
+        """The same from the samples' gradients; None where these cannot be taken by `vmap`."""
+        _drop_specks(directions)
+        pieces = []
+        for rows in self._chunks(state, batch):
             try:
-                alone = self._samples.losses(self._functional, states[1], last)[0]
-            except (RuntimeError, ValueError):  # batch norm needs more than one sample
-                return False
-        tolerance = together.abs().clamp(min=1e-3) * torch.finfo(together.dtype).eps ** 0.5
-        return bool((alone - together).abs() <= tolerance)
+                gradients, _ = self._vmapped(state, batch, rows)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                self._vectorized = False
+                tell_of_fallback("one direction at a time", error)
+                return None
+            pieces.append(_multiply(directions, gradients, groups))
+        return torch.cat(pieces, dim=2)
+
+
+def sample_gradients(
+    functional: Functional, sample_loss: SampleLoss, state: State, batch: Any
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradient of every sample of `batch` by parameter, (N, *shape) each, and their losses (N,).
+
+    The model is called on one sample at a time (a batch of one, under `vmap`), in whatever mode it is in; random
+    operations draw for each sample afresh.
+    """
+
+    def loss_of_one(parameters: Tensors, sample: Any) -> Tensor:
+        single = tree_map(lambda tensor: tensor.unsqueeze(0), sample)
+        losses: Tensor = functional(State(parameters, state.buffers), lambda model: sample_loss(model, single))
+        return losses.reshape(())
+
+    in_dims = (None, tree_in_dims(batch))
+    with differentiable_attention():
+        gradients, losses = vmap(grad_and_value(loss_of_one), in_dims=in_dims, randomness="different")(
+            dict(state.parameters), batch
+        )
+    return gradients, losses
+
+
+def _rows_of(directions: Tensors, rows: slice) -> dict[str, Tensor]:
+    return {name: direction[rows] for name, direction in directions.items()}
+
+
+def _multiply(directions: Tensors, gradients: Tensors, groups: Groups) -> Tensor:
+    """The products of every direction with every gradient by group, (G, R, N); the gradients may be written over."""
+    _drop_specks(gradients)
+    example = next(iter(directions.values()))
+    count = len(next(iter(gradients.values())))
+    products = example.new_zeros(len(groups), len(example), count)
+    for group, names in enumerate(groups.values()):
+        for name in names:
+            if name in directions:
+                direction, gradient = (value.reshape(len(value), -1) for value in (directions[name], gradients[name]))
+                products[group] += einsum(direction, gradient, "r d, n d -> r n")
+    return products
 
 
 def _drop_specks(rows: Tensors) -> None:

@@ -11,8 +11,8 @@ from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.influence import Influence
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
-from explaind_track.engine.functional import SampleLoss
-from explaind_track.engine.integrator import MEMORY
+from explaind_track.engine.batch_losses import SampleLoss
+from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.engine.targets import check_query
 from explaind_track.explanation.explainer import Explainer

@@ -11,7 +11,8 @@ from explaind_track.core.groups import Groups
 from explaind_track.core.influence import Influence
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
-from explaind_track.engine.integrator import MEMORY, Integrator
+from explaind_track.engine.integrator import Integrator
+from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, Terms
 from explaind_track.engine.targets import check_query
 from explaind_track.explanation.accumulator import Accumulator, Row

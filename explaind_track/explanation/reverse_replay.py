@@ -21,7 +21,7 @@ from explaind_track.core.groups import Groups
 from explaind_track.core.step import Batch, Step, Update
 from explaind_track.core.tensors import Tensors, tree_map
 from explaind_track.engine.features import Features
-from explaind_track.engine.per_sample import SampleProducts
+from explaind_track.engine.per_sample import PerSampleGradients
 from explaind_track.errors import SampleMismatchWarning
 from explaind_track.explanation.sample_axis import Array, SampleAxis
 from explaind_track.explanation.tiles import Tile
@@ -130,7 +130,7 @@ class ReverseSweep:
         self,
         tile: Tile,
         features: Features,
-        products: SampleProducts,
+        gradients: PerSampleGradients,
         samples: SampleAxis,
         groups: Groups,
         nodes: Callable[[Step], int],
@@ -139,7 +139,7 @@ class ReverseSweep:
         """features: of the tile's targets. shared: whether all processes do this sweep together, each for its share of
         every batch's samples."""
         self._tile, self._groups, self._samples, self._shared = tile, groups, samples, shared
-        self._features, self._products, self._nodes = features, products, nodes
+        self._features, self._gradients, self._nodes = features, gradients, nodes
         self._adjoint = Adjoint(tile.slots)
         self.mismatch = Mismatch()
 
@@ -198,7 +198,7 @@ class ReverseSweep:
             chosen = places >= 0
             if not bool(chosen.any()):
                 continue
-            if not bool(chosen.all()) and self._products.stands_alone(step, batch):
+            if not bool(chosen.all()) and self._gradients.stands_alone(step.before, batch):
                 batch, places = _rows(batch, chosen), places[chosen]
             total += self._add_batch(step, batch, places, share, directions, target)
 
@@ -225,7 +225,7 @@ class ReverseSweep:
         count = target.shape[-1]
         chosen = places >= 0
         parts = (torch.where(chosen, places, count), count + 1) if self._samples.partition else None
-        values = self._products.of(step, batch, directions, parts)
+        values = self._gradients.products(step.before, batch, directions, self._groups, parts)
 
         # A: acting steps, G: groups, x: queries, o: outputs, N: samples, or parts and behind them the rest
         found = values.unflatten(1, (self._tile.slots, *target.shape[2:4])).movedim(1, 0).to(target)  # (A, G, x, o, N)
@@ -240,7 +240,7 @@ class ReverseSweep:
         rest = {name: value * step.updates[name].sign for name, value in gradient.items()}
         size = sum(float(value.square().sum()) for value in rest.values()) ** 0.5
         for batch, _, share in self._samples.batches(step):
-            for name, value in self._products.gradient(step, batch, share, rest).items():
+            for name, value in self._gradients.gradient(step.before, batch, share, rest).items():
                 rest[name] = rest[name] - value
         off = sum(float(value.square().sum()) for value in rest.values()) ** 0.5
         self.mismatch.note(step.number, off, size, torch.finfo(next(iter(rest.values())).dtype).eps)

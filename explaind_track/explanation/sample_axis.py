@@ -10,7 +10,7 @@ from torch import Tensor
 
 from explaind_track.core.step import Batch, Step
 from explaind_track.core.tensors import tree_map, tree_rows
-from explaind_track.engine.functional import SampleLoss
+from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.explanation.step_source import RepeatableSteps
 
 SAMPLE_AXES = ("step", "seen", "group", "query", "output", "sample")

@@ -23,8 +23,7 @@ from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.path_integral import Quadrature
-from explaind_track.engine.per_sample import SampleProducts
-from explaind_track.engine.samples import CHUNK_BYTES
+from explaind_track.engine.per_sample import CHUNK_BYTES, PerSampleGradients
 from explaind_track.engine.targets import kept_targets, output_count, some_outputs
 from explaind_track.explanation.digests import fingerprint, function_digest, query_digest
 from explaind_track.explanation.plan import ExplanationPlan
@@ -63,7 +62,7 @@ class SamplePlan(ExplanationPlan):
         self.groups = groups if "group" in keep else {"all": [name for names in groups.values() for name in names]}
         self.query = kept_targets(query, keep)
         self._source, self._model, self._samples, self._memory = source, model, samples, memory
-        self._products = SampleProducts(model, samples.loss, self.groups, memory, samples.alone)
+        self._gradients = PerSampleGradients(model, samples.loss, memory, samples.alone)
         self._integrator = Integrator(model, query, self.groups, (), quadrature, memory)
         self._nodes: dict[int, int] = {}
 
@@ -145,7 +144,7 @@ class SamplePlan(ExplanationPlan):
             return False
         step = next(self._source.backwards(self._source.last, self._memory))
         batches = list(self._samples.batches(step))
-        alone = all(self._products.stands_alone(step, batch) for batch, *_ in batches)
+        alone = all(self._gradients.stands_alone(step.before, batch) for batch, *_ in batches)
         return alone and sum(int((places >= 0).sum()) for _, places, _ in batches) > len(self.query) * self.outputs
 
     def seconds(self) -> float:
@@ -213,7 +212,7 @@ class SamplePlan(ExplanationPlan):
         if tile.outputs != slice(0, self.outputs):
             query = some_outputs(query, tile.outputs.start, tile.outputs.stop)
         features = Features(Functional(self._model), query, self._memory)
-        return ReverseSweep(tile, features, self._products, self._samples, self.groups, self._nodes_of, shared)
+        return ReverseSweep(tile, features, self._gradients, self._samples, self.groups, self._nodes_of, shared)
 
     def _nodes_of(self, step: Step) -> int:
         """Found once, for all sweeps."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from explaind_track.core.groups import GroupSpec
 from explaind_track.core.queries import Query
-from explaind_track.engine.functional import SampleLoss
+from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.explanation.sample_axis import Data
 
 

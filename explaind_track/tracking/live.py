@@ -1,7 +1,6 @@
 """What a Tracker computes of every step: influences on each of its queries, and the row of metrics that shows them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from explaind_track.core.influence import Influence
 from explaind_track.core.queries import Query
 from explaind_track.core.step import PARTS, SHARES, Step
 from explaind_track.engine.path_integral import Quadrature
-from explaind_track.engine.samples import SampleInfluence, Samples
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.record import history
 from explaind_track.tracking.metrics import change_row, importance_row
@@ -99,23 +97,6 @@ class Live:
         rest = f"the split of '{name}' leaves {residual:.2g} of the change over, more than {limit:.2g}"
         more = "Tracker(quadrature=Quadrature(tolerance=…, max_nodes=…)) takes more nodes"
         return [f"step {number}: {rest} ({self.explainers[name].nodes} nodes). {more}"]
-
-    def tabulate(self, samples: Samples, step: Step) -> SampleInfluence:
-        """The influences of the step's own samples on the first loss query, through this step's gradient alone."""
-        integrator = self.explainers[self.losses[0]].integrator
-        mean = integrator.for_query(replace(integrator.query, reduction="mean"))
-        return samples.influence(step, mean.gradient(step, integrator.nodes(step)))
-
-    def by_query(self, samples: Samples, step: Step, count: int) -> Tensor:
-        """The same on the first `count` inputs of that query, one by one, (queries, samples)."""
-        integrator = self.explainers[self.losses[0]].integrator
-        query, nodes = integrator.query, integrator.nodes(step)
-        device = next(iter(step.before.parameters.values())).device
-        rows = []
-        for place in range(min(count, query.size)):
-            single = integrator.for_query(replace(query.rows(place, place + 1, device), reduction="mean"))
-            rows.append(samples.influence(step, single.gradient(step, nodes)).influence)
-        return torch.stack(rows)
 
     def influence(self, query: str, keep: tuple[str, ...]) -> Influence:
         if keep not in LIVE_AXES:

@@ -1,6 +1,7 @@
 """What a Tracker makes of single training samples: a gradient out of theirs, the check that they are it, and their
 influences. Every rank does its own samples."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -9,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from explaind_track.core.queries import Query
 from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import Tensors
-from explaind_track.engine.functional import SampleLoss
-from explaind_track.engine.samples import SampleInfluence, Samples, compare_gradients
+from explaind_track.engine.batch_losses import SampleLoss
+from explaind_track.engine.features import Features
+from explaind_track.engine.per_sample import PerSampleGradients
+from explaind_track.engine.sample_influence import SampleInfluence, through_own_step
+from explaind_track.errors import SampleMismatchWarning
 from explaind_track.record import history
 from explaind_track.tracking import sample_panels
 from explaind_track.tracking.ddp import Ranks
@@ -21,6 +26,9 @@ from explaind_track.tracking.step_batches import StepBatches
 
 CHECKED_STEPS = 3
 CHECK_EVERY = 500
+
+MISMATCH = 1e-3
+"""By how much (of its norm) the samples' gradients may miss the step's gradient before it is said, in float32."""
 
 
 class LiveSamples:
@@ -38,13 +46,14 @@ class LiveSamples:
         ranks.refuse_common_statistics()
         if map_queries:
             import_module("matplotlib.figure")  # which takes seconds, and would in the first step that draws
-        self._samples = Samples(model, sample_loss)
+        # not alone: each direction runs the batch as training did, with its random numbers and its company
+        self._samples = PerSampleGradients(model, sample_loss, alone=False)
         self._live, self._ranks, self._map_queries, self._render = live, ranks, map_queries, render
 
     def gradient(self, state: State, batches: StepBatches) -> tuple[dict[str, Tensor], Tensor]:
         """The last batch's gradient by parameter, from per-sample gradients, and its loss; both are noted."""
         batch = batches.local[-1]
-        gradient, losses, norms = self._samples.gradient(state, batch)
+        gradient, losses, norms = self._samples.gradient_and_norms(state, batch)
         if batch.index is not None:
             batches.norms |= dict(zip(batch.index.tolist(), norms.tolist(), strict=True))
         loss = (losses * batch.weight).sum()
@@ -62,20 +71,36 @@ class LiveSamples:
         for part in auxiliary.values():
             for name, value in part.items():
                 rest[name] -= value
-        total = self._samples.total_gradient(state, batches.local, rest)
+
+        total = {name: torch.zeros_like(value) for name, value in rest.items()}
+        for batch in batches.local:
+            for name, value in self._samples.gradient(state, batch, 1.0, rest).items():
+                total[name] += value
         self._ranks.add_up(total.values())
         if self._ranks.rank == 0:
-            compare_gradients(total, rest, number)
+            _compare(total, rest, number)
 
     def influences(self, batches: StepBatches, step: Step) -> tuple[SampleInfluence, Tensor | None]:
         """Of all ranks' samples on the first loss query; and where a map is wanted, how much they changed the losses of
         its first single queries, (queries, samples)."""
         local = replace(step, batches=tuple(batches.local))
-        samples = SampleInfluence.together(self._ranks.gather(self._live.tabulate(self._samples, local)))
+        integrator = self._live.explainers[self._live.losses[0]].integrator
+        query, nodes = integrator.query, integrator.nodes(step)
+
+        def features(query: Query) -> dict[str, Tensor]:
+            mean = Features(integrator.functional, replace(query, reduction="mean"), integrator.memory)
+            return {name: rows.sum(0) for name, rows in mean.of(step, nodes).items()}
+
+        samples = SampleInfluence.of(self._samples, local, features(query))
+        samples = SampleInfluence.together(self._ranks.gather(samples))
         if not self._map_queries:
             return samples, None
-        rows = self._ranks.gather(self._live.by_query(self._samples, local, self._map_queries))
-        return samples, -torch.cat(rows, dim=1)
+
+        # input by input: the features of several at once would take a copy of the parameters for each
+        device = next(iter(step.before.parameters.values())).device
+        singles = [query.rows(row, row + 1, device) for row in range(min(self._map_queries, query.size))]
+        rows = torch.stack([through_own_step(self._samples, local, features(single)) for single in singles])
+        return samples, -torch.cat(self._ranks.gather(rows), dim=1)
 
     def draw(self, batches: StepBatches, samples: SampleInfluence, changes: Tensor | None) -> dict[str, Any]:
         """The panels of what `influences` has found."""
@@ -85,3 +110,18 @@ class LiveSamples:
             drawn[history.SAMPLE_MAP] = sample_panels.sample_map(changes[:, order], samples.index[order])
             drawn[history.QUERY_COSINES] = sample_panels.cosine_map(changes)
         return drawn
+
+
+def _compare(total: Tensors, gradients: Tensors, number: int) -> None:
+    """Compares `Σ_k w_k ∇L_k` with the gradients the optimizer is about to use; warns with SampleMismatchWarning."""
+    off = sum(float((total[name] - gradient).square().sum()) for name, gradient in gradients.items()) ** 0.5
+    norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
+    if off > MISMATCH * norm:
+        warnings.warn(
+            f"at step {number}, the per-sample losses do not add up to the gradient that the optimizer saw: they "
+            f"miss it by {off / max(norm, 1e-30):.2g} of its norm. Influences of samples are wrong until they do "
+            "(those of groups are not). Tell tracker.batch of every batch of the step, with the weights of its "
+            "samples in the loss (`weight=`; the mean if not given), and return unreduced losses in sample_loss",
+            SampleMismatchWarning,
+            stacklevel=2,
+        )

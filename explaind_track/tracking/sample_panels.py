@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from explaind_track.engine.samples import SampleInfluence
+from explaind_track.engine.sample_influence import SampleInfluence
 from explaind_track.record.media import Table
 from explaind_track.wandb_io.media import image_png
 

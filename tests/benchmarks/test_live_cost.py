@@ -15,7 +15,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from explaind_track import Explainer, Quadrature, Query, Step, StepObserver, resolve_groups
 from explaind_track.core.step import State
-from explaind_track.engine.functional import Functional, sample_gradients
+from explaind_track.engine.functional import Functional
+from explaind_track.engine.per_sample import sample_gradients
 from recipes.data import Split, modulo_addition
 from recipes.models import ModuloTransformer
 from recipes.modulo_addition import GROUPS, sample_loss
@@ -88,7 +89,7 @@ def test_live_influence_against_the_training_step(name: str, benchmark: Benchmar
 
 @pytest.mark.parametrize("size", [50, 100, 200, 400, 800, 1600])
 def test_chunks_of_per_sample_gradients(size: int, benchmark: BenchmarkFixture) -> None:
-    """By which `samples.CHUNK_BYTES` was chosen: 4000 samples in chunks of `size`."""
+    """By which `per_sample.CHUNK_BYTES` was chosen: 4000 samples in chunks of `size`."""
     training = Training()
     functional = Functional(training.model)
     state = State({name: p.detach() for name, p in training.model.named_parameters()}, {})

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from explaind_track import Quadrature, Query, Tracker, Trajectory, explain
 from explaind_track.engine.features import Features
-from explaind_track.engine.functional import Functional, sample_gradients
+from explaind_track.engine.functional import Functional
+from explaind_track.engine.per_sample import sample_gradients
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from explaind_track import Quadrature, Query, State, explain
 from explaind_track.engine import directions
-from explaind_track.engine.functional import Functional, activation_bytes, evaluation, sample_gradients
-from explaind_track.engine.integrator import Integrator
+from explaind_track.engine.features import Features
+from explaind_track.engine.functional import Functional, evaluation
+from explaind_track.engine.memory import activation_bytes
+from explaind_track.engine.per_sample import sample_gradients
 from explaind_track.errors import ForwardModeFallbackWarning
 
 either_plan = pytest.mark.parametrize("cost", [0, inf], ids=["reverse", "forward"])
@@ -68,9 +70,9 @@ def test_a_step_that_moves_nothing_explains_nothing(
 @pytest.mark.parametrize("id", ["adamw", "sgd-nesterov-decay"])
 def test_the_query_feature_is_the_integrated_gradient(id: str, memory: int) -> None:  # noqa: A002
     case = Case(id, target=TARGETS["mean-loss"])
-    integrator = Integrator(case.make(9), case.query(), case.resolved_groups(), memory=memory)
+    features = Features(Functional(case.make(9)), case.query(), memory)
     for s, step in enumerate(case.steps()):
-        check(flat(integrator.gradient(step, 3)), case.reference(3).test[s, 0, 0])
+        check(flat(features.of(step, 3)), case.reference(3).test[s, 0, 0])
 
 
 class Cube(torch.autograd.Function):

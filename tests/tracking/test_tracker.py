@@ -52,7 +52,7 @@ def test_per_sample_gradients_serve_as_the_step_gradient(weight: Any) -> None:
 
 
 def test_per_sample_gradients_add_up_over_micro_batches_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("explaind_track.engine.samples.CHUNK_BYTES", 1000)  # two samples at a time
+    monkeypatch.setattr("explaind_track.engine.per_sample.CHUNK_BYTES", 1000)  # two samples at a time
     job = make_job()
     tracker = job.tracker()
     expected = torch.autograd.grad(sample_loss(job.model, (job.x[:9], job.y[:9])).sum(), [*job.model.parameters()])

@@ -1,0 +1,55 @@
+"""Influences of a step's own samples through the gradient of that step alone, as a training loop can have them live."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from explaind_track.core.step import Step
+from explaind_track.core.tensors import Tensors
+from explaind_track.engine.per_sample import PerSampleGradients
+
+
+@dataclass(frozen=True)
+class SampleInfluence:
+    """Influences of one step's samples on one target, each through the gradient of that step alone, (N,) each."""
+
+    index: Tensor
+    """Which training samples these are; −1 where the loop did not say."""
+    influence: Tensor
+    """`w_k ⟨φ_s^test, P (e b + d) ∇L_k(θ_s)⟩`; with the share that momentum carries, their sum is Ψ_s."""
+    loss: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, samples: PerSampleGradients, step: Step, features: Tensors) -> "SampleInfluence":
+        """Of all the step's samples on the target whose gradient is φ_s^test, by parameter."""
+        influence = through_own_step(samples, step, features)
+        losses = [samples.losses(step.before, batch) for batch in step.batches]
+        batches = list(zip(step.batches, losses, strict=True))
+        return cls(
+            index=torch.cat([torch.full((b.size,), -1) if b.index is None else b.index.cpu() for b, _ in batches]),
+            influence=influence,
+            loss=torch.cat(losses).cpu(),
+            weight=torch.cat([batch.weights(loss) for batch, loss in batches]).cpu(),
+        )
+
+    @classmethod
+    def together(cls, pieces: "Sequence[SampleInfluence]") -> "SampleInfluence":
+        """The samples of all the pieces."""
+        rows = {name: torch.cat([getattr(piece, name) for piece in pieces]) for name in vars(pieces[0])}
+        return cls(**rows)
+
+
+def through_own_step(samples: PerSampleGradients, step: Step, features: Tensors) -> Tensor:
+    """The influences alone, (N,) over all the step's batches."""
+    # φ → (b Q e + d) P φ, whose product with w_k ∇L_k it is; −1 where the optimizer maximizes
+    directions = {
+        name: step.updates[name].adjoint(feature)[None] * step.updates[name].sign for name, feature in features.items()
+    }
+    if not directions:
+        return torch.zeros(sum(batch.size for batch in step.batches))
+    everything = {"all": list(directions)}
+    products = [samples.products(step.before, batch, directions, everything)[0, 0] for batch in step.batches]
+    return torch.cat(products).cpu()
