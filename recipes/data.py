@@ -24,7 +24,12 @@ class Split:
     x_test: Tensor
     y_test: Tensor
 
+    def training_batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of the training samples of these indices, (N,)."""
+        return self.x_train[index], self.y_train[index]
+
     def to(self, device: str) -> "Split":
+        """The same on another device."""
         return Split(*(tensor.to(device) for tensor in vars(self).values()))
 
 
@@ -38,6 +43,7 @@ def modulo_addition(modulus: int, train: int, test: int, seed: int) -> Split:
         raise ValueError(f"modulo {modulus} has {len(a)} pairs, too few for train={train} and test={test}")
     order = torch.randperm(len(a), generator=torch.Generator().manual_seed(seed))
     a, b = a[order], b[order]
+
     x = torch.stack([a, torch.full_like(a, modulus), b, torch.full_like(b, modulus + 1)], dim=1)
     y = (a + b) % modulus
     return Split(x[:train], y[:train], x[train : train + test], y[train : train + test])
@@ -56,15 +62,18 @@ def image_data(name: str, path: str | None, train: int, test: int) -> Split:
         parts = [_images(dataset[split]) for split in ("train", "test")]
     else:
         sys.exit(f"there is no data '{name}': data.name is mnist, cifar2 or digits")
+
     (x_train, y_train), (x_test, y_test) = parts
     if train > len(y_train) or test > len(y_test):
         raise ValueError(f"{name} has {len(y_train)} and {len(y_test)} samples, too few for train={train}, test={test}")
+
     x_train, x_test = x_train[:train], x_test[:test]
     mean, deviation = x_train.mean((0, 2, 3), keepdim=True), x_train.std((0, 2, 3), keepdim=True)
     return Split((x_train - mean) / deviation, y_train[:train], (x_test - mean) / deviation, y_test[:test])
 
 
 def _digits(train: int) -> list[tuple[Tensor, Tensor]]:
+    """Scikit-learn's 8 × 8 digits in [0, 1], in a random order: `train` of them, and the others."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -75,7 +84,7 @@ def _digits(train: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _load_dataset(name: str, path: str | None) -> Any:
-    """A local copy, or the hub's. Whatever goes wrong there is for the reader of a sentence, not of a traceback."""
+    """A local copy, or the hub's; exits with a sentence if there is none to be had."""
     from datasets import load_dataset
 
     try:
@@ -90,15 +99,15 @@ def _load_dataset(name: str, path: str | None) -> Any:
 
 
 def _images(dataset: Any) -> tuple[Tensor, Tensor]:
-    """All images of one split in [0, 1], (N, channels, side, side), and their labels (N,)."""
+    """The images of a split in [0, 1], (N, channels, side, side), and labels (N,); of CIFAR-10, those of CIFAR-2."""
     names = dataset.features["label"].names
     if len(names) == 10 and set(CIFAR2) <= set(names):
-        kept = [names.index(one) for one in CIFAR2]
+        kept = [names.index(name) for name in CIFAR2]
         dataset = dataset.filter(lambda label: label in kept, input_columns="label")
-        names = CIFAR2
     else:
         kept = list(range(len(names)))
-    column = next(one for one in dataset.column_names if one != "label")
+
+    column = next(name for name in dataset.column_names if name != "label")
     x = torch.from_numpy(np.stack([np.asarray(image) for image in dataset[column]])).float() / 255
     x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
     return x, torch.tensor([kept.index(label) for label in dataset["label"]])

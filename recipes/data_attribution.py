@@ -1,4 +1,4 @@
-"""G.1, Fig. 7: do influences summed to training samples foretell models trained on subsets of them?
+"""G.1, Fig. 7: influences summed to training samples, as forecasts of models trained on subsets of them.
 
     python -m recipes.data_attribution [preset=cifar2] [key=value …]
 
@@ -7,13 +7,14 @@ and the trajectory.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,14 +22,13 @@ from tqdm import tqdm
 
 from explaind_track import Quadrature, Query, explain
 from recipes import images
-from recipes.common import configure, output_directory, save_figures, table, write_json
-from recipes.images import Run
+from recipes.common import Run, configure, output_directory, save_figures, table, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESAMPLES = 30
-"""For the error of a score."""
+"""How often subsets and queries are drawn again for the error of a score."""
 
 PAPER_CIFAR2 = {"path kernel": 0.06, "TracIn": 0.05, "TRAK": 0.05}
 """The paper's scores on CIFAR-2 for the fraction 0.5; those on MNIST it only draws."""
@@ -42,7 +42,7 @@ def log_odds(output: Tensor, y: Tensor) -> Tensor:
 
 
 def path_kernel(run: Run, x: Tensor, y: Tensor, nodes: int) -> Tensor:
-    """−Ψ(x_k, x), what each training sample added to each prediction, (samples, queries)."""
+    """−Ψ(x_k, x), which each training sample added to each prediction, (samples, queries)."""
     influence = explain(
         run.trajectory,
         run.model,
@@ -50,7 +50,7 @@ def path_kernel(run: Run, x: Tensor, y: Tensor, nodes: int) -> Tensor:
         keep=("sample", "query"),
         quadrature=Quadrature.fixed(nodes),
         sample_loss=images.sample_loss,
-        data=run.batch,
+        data=run.data.training_batch,
     )
     return -torch.from_numpy(influence.data["influence"].transpose("sample", "query").values)
 
@@ -68,7 +68,7 @@ def baselines(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, C
         image, label = sample
         return F.cross_entropy(functional_call(run.model, parameters, (image[None],)), label.reshape(1))
 
-    def right(parameters: Any, sample: tuple[Tensor, Tensor]) -> Tensor:
+    def probability(parameters: Any, sample: tuple[Tensor, Tensor]) -> Tensor:
         return torch.exp(-loss(parameters, sample))
 
     samples = DataLoader(TensorDataset(run.data.x_train, run.data.y_train), batch_size=config.gradients)
@@ -81,11 +81,11 @@ def baselines(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, C
         task = AttributionTask(loss, run.model, states, target_func=target)
         weights = torch.full((len(states),), float(config.optimizer.lr))
         scores: Tensor = TracInAttributor(task, weights, normalized_grad=False, **options).attribute(samples, queries)
-        return -scores
+        return -scores  # a step on the sample moves the target by −lr ⟨∇loss, ∇target⟩
 
     def trak() -> Tensor:
         task = AttributionTask(target, run.model, states[-1], target_func=target)
-        attributor = TRAKAttributor(task, right, regularization=1e-3, **options)
+        attributor = TRAKAttributor(task, probability, regularization=1e-3, **options)
         attributor.cache(samples)
         scores: Tensor = attributor.attribute(queries)
         return scores
@@ -94,7 +94,8 @@ def baselines(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, C
 
 
 def retrain(config: DictConfig, run: Run, x: Tensor, y: Tensor, subsets: Sequence[Tensor]) -> Tensor:
-    """The prediction of a model trained on each subset, from a start and in an order of its own, (subsets, queries).
+    """The predictions of a model trained on each subset, (subsets, queries), each from a start and in an order of its
+    own.
 
     One after the other: stacked by `torch.func.stack_module_state`, 16 CNNs took 1.6 times as long on a CPU.
     """
@@ -102,7 +103,7 @@ def retrain(config: DictConfig, run: Run, x: Tensor, y: Tensor, subsets: Sequenc
     for number, subset in enumerate(tqdm(subsets, "train again", unit="model")):
         seed = config.seed + 1 + number
         model = images.build(config, run.data, seed)
-        images.fit(config, model, *run.batch(subset), seed)
+        images.fit(config, model, *run.data.training_batch(subset), seed)
         values.append(log_odds(images.log_probabilities(model, x), y)[:, 0])
     return torch.stack(values)
 
@@ -110,30 +111,43 @@ def retrain(config: DictConfig, run: Run, x: Tensor, y: Tensor, subsets: Sequenc
 def datamodeling_score(
     scores: Tensor, truth: Tensor, subsets: Tensor, generator: torch.Generator
 ) -> tuple[float, float]:
-    """The linear datamodeling score, a mean over the queries, and its standard error by `RESAMPLES` resamplings of the
-    subsets and of the queries: all queries share the subsets' models.
+    """The linear datamodeling score, a mean over the queries, and its standard error.
 
-    scores: (samples, queries). truth: (subsets, queries). subsets: (subsets, samples in each).
+    The error is that of `RESAMPLES` resamplings of the subsets and of the queries: all queries share the subsets'
+    models.
+
+    Args:
+        scores: (samples, queries).
+        truth: the predictions of the subsets' models, (subsets, queries).
+        subsets: the samples in each, (subsets, size).
+        generator: draws the resamplings.
     """
-    foretold = torch.stack([scores[subset].sum(0) for subset in subsets])
+    foretold = torch.stack([scores[subset].sum(0) for subset in subsets]).double()  # as the correlations then are
     count, queries = truth.shape
+    score = rank_correlations(foretold, truth, torch.arange(count)).mean()
+
     means = []
     for _ in range(RESAMPLES):
         rows, columns = (torch.randint(size, (size,), generator=generator) for size in (count, queries))
-        means.append(rank_correlation(foretold[rows], truth[rows])[columns].mean())
-    return float(rank_correlation(foretold, truth).mean()), float(torch.stack(means).std())
+        means.append(rank_correlations(foretold, truth, rows)[columns].mean())
+    return float(score), float(torch.stack(means).std())
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Spearman's, of each column, (queries,); 0 where nothing differs between the rows."""
-    from scipy.stats import rankdata
+def rank_correlations(foretold: Tensor, truth: Tensor, rows: Tensor) -> Tensor:
+    """Spearman's of forecast and truth over these subsets, (queries,); 0 where nothing differs between them."""
+    from dattri.metric import lds
+    from scipy.stats import ConstantInputWarning
 
-    first, second = (torch.from_numpy(rankdata(values, axis=0)) for values in (one, other))
-    return F.cosine_similarity(first - first.mean(0), second - second.mean(0), dim=0)
+    # the sums over the samples are taken once, and not again for each resampling: a subset is its own only member
+    members = rows[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        correlations: Tensor = lds(foretold, (truth[rows], members))[0]
+    return correlations.nan_to_num()
 
 
 def draw(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> "Figure":
-    """Fig. 7."""
+    """Fig. 7: scores by the fraction that the models are trained on, with their standard errors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -142,6 +156,7 @@ def draw(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> "Figure":
     for name in methods:
         errors = [row[f"± {name}"] for row in rows]
         axis.errorbar(places, [row[name] for row in rows], errors, marker="o", capsize=3, label=name)
+
     axis.axhline(0, color="gray", linewidth=0.5)
     axis.set_xticks(places, [f"{row['fraction']:g}" for row in rows])
     axis.set_xlabel("fraction of the training samples that the models are trained on again")
@@ -154,17 +169,14 @@ def draw(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> "Figure":
 def main(arguments: list[str]) -> None:
     config = configure("data_attribution", arguments)
     data = images.load(config)
-    out = output_directory(config.out, "data_attribution")
-    OmegaConf.save(config, out / "config.yaml")
+    out = output_directory(config, "data_attribution")
     run = images.obtain(config, data, config.seed, out / "trajectory")
     x, y = data.x_test[: config.queries], data.y_test[: config.queries]
 
     scores: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
-    for name, attribute in {
-        "path kernel": lambda: path_kernel(run, x, y, config.nodes),
-        **baselines(config, run, x, y),
-    }.items():
+    methods = {"path kernel": lambda: path_kernel(run, x, y, config.nodes), **baselines(config, run, x, y)}
+    for name, attribute in methods.items():
         started = perf_counter()
         scores[name] = attribute().detach().cpu()
         seconds[name] = round(perf_counter() - started, 1)
@@ -180,15 +192,14 @@ def main(arguments: list[str]) -> None:
     size = len(data.y_train)
     rows: list[dict[str, Any]] = []
     for fraction in config.fractions:
-        chosen = torch.stack(
-            [torch.randperm(size, generator=generator)[: round(fraction * size)] for _ in range(config.subsets)]
-        )
-        truth = retrain(config, run, x, y, chosen.unbind()).cpu()
+        draws = [torch.randperm(size, generator=generator)[: round(fraction * size)] for _ in range(config.subsets)]
+        subsets = torch.stack(draws)
+        truth = retrain(config, run, x, y, subsets.unbind()).cpu()
         row: dict[str, Any] = {"fraction": fraction}
         for name, score in scores.items():
-            row[name], row[f"± {name}"] = datamodeling_score(score, truth, chosen, generator)
+            row[name], row[f"± {name}"] = datamodeling_score(score, truth, subsets, generator)
         rows.append(row)
-        write_json(out / "summary.json", {**head, "rows": rows})
+        write_json(out / "summary.json", {**head, "rows": rows})  # after each: a fraction takes minutes
 
     save_figures(out / "figures", {"lds": draw(rows, list(scores))})
     print(f"\nlinear datamodeling score of {config.subsets} models for each fraction, {len(y)} queries\n{table(rows)}")

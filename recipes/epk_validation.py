@@ -12,14 +12,13 @@ from time import perf_counter
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
-from explaind_track import Quadrature, Query, Trajectory, explain
+from explaind_track import Quadrature, Query, Task, Trajectory, explain
 from recipes import images, modulo_addition
 from recipes.common import configure, output_directory, table, write_json
 
 PARTS = ("kernel", "regularization")
-"""Those of Theorem 3.1; what float rounding did is left to the residual."""
+"""Those of Theorem 3.1; the rounding of float arithmetic is left to the residual."""
 
 PAPER = {
     "resnet9": {10: (0.997, 0.0), 100: (1.0, 0.0)},
@@ -29,14 +28,15 @@ PAPER = {
 """The paper's EPK accuracy and KL divergence, by model and integration steps."""
 
 
-def subject(config: DictConfig, out: Path) -> tuple[str, nn.Module, Trajectory, Query]:
-    """The name of the model, the model, the record of its training, and the queries to predict."""
+def subject(config: DictConfig, out: Path) -> tuple[str, Task, Trajectory]:
+    """The name of the model, the job (model and queries), and the record of its training."""
     if config.run is None:
         run = images.obtain(config, images.load(config), config.seed, out / "trajectory")
         x, y = run.data.x_test[: config.queries], run.data.y_test[: config.queries]
-        return config.model, run.model, run.trajectory, Query.outputs(x, y)
-    recorded, model, data, trajectory = modulo_addition.finished(config.run)
-    return "transformer", model, trajectory, modulo_addition.held_out(recorded, data)
+        return config.model, Task(run.model, Query.outputs(x, y)), run.trajectory
+
+    recorded, run = modulo_addition.finished(config.run)
+    return "transformer", Task(run.model, modulo_addition.held_out(recorded, run.data)), run.trajectory
 
 
 def rules(config: DictConfig) -> Iterator[tuple[int | None, Quadrature]]:
@@ -49,14 +49,14 @@ def rules(config: DictConfig) -> Iterator[tuple[int | None, Quadrature]]:
 
 def main(arguments: list[str]) -> None:
     config = configure("epk_validation", arguments)
-    out = output_directory(config.out, "epk_validation")
-    OmegaConf.save(config, out / "config.yaml")
-    name, model, trajectory, query = subject(config, out)
-    head = {"model": name, "steps": len(trajectory), "queries": len(query)}
+    out = output_directory(config, "epk_validation")
+    name, job, trajectory = subject(config, out)
+    head = {"model": name, "steps": len(trajectory), "queries": len(job.query)}
+
     rows: list[dict[str, Any]] = []
     for nodes, rule in rules(config):
         started = perf_counter()
-        influence = explain(trajectory, model, query, keep=("query", "output"), parts=PARTS, quadrature=rule)
+        influence = explain(trajectory, job.model, job.query, keep=("query", "output"), parts=PARTS, quadrature=rule)
         accuracy, divergence = PAPER[name].get(nodes or 0, (None, None))
         rows.append(
             {
@@ -68,8 +68,9 @@ def main(arguments: list[str]) -> None:
                 "paper's KL": divergence,
             }
         )
-        write_json(out / "summary.json", {**head, "rows": rows})
-    print(f"\n{name}, {len(trajectory)} steps, {len(query)} queries\n{table(rows)}\n{out / 'summary.json'}")
+        write_json(out / "summary.json", {**head, "rows": rows})  # after each: the last ones take long
+
+    print(f"\n{name}, {len(trajectory)} steps, {len(job.query)} queries\n{table(rows)}\n{out / 'summary.json'}")
 
 
 if __name__ == "__main__":

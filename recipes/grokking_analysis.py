@@ -19,17 +19,21 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from explaind_track import Quadrature, Query, Trajectory, explain
+from explaind_track import Quadrature, Query, explain
 from explaind_track.analysis import sample_cosine
-from recipes.common import configure, output_directory, save_figures, table, write_json
-from recipes.data import Split
-from recipes.grokking_figures import draw_balance, draw_cosines, draw_lasso, draw_maps, draw_phases
+from recipes.common import Run, configure, output_directory, save_figures, table, write_json
+from recipes.grokking_figures import draw_balance, draw_cosines, draw_lasso, draw_maps, draw_phases, span
 from recipes.grokking_phases import CLAIMS, Phases
 from recipes.modulo_addition import GROUPS, finished, sample_loss
 
 PERIODS = range(2, 114)
+"""In a + b; the paper's."""
+
 PAPER_LASSO = {113: 0.112333, 76: 0.008232, 51: 0.004451, 75: 0.003616, 52: 0.001763}
 """The largest coefficients of Table 2, by period ("frequency" in the paper)."""
+
+Maps = dict[int, xr.DataArray]
+"""For each window of steps, by its end: values (group, …), whose other axes are labelled by sums a + b."""
 
 
 def by_sum(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -44,21 +48,21 @@ def by_residue(values: xr.DataArray, modulus: int) -> xr.DataArray:
     return values.isel({axis: np.argsort(values[axis].values % modulus, kind="stable") for axis in ("query", "sample")})
 
 
-def maps(config: DictConfig, trajectory: Trajectory, model: torch.nn.Module, data: Split, end: int) -> xr.DataArray:
+def influence_map(config: DictConfig, run: Run, end: int) -> xr.DataArray:
     """Ψ_S(Θ_layer, x_k, x), summed over the outputs, of the window S of steps that ends before `end`:
     (group, query, sample), the latter two ordered and labelled by a + b."""
-    queries, query_sums = by_sum(data.x_test, config.queries)
-    samples, sample_sums = by_sum(data.x_train, config.samples)
+    queries, query_sums = by_sum(run.data.x_test, config.queries)
+    samples, sample_sums = by_sum(run.data.x_train, config.samples)
     influence = explain(
-        trajectory,
-        model,
-        Query.outputs(data.x_test[queries]),
+        run.trajectory,
+        run.model,
+        Query.outputs(run.data.x_test[queries]),
         groups=GROUPS,
         keep=("group", "query", "sample"),
         window=(max(0, end - config.window), end),
         quadrature=Quadrature.fixed(1),
         sample_loss=sample_loss,
-        data=lambda index: (data.x_train[index], data.y_train[index]),
+        data=run.data.training_batch,
         samples=samples.tolist(),
     )
     ordered = influence.data["influence"].sel(sample=samples.numpy()).transpose("group", "query", "sample")
@@ -78,16 +82,21 @@ def lasso(similarity: xr.DataArray, modulus: int, alpha: float) -> dict[str, Any
     target = similarity.fillna(0).values.flatten().astype(np.float64)
 
     def fit(angles: Tensor) -> tuple[Any, Any, float]:
+        """The cosines' coefficients, the fit's values, and the share that it explains."""
         features = torch.cat([angles.cos(), angles.sin()], dim=1).numpy()
         model = Lasso(alpha=alpha, fit_intercept=False, max_iter=10_000).fit(features, target)
         predicted = model.predict(features)
         left = np.square(target - predicted).sum() / np.square(target).sum()  # there is no intercept
         return model.coef_[: angles.shape[1]], predicted, float(1 - left)
 
+    # cos(2πd / T) for the periods T, as in the paper
     periods = torch.tensor(list(PERIODS))
     coefficients, predicted, score = fit(2 * torch.pi * difference[:, None] / periods)
+
+    # cos(2πkd / p) for the harmonics k of the modulus
     multiples = torch.arange(modulus // 2 + 1)
     harmonics, _, harmonic_score = fit(2 * torch.pi * difference[:, None] * multiples / modulus)
+
     return {
         "coefficients": _largest(zip(periods.tolist(), coefficients, strict=True)),
         "r2": score,
@@ -98,87 +107,97 @@ def lasso(similarity: xr.DataArray, modulus: int, alpha: float) -> dict[str, Any
 
 
 def _largest(pairs: Any) -> dict[int, float]:
+    """The coefficients that are not 0, the largest first."""
     found = [(label, float(value)) for label, value in pairs if value != 0]
     return dict(sorted(found, key=lambda pair: -abs(pair[1])))
 
 
 def cyclic_share(rows: xr.DataArray, modulus: int) -> float:
-    """How much of a map (queries, samples), labelled by the sums a + b, depends on (a+b) − (a'+b') mod p alone: the
-    share of its variance, once each sample's mean (its global influence) is taken out."""
+    """The share of the variance of a map (queries, samples), labelled by the sums a + b, that depends on
+    (a+b) − (a'+b') mod p alone, once each sample's mean (its global influence) is taken out."""
     centred = rows - rows.mean("query")
     queries, samples = (torch.tensor(rows[axis].values) for axis in ("query", "sample"))
     residue = ((queries[:, None] - samples[None]) % modulus).flatten()
     values = torch.from_numpy(centred.values).flatten().double()
+
+    # each cell's best forecast from its residue: the mean of the cells that share it
     count = torch.bincount(residue, minlength=modulus).clamp(min=1)
     mean = torch.bincount(residue, values, modulus) / count
-    return float((mean[residue].square().sum()) / values.square().sum().clamp(min=1e-300))
+    return float(mean[residue].square().sum() / values.square().sum().clamp(min=1e-300))
 
 
 def main(arguments: list[str]) -> None:
     config = configure("grokking_analysis", arguments)
     if OmegaConf.is_missing(config, "runs"):
         sys.exit("say which runs to analyse: python -m recipes.grokking_analysis runs=[DIR,…]")
-    runs = [Path(run) for run in config.runs]
-    recorded, model, data, trajectory = finished(str(runs[0]))
-    out = output_directory(config.out, "grokking_analysis")
-    OmegaConf.save(config, out / "config.yaml")
+    directories = [Path(directory) for directory in config.runs]
+    recorded, run = finished(str(directories[0]))
+    out = output_directory(config, "grokking_analysis")
+    modulus = recorded.modulus
 
-    phases = {str(run): Phases.of_run(run) for run in runs}
+    phases = {str(directory): Phases.of_run(directory) for directory in directories}
     claims = [
-        {"claim": claim.text, "number": claim.number, "runs": [claim.test(one) for one in phases.values()]}
+        {"claim": claim.text, "number": claim.number, "runs": [claim.test(found) for found in phases.values()]}
         for claim in CLAIMS
     ]
-    modulus = recorded.modulus
-    ends = [max(1, round(fraction * len(trajectory))) for fraction in config.windows]
-    shown = {end: maps(config, trajectory, model, data, end) for end in ends}
-    alike = {end: sample_cosine(values) for end, values in shown.items()}
-    similarity = alike[ends[-1]].sel(group=config.lasso_layer)
-    fit = lasso(similarity, modulus, config.alpha)
 
+    ends = [max(1, round(fraction * len(run.trajectory))) for fraction in config.windows]
+    maps = {end: influence_map(config, run, end) for end in ends}
+    cosines = {end: sample_cosine(values) for end, values in maps.items()}
+    similarity = cosines[ends[-1]].sel(group=config.lasso_layer)
+    fit = lasso(similarity, modulus, config.alpha)
     cyclic = [
-        {"steps": f"{max(0, end - config.window)}–{end}"}
-        | {name: cyclic_share(values.sel(group=name), modulus) for name in GROUPS}
-        for end, values in shown.items()
+        {"steps": span(end, config.window)}
+        | {group: cyclic_share(values.sel(group=group), modulus) for group in GROUPS}
+        for end, values in maps.items()
     ]
+
     summary = {
-        "spans": {run: one.spans() for run, one in phases.items()},
+        "spans": {directory: found.spans() for directory, found in phases.items()},
         "claims": claims,
         "cyclic_share": cyclic,
         "lasso": {name: value for name, value in fit.items() if name != "predicted"},
         "lasso_paper": PAPER_LASSO,
     }
     write_json(out / "summary.json", summary)
-    arrays = {str(end): np.ascontiguousarray(values.values) for end, values in shown.items()}
-    sums = {f"{axis}_sum": shown[ends[0]][axis].values for axis in ("query", "sample")}
-    save_file(arrays | sums, out / "maps.safetensors")
-    title = f"{config.lasso_layer}, steps {max(0, ends[-1] - config.window)}–{ends[-1]}"
-    turned = {end: by_residue(values, modulus) for end, values in shown.items()}
-    save_figures(
-        out / "figures",
-        {
-            "phases": draw_phases(phases[str(runs[0])]),
-            "balance": draw_balance(phases[str(runs[0])]),
-            "maps": draw_maps(shown, config.window, modulus),
-            "maps_by_residue": draw_maps(turned, config.window, modulus),
-            "cosines": draw_cosines(alike, config.window, modulus),
-            "lasso": draw_lasso(similarity, fit, PAPER_LASSO, modulus, title),
-        },
-    )
+    save_maps(maps, out / "maps.safetensors")
+    first = phases[str(directories[0])]
+    by_residues = {end: by_residue(values, modulus) for end, values in maps.items()}
+    title = f"{config.lasso_layer}, steps {span(ends[-1], config.window)}"
+    figures = {
+        "phases": draw_phases(first),
+        "balance": draw_balance(first),
+        "maps": draw_maps(maps, config.window, modulus),
+        "maps_by_residue": draw_maps(by_residues, config.window, modulus),
+        "cosines": draw_cosines(cosines, config.window, modulus),
+        "lasso": draw_lasso(similarity, fit, PAPER_LASSO, modulus, title),
+    }
+    save_figures(out / "figures", figures)
     report(out, claims, cyclic, fit)
 
 
+def save_maps(maps: Maps, path: Path) -> None:
+    """Writes each map under the end of its window, and the sums that label their axes, the same for all."""
+    arrays = {str(end): np.ascontiguousarray(values.values) for end, values in maps.items()}
+    any_map = next(iter(maps.values()))
+    sums = {f"{axis}_sum": any_map[axis].values for axis in ("query", "sample")}
+    save_file(arrays | sums, path)
+
+
 def report(out: Path, claims: list[dict[str, Any]], cyclic: list[dict[str, Any]], fit: Mapping[str, Any]) -> None:
+    """Prints what was found."""
     print()
     for claim in claims:
-        values = ", ".join(f"{one['value']:.2f} ({'yes' if one['holds'] else 'no'})" for one in claim["runs"])
+        values = ", ".join(f"{found['value']:.2f} ({'yes' if found['holds'] else 'no'})" for found in claim["runs"])
         print(f"{claim['claim']}: {values}\n    {claim['number']}")
     print(f"\nshare of the maps' variance that depends on the difference of a+b mod p alone\n{table(cyclic)}")
-    top = [
+
+    largest = [
         {"period": period, "coefficient": value, "paper's period": theirs, "paper's coefficient": PAPER_LASSO[theirs]}
         for (period, value), theirs in zip(fit["coefficients"].items(), PAPER_LASSO, strict=False)
     ]
     print(f"\nLasso on cosines and sines of all periods, R² = {fit['r2']:.2f}")
-    print(table(top) if top else "no coefficient is left")
+    print(table(largest) if largest else "no coefficient is left")
     harmonics = dict(list(fit["harmonics"].items())[:5])
     print(f"on the harmonics k of p alone, R² = {fit['harmonics_r2']:.2f}: {harmonics}")
     print(f"{out / 'summary.json'}\n{out / 'figures'}")

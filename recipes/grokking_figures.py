@@ -19,6 +19,11 @@ PHASES = {"memorisation": "tab:blue", "circuit formation": "tab:red", "cleanup":
 INPUTS = "a+b (a+b mod p)"
 
 
+def span(end: int, window: int) -> str:
+    """The steps of the window that ends before `end`, as a label."""
+    return f"{max(0, end - window)}–{end}"
+
+
 def draw_phases(phases: Phases) -> "Figure":
     """Fig. 3(a) with the phases marked."""
     figure = plots.training(phases.influence, phases.curve, "nats")
@@ -29,7 +34,7 @@ def draw_phases(phases: Phases) -> "Figure":
 
 
 def draw_balance(phases: Phases) -> "Figure":
-    """Which of kernel and regularization is the larger in each layer, with the phases marked."""
+    """The importance of the kernel minus that of the regularization, by layer, with the phases marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 4), layout="constrained")
@@ -51,8 +56,8 @@ def _mark_phases(axis: "Axes", phases: Phases) -> None:
 
 def draw_maps(values: Mapping[int, xr.DataArray], window: int, modulus: int) -> "Figure":
     """Fig. 4 and 9: influences (group, query, sample), labelled by their sums a+b, by the end of the window."""
-    scale = max(float(abs(one).quantile(0.5)) for one in values.values())
-    limit = max(float(abs(one).max()) for one in values.values())
+    scale = max(float(abs(matrix).quantile(0.5)) for matrix in values.values())
+    limit = max(float(abs(matrix).max()) for matrix in values.values())
     norm = SymLogNorm(linthresh=scale, vmin=-limit, vmax=limit)
     return _matrices(values, window, modulus, norm, r"$\Psi_S(\Theta_{layer}, x_k, x)$, nats")
 
@@ -62,7 +67,7 @@ def draw_cosines(values: Mapping[int, xr.DataArray], window: int, modulus: int) 
     return _matrices(values, window, modulus, Normalize(-1, 1), "cosine over the training samples")
 
 
-def _matrices(values: Mapping[int, xr.DataArray], window: int, modulus: int, norm: Normalize, what: str) -> "Figure":
+def _matrices(values: Mapping[int, xr.DataArray], window: int, modulus: int, norm: Normalize, unit: str) -> "Figure":
     """A row for each layer and a column for each window."""
     from matplotlib.figure import Figure
 
@@ -72,8 +77,9 @@ def _matrices(values: Mapping[int, xr.DataArray], window: int, modulus: int, nor
         for row, layer in enumerate(GROUPS):
             axis = axes[row, column]
             image = _matrix(axis, matrices.sel(group=layer), modulus, norm)
-            axis.set_title(f"{layer}, steps {max(0, end - window)}–{end}", fontsize=8)
-    figure.colorbar(image, ax=axes, label=what, shrink=0.4)
+            axis.set_title(f"{layer}, steps {span(end, window)}", fontsize=8)
+
+    figure.colorbar(image, ax=axes, label=unit, shrink=0.4)
     figure.supylabel(f"test sample: {INPUTS}", fontsize=9)
     columns = "training" if matrices.dims[-1] == "sample" else "test"
     figure.supxlabel(f"{columns} sample: {INPUTS}", fontsize=9)
@@ -81,7 +87,7 @@ def _matrices(values: Mapping[int, xr.DataArray], window: int, modulus: int, nor
 
 
 def _matrix(axis: "Axes", values: xr.DataArray, modulus: int, norm: Normalize) -> Any:
-    """Rows and columns are labelled by the sums of their inputs."""
+    """Draws values whose rows and columns are labelled by the sums of their inputs."""
     image = axis.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
     for ticks, sums, turned in (
         (axis.set_yticks, values[values.dims[0]].values, 0),
@@ -100,6 +106,7 @@ def draw_lasso(
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
+
     predicted = similarity.copy(data=fit["predicted"])
     for axis, values, name in ((left, similarity, title), (middle, predicted, f"Lasso, R² = {fit['r2']:.2f}")):
         image = _matrix(axis, values, modulus, Normalize(-1, 1))
@@ -107,6 +114,7 @@ def draw_lasso(
         axis.set_xlabel(f"test sample: {INPUTS}")
         axis.set_ylabel(f"test sample: {INPUTS}")
     figure.colorbar(image, ax=[left, middle], label="cosine", shrink=0.7)
+
     right.bar(list(fit["coefficients"]), list(fit["coefficients"].values()), width=1.0, label="ours")
     right.scatter(list(paper), list(paper.values()), color="black", s=15, label="the paper's", zorder=3)
     right.set_xlabel("period of the cosine, in a+b")

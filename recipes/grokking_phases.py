@@ -1,11 +1,10 @@
-"""The learning phases of §5.1: where they begin and end, and each of the paper's claims about them as a number.
+"""The learning phases of §5.1: their beginnings and ends, and each of the paper's claims about them as a number.
 
 Claims about D(Θ) are tested twice. D as §4 defines it, Ψ − Ψ^reg summed with its signs, cannot tell which of two
-opposed influences is larger: kernel and regularization pull in opposite directions, so their sizes add. What can, and
-what the authors' scripts draw under that name, is a difference of absolute influences: here the *balance* Ψ̄ − Ψ̄^reg.
+opposed influences is larger: kernel and regularization pull in opposite directions, so their sizes add. A difference of
+absolute influences can, here the *balance* Ψ̄ − Ψ̄^reg, and is what the authors' scripts draw under that name.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import xarray as xr
 
 from explaind_track import Influence
 from explaind_track.analysis.plots import EARLY_STEPS
+from explaind_track.record.history import AXIS, read_rows
 
 SMOOTHING = 25
 """Steps over which curves are averaged before anything is read off them."""
@@ -36,10 +36,9 @@ class Phases:
 
     @classmethod
     def of_run(cls, run: Path) -> "Phases":
-        """What a finished run of recipes.modulo_addition left."""
-        lines = (run / "trajectory" / "history.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if "test/accuracy" in row]
-        keys = {"step": "train/step", "train": "train/accuracy", "test": "test/accuracy"}
+        """Reads what a finished run of recipes.modulo_addition left in its directory."""
+        rows = [row for row in read_rows(run / "trajectory") if "test/accuracy" in row]
+        keys = {"step": AXIS, "train": "train/accuracy", "test": "test/accuracy"}
         curve = {name: [row[key] for row in rows] for name, key in keys.items()}
         return cls(Influence.load(run / "influence.safetensors"), curve)
 
@@ -80,10 +79,11 @@ class Phases:
         return later.rolling(step=SMOOTHING, center=True, min_periods=1).mean()
 
     def importance(self) -> xr.DataArray:
-        """Of the kernel, by group; smoothed."""
+        """Ψ̄_s(Θ) of the kernel, by group; smoothed."""
         return self.smooth(self.influence.importance().sel(part="kernel"))
 
     def total(self, part: str) -> xr.DataArray:
+        """Ψ̄_s of a part, through all groups together; smoothed."""
         return self.smooth(self.influence.total_importance().sel(part=part))
 
     def difference(self) -> xr.DataArray:
@@ -99,8 +99,9 @@ class Phases:
         """The mean over the last steps of the run."""
         return values.isel(step=slice(-max(1, round(END * values.sizes["step"])), None)).mean("step")
 
-    def during(self, values: xr.DataArray, span: tuple[int, int]) -> xr.DataArray:
-        """The part of a curve that lies in the span; the whole curve if nothing does."""
+    def during(self, values: xr.DataArray, span: tuple[int, int | None]) -> xr.DataArray:
+        """The part of a curve that lies in the span, (first step, None) up to its end; the whole curve if nothing
+        does."""
         part = values.sel(step=slice(*span))
         return part if part.sizes["step"] else values
 
@@ -115,6 +116,7 @@ class Claim:
     holds: Callable[[float], bool]
 
     def test(self, phases: Phases) -> dict[str, Any]:
+        """The claim's number for a run, and whether the claim holds for it."""
         value = self.measure(phases)
         return {"value": value, "holds": bool(self.holds(value))}
 
@@ -125,7 +127,7 @@ def _test_accuracy_once_memorised(phases: Phases) -> float:
 
 def _correlation(phases: Phases) -> float:
     kernel, decay = (
-        np.log(phases.during(phases.total(part), (phases.memorisation[0], 10**9)).values)
+        np.log(phases.during(phases.total(part), (phases.memorisation[0], None)).values)
         for part in ("kernel", "regularization")
     )
     if min(kernel.std(), decay.std()) < 1e-6:  # a curve without a course
@@ -147,12 +149,12 @@ def _decoder_leads(phases: Phases) -> float:
 
 
 def _decoder_peak(phases: Phases, values: xr.DataArray) -> float:
-    decoder = phases.during(values.sel(group="decoder"), (phases.memorisation[0], 10**9))
+    decoder = phases.during(values.sel(group="decoder"), (phases.memorisation[0], None))
     return float(abs(decoder).idxmax("step")) / phases.memorisation[1]
 
 
 def _middle_before_decoder(phases: Phases) -> float:
-    peaks = phases.during(phases.importance(), (phases.memorisation[1], 10**9)).idxmax("step")
+    peaks = phases.during(phases.importance(), (phases.memorisation[1], None)).idxmax("step")
     return float((peaks.sel(group=list(MIDDLE)) < peaks.sel(group="decoder")).sum())
 
 

@@ -1,7 +1,7 @@
 """The image classifiers of the paper (E.1): model, data, and a training run under a Tracker."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from explaind_track import Query, Tracker, Trajectory, open_run, where_to_look
+from explaind_track.core.faithfulness import faithfulness
+from recipes.common import Run
 from recipes.data import Split, image_data
 from recipes.models import CNN, ResNet9
 
 WATCHED = 100
-"""Test samples, of a run at W&B."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model, its data, and the record of its training."""
-
-    model: nn.Module
-    data: Split
-    trajectory: Trajectory
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The training samples of these indices."""
-        return self.data.x_train[index], self.data.y_train[index]
+"""Test samples whose loss is explained live, in a run at W&B."""
 
 
 def sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of each sample of a batch, (N,)."""
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
@@ -46,9 +36,10 @@ def build(config: DictConfig, data: Split, seed: int) -> nn.Module:
 
 
 def make_optimizer(config: DictConfig, model: nn.Module, steps_per_epoch: int) -> tuple[Any, Any]:
-    """The optimizer, and the schedule of its learning rate (one triangle over all epochs, or none).
+    """The optimizer, and the schedule of its learning rate (a triangle over all epochs, or none).
 
-    Raises ValueError for a peak that is not within the epochs."""
+    Raises ValueError for a peak that is not within the epochs.
+    """
     if config.peak is not None and not 0 < config.peak < config.epochs:
         raise ValueError(f"the learning rate's peak={config.peak} has to lie between 0 and epochs={config.epochs}")
     options = {name: value for name, value in config.optimizer.items() if value is not None and name != "name"}
@@ -56,13 +47,13 @@ def make_optimizer(config: DictConfig, model: nn.Module, steps_per_epoch: int) -
         options["betas"] = tuple(options["betas"])
     optimizer = getattr(torch.optim, config.optimizer.name)(model.parameters(), **options)
 
-    def share(step: int) -> float:
+    def factor(step: int) -> float:
         if config.peak is None:
             return 1.0
-        rise, all_steps = config.peak * steps_per_epoch, config.epochs * steps_per_epoch
-        return float(min((step + 1) / rise, (all_steps - step) / (all_steps - rise)))
+        peak, end = config.peak * steps_per_epoch, config.epochs * steps_per_epoch
+        return float(min((step + 1) / peak, (end - step) / (end - peak)))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def batches(size: int, config: DictConfig, seed: int) -> Iterator[Tensor]:
@@ -73,21 +64,26 @@ def batches(size: int, config: DictConfig, seed: int) -> Iterator[Tensor]:
 
 
 def train(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
-    """Trains a model and records it in `directory`; if `config.project` names a project of W&B, there too, with panels
-    of what changes the loss of some test samples."""
+    """Trains a model and records it in `directory`.
+
+    If `config.project` names a project of W&B, the record goes there too, with panels of what changes the loss of some
+    test samples.
+    """
     model = build(config, data, seed)
     size = len(data.y_train)
     steps_per_epoch = -(-size // config.batch)
     optimizer, schedule = make_optimizer(config, model, steps_per_epoch)
+
     run, queries = None, {}
     if config.project is not None:
         queries["test_loss"] = Query.loss(data.x_test[:WATCHED], data.y_test[:WATCHED]).mean()
         options: Any = {**OmegaConf.to_container(config), "seed": seed}  # type: ignore[dict-item]
         run = open_run(config.project, directory.parent, name=f"{config.model}-{seed}", config=options)
     tracker = Tracker(model, optimizer, queries=queries, run=run, trajectory=directory)
+
     with tqdm(batches(size, config, seed), "train", config.epochs * steps_per_epoch, unit="step") as bar:
         for index in bar:
-            batch = data.x_train[index], data.y_train[index]
+            batch = data.training_batch(index)
             with tracker.step():
                 optimizer.zero_grad()
                 tracker.batch(batch, index=index)
@@ -97,18 +93,19 @@ def train(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
                 tracker.log({"train/loss": loss.item()})
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.4f}")
+
     tracker.finish()
     if run is not None:
         run.finish()
         print(where_to_look(run))
-    model.eval()
-    return Run(model, data, Trajectory.open(directory))
+    return Run(model.eval(), data, Trajectory.open(directory))
 
 
 def obtain(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
     """The run of this seed: the one that `config.trajectory` holds, if it is of `config.seed`, or a new one."""
     if config.trajectory is None or seed != config.seed:
         return train(config, data, seed, directory)
+
     model, trajectory = build(config, data, seed), Trajectory.open(config.trajectory)
     trajectory.check_model(model)
     model.load_state_dict(trajectory.state_dict(len(trajectory)))
@@ -134,18 +131,16 @@ def load(config: DictConfig) -> Split:
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's output on x, (X, classes), a thousand at a time."""
+    """The model's output on x, (X, classes), a thousand inputs at a time."""
     return torch.cat([model(chunk) for chunk in x.split(1000)])
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The fraction of inputs x whose class the model finds."""
     return float((log_probabilities(model, x).argmax(-1) == y).float().mean())
 
 
-def compare(log_p: Tensor, log_q: Tensor, y: Tensor) -> Mapping[str, float]:
-    """Model q beside model p, (X, classes) log-probabilities each: accuracy of q on y, agreement, KL(p ‖ q) in nats."""
-    return {
-        "accuracy": float((log_q.argmax(-1) == y).float().mean()),
-        "agreement": float((log_q.argmax(-1) == log_p.argmax(-1)).float().mean()),
-        "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
-    }
+def compare(before: Tensor, after: Tensor, y: Tensor) -> Mapping[str, float]:
+    """A model beside the one it was made from, by log-probabilities (X, classes): its accuracy on the labels y, its
+    agreement with that one's decisions, and KL(before ‖ after) in nats."""
+    return {"accuracy": float((after.argmax(-1) == y).float().mean()), **faithfulness(before, after)}

@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from explaind_track import Influence, Quadrature, Query, Task, Tracker, Trajectory, open_run, where_to_look
+from explaind_track import Quadrature, Query, Task, Tracker, Trajectory, open_run, where_to_look
 from explaind_track.analysis import plots
 from explaind_track.wandb_io.artifacts import directory_mb
-from recipes.common import configure, output_directory, write_json
+from recipes.common import Run, configure, load_config, output_directory, save_figures, write_json
 from recipes.data import Split, modulo_addition
 from recipes.models import ModuloTransformer
 
@@ -36,6 +36,7 @@ GROUPS = {
 
 
 def sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of each sample of a batch, (N,)."""
     return F.nll_loss(model(batch[0]), batch[1], reduction="none")
 
 
@@ -52,19 +53,9 @@ def build(config: DictConfig) -> tuple[ModuloTransformer, Split]:
 
 
 def make_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.AdamW:
+    """The optimizer of the run, for any model."""
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-
-
-def finished(directory: str) -> tuple[DictConfig, ModuloTransformer, Split, Trajectory]:
-    """The configuration, the model (as it was before training), the data and the record of a finished run of this
-    recipe; exits with a message if there is none."""
-    run = Path(directory)
-    if not (run / "config.yaml").is_file() or not (run / "trajectory").is_dir():
-        sys.exit(f"run={run} holds no run of recipes.modulo_addition: there is no config.yaml or no trajectory in it")
-    config = OmegaConf.load(run / "config.yaml")
-    assert isinstance(config, DictConfig)  # a mapping at the top
-    return config, *build(config), Trajectory.open(run / "trajectory")
 
 
 def held_out(config: DictConfig, data: Split) -> Query:
@@ -72,64 +63,93 @@ def held_out(config: DictConfig, data: Split) -> Query:
     return Query.outputs(data.x_test[: config.queries], data.y_test[: config.queries])
 
 
+# ------------------------------------------------------------------ runs that have been trained
+
+
+def finished(directory: str) -> tuple[DictConfig, Run]:
+    """The configuration of a finished run of this recipe, and the run, its model as it was before training.
+
+    Exits with a message if there is none.
+    """
+    path = Path(directory)
+    if not (path / "config.yaml").is_file() or not (path / "trajectory").is_dir():
+        sys.exit(f"run={path} holds no run of recipes.modulo_addition: there is no config.yaml or no trajectory in it")
+    config = load_config(path / "config.yaml")
+    return config, Run(*build(config), Trajectory.open(path / "trajectory"))
+
+
 def task(run: str) -> Task:
-    """The job behind a run, as `explaind-track explain RUN recipes.modulo_addition:task` asks for it. run: a directory
-    of results; for what has no config.yaml, such as a trajectory at W&B, the job of the defaults."""
+    """The job behind a run, as `explaind-track explain RUN recipes.modulo_addition:task` asks for it.
+
+    run: a directory of results; for what has no config.yaml, such as a trajectory at W&B, the job of the defaults.
+    """
     path = Path(run) / "config.yaml"
-    config = OmegaConf.load(path if path.is_file() else Path(__file__).with_suffix(".yaml"))
-    assert isinstance(config, DictConfig)  # a mapping at the top
-    model, split = build(config)
+    config = load_config(path if path.is_file() else Path(__file__).with_suffix(".yaml"))
+    model, data = build(config)
+    return Task(model, held_out(config, data), GROUPS, sample_loss, data.training_batch)
 
-    def data(index: Tensor) -> tuple[Tensor, Tensor]:
-        return split.x_train[index], split.y_train[index]
 
-    return Task(model, held_out(config, split), GROUPS, sample_loss, data)
+# ------------------------------------------------------------------ training
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The fraction of inputs x whose class the model finds."""
     return float((model(x).argmax(-1) == y).float().mean())
 
 
+def accuracies(model: nn.Module, data: Split) -> tuple[float, float]:
+    """The accuracy on the training and on the test set."""
+    return accuracy(model, data.x_train, data.y_train), accuracy(model, data.x_test, data.y_test)
+
+
 def train(config: DictConfig, tracker: Tracker, data: Split) -> dict[str, list[float]]:
-    """Trains until the test accuracy is 1 and `config.go_on` steps more, at most `config.steps` in all. Returns what
-    Fig. 3(a) shows of accuracy."""
-    model, optimizer = tracker.model, tracker.optimizer
-    index = torch.arange(len(data.y_train))
+    """Trains until the test accuracy is 1 and `config.go_on` steps more, at most `config.steps` in all.
+
+    Returns the accuracies of Fig. 3(a): on the training and the test set, by step.
+    """
     curve: dict[str, list[float]] = {"step": [], "train": [], "test": []}
     last = config.steps
     with tqdm(total=last, desc="train", unit="step") as bar:
         while tracker.number < last:
-            with tracker.step():
-                optimizer.zero_grad()
-                tracker.batch((data.x_train, data.y_train), index=index)
-                if tracker.samples_due:
-                    loss = tracker.backward()
-                else:
-                    loss = F.nll_loss(model(data.x_train), data.y_train)
-                    loss.backward()
-                    tracker.log({"train/loss": loss.item()})
-                optimizer.step()
+            loss = take_step(tracker, data)
             bar.update()
-            if tracker.number % config.evaluate_every == 0 or tracker.number == last:
-                train_accuracy = accuracy(model, data.x_train, data.y_train)
-                test_accuracy = accuracy(model, data.x_test, data.y_test)
-                tracker.log({"train/accuracy": train_accuracy, "test/accuracy": test_accuracy})
-                for key, value in zip(curve, (tracker.number, train_accuracy, test_accuracy), strict=True):
-                    curve[key].append(value)
-                bar.set_postfix(
-                    loss=f"{loss.item():.4f}",
-                    train=f"{train_accuracy:.3f}",
-                    test=f"{test_accuracy:.3f}",
-                    residual=f"{tracker.residual('query'):.4f}",
-                )
-                if test_accuracy == 1.0:
-                    last = min(last, tracker.number + config.go_on)
+            if tracker.number % config.evaluate_every and tracker.number < last:
+                continue
+
+            on_train, on_test = accuracies(tracker.model, data)
+            tracker.log({"train/accuracy": on_train, "test/accuracy": on_test})
+            for key, value in zip(curve, (tracker.number, on_train, on_test), strict=True):
+                curve[key].append(value)
+            bar.set_postfix(
+                loss=f"{loss.item():.4f}",
+                train=f"{on_train:.3f}",
+                test=f"{on_test:.3f}",
+                residual=f"{tracker.residual('query'):.4f}",
+            )
+            if on_test == 1.0:
+                last = min(last, tracker.number + config.go_on)
     return curve
 
 
+def take_step(tracker: Tracker, data: Split) -> Tensor:
+    """Takes a step on the whole training set; returns its loss."""
+    batch = (data.x_train, data.y_train)
+    with tracker.step():
+        tracker.optimizer.zero_grad()
+        tracker.batch(batch, index=torch.arange(len(data.y_train)))
+        if tracker.samples_due:
+            loss = tracker.backward()  # from per-sample gradients, whose norms the table of samples shows
+        else:
+            loss = F.nll_loss(tracker.model(data.x_train), data.y_train)
+            loss.backward()
+            tracker.log({"train/loss": loss.item()})
+        tracker.optimizer.step()
+    return loss
+
+
 def summarize(tracker: Tracker, curve: dict[str, list[float]], trajectory: Path) -> dict[str, Any]:
-    """The run in one flat mapping."""
+    """The run in a flat mapping."""
     residual = tracker.influence("query").residual
     faithfulness = tracker.influence("query", ("query", "output")).faithfulness()
     return {
@@ -147,28 +167,19 @@ def summarize(tracker: Tracker, curve: dict[str, list[float]], trajectory: Path)
     }
 
 
-def draw(influence: Influence, curve: dict[str, list[float]], directory: Path) -> None:
-    directory.mkdir()
-    figure = plots.training(influence, curve, "nats")
-    figure.savefig(directory / "training.png", dpi=130)
-
-
 def main(arguments: list[str]) -> None:
     started = perf_counter()
     config = configure("modulo_addition", arguments)
-    out = output_directory(config.out, "modulo_addition")
-    OmegaConf.save(config, out / "config.yaml")
+    out = output_directory(config, "modulo_addition")
     model, data = build(config)
-    optimizer = make_optimizer(config, model)
     run = open_run(config.project, out, name=out.name, config=OmegaConf.to_container(config))
-    queries = {
-        "query": held_out(config, data),
-        "query_loss": Query.loss(data.x_test[: config.queries], data.y_test[: config.queries]).mean(),
-    }
     tracker = Tracker(
         model,
-        optimizer,
-        queries=queries,
+        make_optimizer(config, model),
+        queries={
+            "query": held_out(config, data),
+            "query_loss": Query.loss(data.x_test[: config.queries], data.y_test[: config.queries]).mean(),
+        },
         groups=GROUPS,
         sample_loss=sample_loss,
         run=run,
@@ -179,13 +190,16 @@ def main(arguments: list[str]) -> None:
     )
     curve = train(config, tracker, data)
     tracker.finish()
+
+    influence = tracker.influence("query")
+    influence.save(out / "influence.safetensors")
+    save_figures(out / "figures", {"training": plots.training(influence, curve, "nats")})
     summary = summarize(tracker, curve, out / "trajectory")
-    tracker.influence("query").save(out / "influence.safetensors")
-    draw(tracker.influence("query"), curve, out / "figures")
     summary |= {"artifact_staging_mb": tracker.staging_mb, "seconds_total": round(perf_counter() - started, 2)}
     run.summary.update(summary)
     write_json(out / "summary.json", summary)
     run.finish()
+
     print(f"\n{out / 'summary.json'}")
     for key, value in summary.items():
         print(f"  {key:22} {value}")

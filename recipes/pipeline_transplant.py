@@ -16,25 +16,29 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from explaind_track import Trajectory, resolve_groups
-from recipes.common import configure, output_directory, save_figures, table, write_json
+from explaind_track import resolve_groups
+from recipes.common import Run, configure, output_directory, save_figures, table, write_json
 from recipes.data import Split
-from recipes.modulo_addition import GROUPS, accuracy, finished, fresh_model, make_optimizer
+from recipes.modulo_addition import GROUPS, accuracies, accuracy, finished, fresh_model, make_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Curve = np.ndarray[Any, Any]
+
+OUTER = "embedding + linear 2 + decoder"
+
 PARTS = {
     "attention + linear 1": ("att_encoder", "att_decoder", "linear1"),
     "attention": ("att_encoder", "att_decoder"),
-    "embedding + linear 2 + decoder": ("embedding", "linear2", "decoder"),
+    OUTER: ("embedding", "linear2", "decoder"),
     "nothing": (),
 }
 """The layers that are transplanted: the paper's, and none at all to compare with."""
 
 SWAPS = {
     "unedited": (),
-    "embedding + linear 2 + decoder": ("embedding", "linear2", "decoder"),
+    OUTER: ("embedding", "linear2", "decoder"),
     "embedding + decoder": ("embedding", "decoder"),
     "attention + linear 1": ("att_encoder", "att_decoder", "linear1"),
 }
@@ -47,19 +51,15 @@ def transplant(model: nn.Module, donor: Mapping[str, Tensor], groups: Sequence[s
     model.load_state_dict({name: donor[name] for group in groups for name in members[group]}, strict=False)
 
 
-def retrain(recorded: DictConfig, config: DictConfig, model: nn.Module, data: Split) -> np.ndarray[Any, Any]:
+def retrain(recorded: DictConfig, config: DictConfig, model: nn.Module, data: Split) -> Curve:
     """Trains as the run was trained. Returns train and test accuracy every so many steps, (evaluations, 2), the last
     ones repeated once the test accuracy is 1."""
     optimizer = make_optimizer(recorded, model)
     curve: list[tuple[float, float]] = []
     for step in range(config.steps + 1):
         if step % config.evaluate_every == 0:
-            done = bool(curve) and curve[-1][1] == 1.0
-            curve.append(
-                curve[-1]
-                if done
-                else (accuracy(model, data.x_train, data.y_train), accuracy(model, data.x_test, data.y_test))
-            )
+            generalises = bool(curve) and curve[-1][1] == 1.0
+            curve.append(curve[-1] if generalises else accuracies(model, data))
         if curve[-1][1] < 1.0:
             optimizer.zero_grad()
             F.nll_loss(model(data.x_train), data.y_train).backward()
@@ -67,45 +67,57 @@ def retrain(recorded: DictConfig, config: DictConfig, model: nn.Module, data: Sp
     return np.array(curve)
 
 
-def transplants(
-    recorded: DictConfig, config: DictConfig, trajectory: Trajectory, data: Split
-) -> dict[tuple[int, str], np.ndarray[Any, Any]]:
+def transplants(recorded: DictConfig, config: DictConfig, run: Run) -> dict[tuple[int, str], Curve]:
     """For every checkpoint and choice of layers the curves of all seeds, (seeds, evaluations, 2)."""
-    curves: dict[tuple[int, str], np.ndarray[Any, Any]] = {}
-    steps = [round(fraction * len(trajectory)) for fraction in config.checkpoints]
+    curves: dict[tuple[int, str], Curve] = {}
+    steps = [round(fraction * len(run.trajectory)) for fraction in config.checkpoints]
     cases = [(step, name) for name in PARTS for step in (steps if PARTS[name] else steps[:1])]
+
     with tqdm(total=len(cases) * len(config.seeds), desc="transplants", unit="run") as bar:
         for step, name in cases:
-            donor, runs = trajectory.state_dict(step), []
+            donor, trained = run.trajectory.state_dict(step), []
             for seed in config.seeds:
                 model = fresh_model(recorded, seed)
                 if config.deviation is not None:
                     for parameter in model.parameters():
                         nn.init.normal_(parameter, std=config.deviation)
                 transplant(model, donor, PARTS[name])
-                runs.append(retrain(recorded, config, model, data))
+                trained.append(retrain(recorded, config, model, run.data))
                 bar.update()
-            curves[step, name] = np.stack(runs)
+            curves[step, name] = np.stack(trained)
     return curves
 
 
-def swaps(config: DictConfig, model: nn.Module, trajectory: Trajectory, data: Split) -> dict[str, Any]:
+def swaps(config: DictConfig, run: Run) -> dict[str, Any]:
     """The test accuracy of the run's checkpoints, with layers of the final model in them; by step."""
-    final = trajectory.state_dict(len(trajectory))
-    steps = list(range(0, len(trajectory), config.swap_every))
+    final = run.trajectory.state_dict(len(run.trajectory))
+    steps = list(range(0, len(run.trajectory), config.swap_every))
     curves: dict[str, Any] = {"step": steps, **{name: [] for name in SWAPS}}
     for step in tqdm(steps, "swaps", unit="checkpoint"):
-        own = trajectory.state_dict(step)
+        checkpoint = run.trajectory.state_dict(step)
         for name, groups in SWAPS.items():
-            model.load_state_dict(own)
-            transplant(model, final, groups)
-            curves[name].append(accuracy(model, data.x_test, data.y_test))
+            run.model.load_state_dict(checkpoint)
+            transplant(run.model, final, groups)
+            curves[name].append(accuracy(run.model, run.data.x_test, run.data.y_test))
     return curves
+
+
+def confusions(config: DictConfig, run: Run, modulus: int) -> dict[tuple[int, str], Tensor]:
+    """The confusion matrices of some checkpoints, as they are and with the final model's outer layers."""
+    final = run.trajectory.state_dict(len(run.trajectory))
+    matrices: dict[tuple[int, str], Tensor] = {}
+    for fraction in config.confusion:
+        step = round(fraction * len(run.trajectory))
+        for name in ("unedited", OUTER):
+            run.model.load_state_dict(run.trajectory.state_dict(step))
+            transplant(run.model, final, SWAPS[name])
+            matrices[step, name] = confusion(run.model, run.data, modulus)
+    return matrices
 
 
 @torch.no_grad()
 def confusion(model: nn.Module, data: Split, modulus: int) -> Tensor:
-    """How many test samples of each class were taken for which: (right, predicted)."""
+    """The number of test samples of each class that were taken for each: (right, predicted)."""
     predicted = model(data.x_test)[:, :modulus].argmax(-1)
     return torch.bincount(data.y_test * modulus + predicted, minlength=modulus**2).reshape(modulus, modulus)
 
@@ -114,18 +126,19 @@ def systematic(counts: Tensor) -> float:
     """The share of the test samples whose prediction is off by one of the five most common differences."""
     modulus = len(counts)
     right, predicted = torch.meshgrid(torch.arange(modulus), torch.arange(modulus), indexing="ij")
-    by_difference = torch.bincount(((predicted - right) % modulus).flatten(), counts.flatten().double(), modulus)[1:]
+    difference = ((predicted - right) % modulus).flatten()
+    by_difference = torch.bincount(difference, counts.flatten().double(), modulus)[1:]  # at 0 stands what is right
     return float(by_difference.topk(min(5, modulus - 1)).values.sum() / counts.sum())
 
 
-def draw_transplants(curves: Mapping[tuple[int, str], np.ndarray[Any, Any]], every: int) -> "Figure":
+def draw_transplants(curves: Mapping[tuple[int, str], Curve], every: int) -> "Figure":
     """Fig. 11: a row for each checkpoint and a column for each choice of layers; mean and deviation over the seeds."""
     from matplotlib.figure import Figure
 
     steps, names = sorted({step for step, _ in curves}, reverse=True), [name for name in PARTS if PARTS[name]]
+    baseline = next(values for (_, name), values in curves.items() if not PARTS[name])
     figure = Figure(figsize=(11, 2.4 * len(steps) + 0.6), layout="constrained")
     axes = figure.subplots(len(steps), len(names), sharex=True, sharey=True, squeeze=False)
-    baseline = next(values for (_, name), values in curves.items() if not PARTS[name])
     for row, step in enumerate(steps):
         for axis, name in zip(axes[row], names, strict=True):
             values = curves[step, name]
@@ -137,6 +150,7 @@ def draw_transplants(curves: Mapping[tuple[int, str], np.ndarray[Any, Any]], eve
             axis.plot(time, baseline[..., 1].mean(0), color="gray", linestyle=":", label="test, nothing transplanted")
             axis.set_title(f"{name}, from step {step}", fontsize=9)
             axis.grid(alpha=0.2)
+
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy (mean ± deviation)")
     for axis in axes[-1]:
@@ -146,7 +160,7 @@ def draw_transplants(curves: Mapping[tuple[int, str], np.ndarray[Any, Any]], eve
 
 
 def draw_swaps(curves: Mapping[str, Any]) -> "Figure":
-    """Fig. 10, left."""
+    """Fig. 10, left: the test accuracy of checkpoints with layers of the final model in them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -174,6 +188,7 @@ def draw_confusion(matrices: Mapping[tuple[int, str], Tensor]) -> "Figure":
         axis.set_title(f"step {step}, {name}", fontsize=9)
         axis.set_xlabel("predicted (a + b) mod p")
         axis.set_ylabel("right (a + b) mod p")
+
     figure.colorbar(image, ax=axes, label="test samples", shrink=0.6, extend="max")
     return figure
 
@@ -182,18 +197,12 @@ def main(arguments: list[str]) -> None:
     config = configure("pipeline_transplant", arguments)
     if OmegaConf.is_missing(config, "run"):
         sys.exit("say which run to take layers from: python -m recipes.pipeline_transplant run=DIR")
-    recorded, model, data, trajectory = finished(config.run)
-    out = output_directory(config.out, "pipeline_transplant")
-    OmegaConf.save(config, out / "config.yaml")
-    swapped = swaps(config, model, trajectory, data)
-    matrices: dict[tuple[int, str], Tensor] = {}
-    outer = "embedding + linear 2 + decoder"
-    for step in (round(fraction * len(trajectory)) for fraction in config.confusion):
-        for name in ("unedited", outer):
-            model.load_state_dict(trajectory.state_dict(step))
-            transplant(model, trajectory.state_dict(len(trajectory)), SWAPS[name])
-            matrices[step, name] = confusion(model, data, recorded.modulus)
-    curves = transplants(recorded, config, trajectory, data)
+    recorded, run = finished(config.run)
+    out = output_directory(config, "pipeline_transplant")
+
+    swapped = swaps(config, run)
+    matrices = confusions(config, run, recorded.modulus)
+    curves = transplants(recorded, config, run)
 
     rows = [
         {
@@ -206,7 +215,7 @@ def main(arguments: list[str]) -> None:
         }
         for (step, name), values in curves.items()
     ]
-    gain = np.array(swapped[outer]) - np.array(swapped["unedited"])
+    gain = np.array(swapped[OUTER]) - np.array(swapped["unedited"])
     summary = {
         "steps": config.steps,
         "seeds": len(config.seeds),
@@ -217,14 +226,20 @@ def main(arguments: list[str]) -> None:
         "systematic_errors": {f"{name}, step {step}": systematic(m) for (step, name), m in matrices.items()},
     }
     write_json(out / "summary.json", summary)
-    figures = {"transplant": draw_transplants(curves, config.evaluate_every), "swaps": draw_swaps(swapped)}
-    save_figures(out / "figures", {**figures, "confusion": draw_confusion(matrices)})
+    figures = {
+        "transplant": draw_transplants(curves, config.evaluate_every),
+        "swaps": draw_swaps(swapped),
+        "confusion": draw_confusion(matrices),
+    }
+    save_figures(out / "figures", figures)
+
     print(f"\nafter at most {config.steps} steps, {len(config.seeds)} seeds\n{table(rows)}")
     print(f"the outer layers swapped in: at most {gain.max():+.3f}, at step {summary['swap_largest_gain_step']}")
     print(f"{out / 'summary.json'}\n{out / 'figures'}")
 
 
 def _first(found: np.ndarray[Any, Any], every: int) -> int | None:
+    """The step of the first evaluation that was found; None if none was."""
     return int(found.argmax()) * every if found.any() else None
 
 

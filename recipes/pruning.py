@@ -1,4 +1,4 @@
-"""§4.1, Fig. 2: how well do the parameters that matter most by their scores stand for the whole model?
+"""§4.1, Fig. 2: the parameters that matter most by their scores, in the place of the whole model.
 
     python -m recipes.pruning [key=value …]
 
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -19,9 +18,17 @@ from torch.nn.utils import prune
 from explaind_track import Quadrature, Query
 from explaind_track.analysis import evaluate_pruning, parameter_scores, prune_masks
 from recipes import images
-from recipes.common import configure, output_directory, save_figures, table, write_json
+from recipes.common import (
+    Run,
+    configure,
+    draw_methods,
+    output_directory,
+    over_seeds,
+    save_figures,
+    table,
+    write_json,
+)
 from recipes.data import Split
-from recipes.images import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,20 +36,22 @@ if TYPE_CHECKING:
 OURS = "path kernel"
 FILTERS = "filters, retrained (Li et al.)"
 OUTPUT = {"cnn": "linear2", "resnet9": "linear"}
-"""The layer that nobody prunes."""
+"""The output layer, which nobody prunes."""
 
 
 def rankings(config: DictConfig, run: Run, seed: int) -> dict[str, dict[str, Tensor]]:
     """Scores of every parameter, by method; the largest are kept."""
     x, y = run.data.x_train[: config.queries], run.data.y_train[: config.queries]
     rule = Quadrature.fixed(config.nodes)
+    loss = Query.loss(x, y).mean()
+    importance = parameter_scores(run.trajectory, run.model, Query.outputs(x), importance=True, quadrature=rule)
+    signed = parameter_scores(run.trajectory, run.model, loss, quadrature=rule)
+
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(run.model.named_parameters())
     return {
-        OURS: parameter_scores(run.trajectory, run.model, Query.outputs(x), importance=True, quadrature=rule),
-        f"{OURS}, signed, of the loss": parameter_scores(
-            run.trajectory, run.model, Query.loss(x, y).mean(), quadrature=rule
-        ),
+        OURS: importance,
+        f"{OURS}, signed, of the loss": signed,
         "magnitude": {name: value.detach().abs() for name, value in parameters.items()},
         "random": {name: torch.rand(value.shape, generator=generator) for name, value in parameters.items()},
     }
@@ -50,7 +59,7 @@ def rankings(config: DictConfig, run: Run, seed: int) -> dict[str, dict[str, Ten
 
 def prune_filters(config: DictConfig, run: Run, seed: int) -> list[dict[str, float]]:
     """Li et al. (2017): at every sparsity in turn, the filters with the smallest L1 norm go, and the rest is trained
-    on. The sparsity that whole filters allow is told."""
+    on. `sparsity` of a result is what whole filters allow."""
     model = images.build(config, run.data, seed)
     model.load_state_dict(run.model.state_dict())
     before = images.log_probabilities(run.model, run.data.x_test)
@@ -61,24 +70,31 @@ def prune_filters(config: DictConfig, run: Run, seed: int) -> list[dict[str, flo
     ]
     retraining = OmegaConf.merge(config, {"epochs": config.retrain_epochs, "peak": None})
     assert isinstance(retraining, DictConfig)  # of two mappings
+
     results = []
     for sparsity in sorted(config.sparsity):
         for layer in layers:
-            filters = len(layer.weight)
-            gone = int((layer.weight.flatten(1).abs().sum(1) == 0).sum())
-            more = min(round(sparsity * filters), filters - 1) - gone
-            if more > 0:
-                prune.ln_structured(layer, "weight", more, n=1, dim=0)
+            drop_filters(layer, sparsity)
         images.fit(retraining, model, run.data.x_train, run.data.y_train, seed)
         after = images.log_probabilities(model, run.data.x_test)
+
         dropped = sum(int((layer.weight == 0).sum()) for layer in layers)
         reached = dropped / sum(layer.weight.numel() for layer in layers)
         results.append({**images.compare(before, after, run.data.y_test), "sparsity": reached})
     return results
 
 
+def drop_filters(layer: nn.Conv2d | nn.Linear, sparsity: float) -> None:
+    """Drops the smallest filters of a layer until the fraction of those that are gone is reached; one stays."""
+    filters = len(layer.weight)
+    gone = int((layer.weight.flatten(1).abs().sum(1) == 0).sum())
+    more = min(round(sparsity * filters), filters - 1) - gone
+    if more > 0:
+        prune.ln_structured(layer, "weight", more, n=1, dim=0)
+
+
 def one_seed(config: DictConfig, data: Split, seed: int, out: Path) -> dict[str, list[dict[str, float]]]:
-    """For each method its result at every sparsity."""
+    """The results of each method, at every sparsity."""
     run = images.obtain(config, data, seed, out / f"trajectory-{seed}")
     spared = [f"{OUTPUT[config.model]}.*"]
     results: dict[str, list[dict[str, float]]] = {}
@@ -93,43 +109,22 @@ def one_seed(config: DictConfig, data: Split, seed: int, out: Path) -> dict[str,
 
 def draw(methods: Mapping[str, Mapping[str, Any]], sparsity: list[float]) -> "Figure":
     """Fig. 2: mean and standard deviation over the seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12.5, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for name, values in methods.items():
-        for axis, key in zip(axes, ("accuracy", "kl"), strict=True):
-            axis.errorbar(sparsity, values[key], values[f"± {key}"], marker=".", capsize=2, label=name)
-    axes[0].set_ylabel("test accuracy (mean ± deviation)")
-    axes[1].set_ylabel("KL(whole ‖ pruned), nats (mean ± deviation)")
-    for axis in axes:
-        axis.set_xlabel("sparsity (fraction of parameters pruned, output layer aside)")
-        axis.grid(alpha=0.2)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    return figure
+    labels = {
+        "accuracy": "test accuracy (mean ± deviation)",
+        "kl": "KL(whole ‖ pruned), nats (mean ± deviation)",
+    }
+    x_label = "sparsity (fraction of parameters pruned, output layer aside)"
+    return draw_methods(methods, sparsity, labels, x_label, width=12.5)
 
 
 def main(arguments: list[str]) -> None:
     config = configure("pruning", arguments)
     data = images.load(config)
-    out = output_directory(config.out, "pruning")
-    OmegaConf.save(config, out / "config.yaml")
+    out = output_directory(config, "pruning")
     seeds = [one_seed(config, data, seed, out) for seed in config.seeds]
 
-    methods: dict[str, dict[str, Any]] = {}
-    for name in seeds[0]:
-        methods[name] = {}
-        for key in ("accuracy", "agreement", "kl", "sparsity"):
-            values = np.array([[row[key] for row in seed[name]] for seed in seeds])
-            methods[name] |= {key: values.mean(0).tolist(), f"± {key}": values.std(0).tolist()}
     sparsity = sorted(config.sparsity)
-    rows = [
-        {
-            "sparsity": level,
-            **{name: f"{m['accuracy'][place]:.3f} / {m['kl'][place]:.3f}" for name, m in methods.items()},
-        }
-        for place, level in enumerate(sparsity)
-    ]
+    methods = {name: over_seeds([_by_measure(seed[name]) for seed in seeds]) for name in seeds[0]}
     ours, filters = methods[OURS], methods[FILTERS]
     closer = [one < other for one, other in zip(ours["kl"], filters["kl"], strict=True)]
     as_good = [
@@ -145,11 +140,22 @@ def main(arguments: list[str]) -> None:
     }
     write_json(out / "summary.json", summary)
     save_figures(out / "figures", {"pruning": draw(methods, sparsity)})
+
+    rows = [
+        {"sparsity": level}
+        | {name: f"{found['accuracy'][place]:.3f} / {found['kl'][place]:.3f}" for name, found in methods.items()}
+        for place, level in enumerate(sparsity)
+    ]
     print(f"\ntest accuracy / KL to the whole model, mean over {len(seeds)} seeds\n{table(rows)}")
     print("the paper: KL below the retrained filters' at every sparsity, accuracy comparable")
     print(f"here: KL below theirs at {sum(closer)} of {len(sparsity)} levels,")
     print(f"accuracy within the error bars or better at {sum(as_good)}")
     print(f"{out / 'summary.json'}\n{out / 'figures' / 'pruning.png'}")
+
+
+def _by_measure(results: list[dict[str, float]]) -> dict[str, list[float]]:
+    """The results at every sparsity, by what was measured."""
+    return {key: [result[key] for result in results] for key in ("accuracy", "agreement", "kl", "sparsity")}
 
 
 if __name__ == "__main__":

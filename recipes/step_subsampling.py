@@ -12,15 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import xarray as xr
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from explaind_track import Quadrature, Query, explain
 from explaind_track.analysis import accuracy_curve, step_scores
 from recipes import images
-from recipes.common import configure, output_directory, save_figures, table, write_json
+from recipes.common import (
+    Run,
+    configure,
+    draw_methods,
+    output_directory,
+    over_seeds,
+    save_figures,
+    table,
+    write_json,
+)
 from recipes.data import Split
-from recipes.images import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,25 +43,26 @@ def greedy(changes: Tensor) -> Tensor:
     that of all."""
     flat = changes.flatten(1)
     gram = flat @ flat.T
-    rest, order, left = gram.sum(1), [], torch.ones(len(flat), dtype=torch.bool)
+    rest = gram.sum(1)  # ⟨r, c_s⟩ for every step s, where r is the sum of the changes that are not taken yet
+    order, left = [], torch.ones(len(flat), dtype=torch.bool)
     for _ in range(len(flat)):
         gain = torch.where(left, 2 * rest - gram.diagonal(), -torch.inf)  # ‖r‖² − ‖r − c_s‖²
         best = int(gain.argmax())
         order.append(best)
         left[best] = False
-        rest = rest - gram[best]
+        rest = rest - gram[best]  # r ← r − c_best
     return torch.tensor(order)
 
 
 def rankings(config: DictConfig, run: Run, x: Tensor, y: Tensor, seed: int) -> dict[str, xr.DataArray]:
-    """Scores of the steps, (step) each, the most important ones largest; the held-out batch (x, y) is all they see of
-    predictions."""
+    """Scores of the steps, (step) each, the most important ones largest; of predictions they see those on the held-out
+    batch (x, y) alone."""
     rule = Quadrature.fixed(config.nodes)
     outputs = explain(
         run.trajectory, run.model, Query.outputs(x), keep=("step", "query", "output"), parts=PARTS, quadrature=rule
     )
     changes = -torch.from_numpy(outputs.total().transpose("step", "query", "output").values)
-    aligned = (changes * changes.sum(0)).sum((1, 2))
+    aligned = (changes * changes.sum(0)).sum((1, 2))  # ⟨c_s, Σ c⟩
     random = torch.rand(len(changes), generator=torch.Generator().manual_seed(seed))
 
     def labelled(scores: Tensor) -> xr.DataArray:
@@ -74,6 +83,7 @@ def one_seed(config: DictConfig, data: Split, seed: int, out: Path) -> tuple[flo
     """The model's test accuracy, the number of its steps, and how well the sum over some of these stands for it."""
     run = images.obtain(config, data, seed, out / f"trajectory-{seed}")
     held_out, shown = slice(-config.held_out, None), slice(None, -config.held_out)
+
     influence = explain(
         run.trajectory,
         run.model,
@@ -84,50 +94,36 @@ def one_seed(config: DictConfig, data: Split, seed: int, out: Path) -> tuple[flo
     )
     ranked = rankings(config, run, data.x_test[held_out], data.y_test[held_out], seed)
     curves = {name: accuracy_curve(influence, scores, list(config.kept)) for name, scores in ranked.items()}
-    return images.accuracy(run.model, data.x_test[shown], data.y_test[shown]), len(run.trajectory), curves
+
+    accuracy = images.accuracy(run.model, data.x_test[shown], data.y_test[shown])
+    return accuracy, len(run.trajectory), curves
 
 
 def draw(curves: Mapping[str, Mapping[str, Any]], kept: Sequence[float]) -> "Figure":
     """Fig. 8, and the same for the divergence: mean and standard deviation over the seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for name, values in curves.items():
-        style = "--" if name == "random" else "-"
-        for axis, key in zip(axes, ("agreement", "kl"), strict=True):
-            axis.errorbar(kept, values[key], values[f"± {key}"], fmt=style, marker=".", capsize=2, label=name)
-    axes[0].set_ylabel("agreement with the model's decisions")
-    axes[1].set_ylabel("KL(model ‖ sum over the kept steps), nats")
-    axes[1].set_yscale("log")
-    for axis in axes:
-        axis.set_xlabel("fraction of the training steps kept")
-        axis.grid(alpha=0.2)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    labels = {
+        "agreement": "agreement with the model's decisions",
+        "kl": "KL(model ‖ sum over the kept steps), nats",
+    }
+    figure = draw_methods(curves, kept, labels, "fraction of the training steps kept", width=12, dashed="random")
+    figure.axes[1].set_yscale("log")
     return figure
 
 
 def main(arguments: list[str]) -> None:
     config = configure("step_subsampling", arguments)
     data = images.load(config)
-    out = output_directory(config.out, "step_subsampling")
-    OmegaConf.save(config, out / "config.yaml")
+    out = output_directory(config, "step_subsampling")
     accuracies, steps, found = zip(*(one_seed(config, data, seed, out) for seed in config.seeds), strict=True)
-    curves: dict[str, dict[str, list[float]]] = {}
-    for name in found[0]:
-        own = xr.concat([of_seed[name] for of_seed in found], "seed")
-        curves[name] = {key: own[key].mean("seed").values.tolist() for key in ("agreement", "kl")}
-        curves[name] |= {f"± {key}": own[key].std("seed").values.tolist() for key in ("agreement", "kl")}
+
     kept = list(config.kept)
-    rows = [
-        {
-            "kept": fraction,
-            **{name: f"{v['agreement'][place]:.3f} ± {v['± agreement'][place]:.3f}" for name, v in curves.items()},
-        }
-        for place, fraction in enumerate(kept)
-    ]
+    measures = ("agreement", "kl")
+    curves = {
+        name: over_seeds([{key: of_seed[name][key].values for key in measures} for of_seed in found])
+        for name in found[0]
+    }
     needed = {
-        name: next((one for one, value in zip(kept, values["agreement"], strict=True) if value >= 0.9), None)
+        name: next((part for part, value in zip(kept, values["agreement"], strict=True) if value >= 0.9), None)
         for name, values in curves.items()
     }
     summary = {
@@ -140,6 +136,12 @@ def main(arguments: list[str]) -> None:
     }
     write_json(out / "summary.json", summary)
     save_figures(out / "figures", {"steps": draw(curves, kept)})
+
+    rows = [
+        {"kept": fraction}
+        | {name: f"{v['agreement'][place]:.3f} ± {v['± agreement'][place]:.3f}" for name, v in curves.items()}
+        for place, fraction in enumerate(kept)
+    ]
     print(f"\nagreement of the sum over some of {steps[0]} steps with the model's decisions, {len(found)} seeds")
     print(f"{table(rows)}\n{PAPER}")
     print(f"fraction of the steps needed for 90%: {needed}\n{out / 'summary.json'}\n{out / 'figures' / 'steps.png'}")

@@ -154,7 +154,8 @@ def test_a_map_by_residue_has_the_same_cells_in_another_order() -> None:
 def test_a_transplant_moves_the_named_layers_only(grokking: Path) -> None:
     from recipes.modulo_addition import finished
 
-    _, model, _, trajectory = finished(str(grokking))
+    _, run = finished(str(grokking))
+    model, trajectory = run.model, run.trajectory
     own = {name: value.clone() for name, value in model.state_dict().items()}
     donor = trajectory.state_dict(len(trajectory))
     transplant(model, donor, ("att_encoder", "linear1"))
