@@ -53,6 +53,7 @@ def influence_map(config: DictConfig, run: Run, end: int) -> xr.DataArray:
     (group, query, sample), the latter two ordered and labelled by a + b."""
     queries, query_sums = by_sum(run.data.x_test, config.queries)
     samples, sample_sums = by_sum(run.data.x_train, config.samples)
+
     influence = explain(
         run.trajectory,
         run.model,

@@ -152,6 +152,7 @@ def summarize(tracker: Tracker, curve: dict[str, list[float]], trajectory: Path)
     """The run in a flat mapping."""
     residual = tracker.influence("query").residual
     faithfulness = tracker.influence("query", ("query", "output")).faithfulness()
+
     return {
         "steps": tracker.number,
         "train_accuracy": curve["train"][-1],
