@@ -1,6 +1,5 @@
 """Fixtures: a quiet W&B and a stand-in for its server, a small disk, and one short run of the main recipe."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import ROOT, MainJob
+from jobs import ROOT, MainJob, child_environment
 from servers import Server, close_wandb
 
 
@@ -59,7 +58,7 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
     done = subprocess.run(
         [sys.executable, "-m", "recipes.modulo_addition", "preset=smoke", f"out={out}"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=child_environment(),
         capture_output=True,
         text=True,
         check=False,

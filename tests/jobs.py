@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from explaind_track import Quadrature, Query, Tracker
 
-torch.set_num_threads(1)  # also in the processes that tests start: they import this module for their job
+torch.set_num_threads(1)
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -105,21 +105,32 @@ def options_of(job: Job, keep: tuple[str, ...]) -> dict[str, Any]:
     return options
 
 
+def child_environment(**more: str) -> dict[str, str]:
+    """The environment of a process that a test starts: it finds the package and this module, computes in one thread,
+    and does not take part in the W&B service of this process."""
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return {**own, "PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1", **more}
+
+
 def in_ranks(script: str, directory: Path, count: int) -> None:
     """Runs `script RANK DIRECTORY` in so many processes at once; what one of them raises is shown."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error::UserWarning", script]
     with ExitStack() as stack:
         running = []
         for rank in range(count):
             errors = stack.enter_context((directory / f"{rank}.txt").open("w"))
-            running.append(subprocess.Popen([*command, str(rank), str(directory)], stderr=errors, env=environment))
-            stack.callback(running[-1].wait)
-            stack.callback(running[-1].kill)
+            arguments = [str(rank), str(directory)]
+            process = subprocess.Popen([*command, *arguments], stderr=errors, env=child_environment())
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            running.append(process)
+
+        # Until all are done or one has failed, for which the others would wait.
         while any(process.poll() is None for process in running):
             if any(process.poll() for process in running):
                 break
             time.sleep(0.05)
+
         for rank, process in enumerate(running):
             assert process.poll() in (0, None), (directory / f"{rank}.txt").read_text()[-3000:]
 

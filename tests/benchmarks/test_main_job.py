@@ -7,13 +7,13 @@ import json
 import resource
 import subprocess
 import sys
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from jobs import ROOT
 from omegaconf import DictConfig, OmegaConf
 
 from explaind_track import Explainer, Influence, Quadrature, Query, Trajectory, explain, resolve_groups
@@ -28,7 +28,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("job") / "run"
     started = perf_counter()
     command = [sys.executable, "-m", "recipes.modulo_addition", f"out={out}"]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    subprocess.run(command, check=True, cwd=ROOT)
     config = OmegaConf.load(out / "config.yaml")
     assert isinstance(config, DictConfig)
     return {
@@ -52,7 +52,7 @@ def test_the_run_groks_and_live_influences_stand_for_the_model(job: dict[str, An
 
 def test_eight_nodes_offline_give_every_decision(job: dict[str, Any]) -> None:
     command = [sys.executable, "-m", "recipes.epk_validation", f"run={job['out']}", "nodes=8"]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    subprocess.run(command, check=True, cwd=ROOT)
     result = json.loads((job["out"] / "epk_validation-8.json").read_text())
     print(result)
     assert result["agreement"] == 1.0

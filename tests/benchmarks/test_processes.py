@@ -3,7 +3,6 @@
 pytest -m slow tests/benchmarks/test_processes.py -s
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import xarray as xr
+from jobs import child_environment
 
 from explaind_track import Influence, Tracker
 from recipes.data import modulo_addition
@@ -90,10 +90,13 @@ def run(processes: int, trajectory: Path, request: str, directory: Path) -> floa
     script = directory / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    root = Path(__file__).parents[2]
+    places = [str(trajectory), str(directory / f"{processes}.safetensors")]
     done = subprocess.run(
-        [*command, str(script), str(trajectory), str(directory / f"{processes}.safetensors"), request],
-        cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [*command, str(script), *places, request],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=child_environment(),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return float(next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("seconds")))

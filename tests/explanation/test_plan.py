@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from jobs import KEEPS, ROOT, TESTS, Job, make_job, options_of
+from jobs import KEEPS, Job, child_environment, make_job, options_of
 
 from explaind_track import Influence, Query, Trajectory, explain, open_influence, plan_explanation
 from explaind_track.explanation import plan
@@ -106,9 +106,7 @@ def test_what_does_not_fit_is_refused(recorded: tuple[Job, Path], monkeypatch: p
 
 
 SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import torch
+import sys
 import torch.distributed as dist
 from jobs import KEEPS, make_job, options_of
 from explaind_track import Trajectory, explain
@@ -117,8 +115,8 @@ dist.init_process_group("gloo")
 job = make_job()
 for place, keep in enumerate(KEEPS[1:]):
     for name, query in job.queries.items():
-        found = explain(Trajectory.open(sys.argv[2]), job.model, query, progress=False, **options_of(job, keep))
-        found.save(f"{sys.argv[3]}/{place}-{name}-{dist.get_rank()}.safetensors")
+        found = explain(Trajectory.open(sys.argv[1]), job.model, query, progress=False, **options_of(job, keep))
+        found.save(f"{sys.argv[2]}/{place}-{name}-{dist.get_rank()}.safetensors")
 dist.destroy_process_group()
 """
 
@@ -128,9 +126,8 @@ def test_two_processes_find_what_one_does(recorded: tuple[Job, Path], tmp_path: 
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    arguments = [str(TESTS), str(directory), str(tmp_path)]
-    root = ROOT
-    done = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, env=_environment(root))
+    places = [str(directory), str(tmp_path)]
+    done = subprocess.run([*command, *places], capture_output=True, text=True, check=False, env=child_environment())
     assert done.returncode == 0, done.stderr[-3000:]
     for place, keep in enumerate(KEEPS[1:]):
         for name, query in job.queries.items():
@@ -138,12 +135,6 @@ def test_two_processes_find_what_one_does(recorded: tuple[Job, Path], tmp_path: 
             for rank in range(2):
                 found = Influence.load(tmp_path / f"{place}-{name}-{rank}.safetensors").data
                 xr.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
-
-
-def _environment(root: Path) -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
 def test_queries_are_told_apart_by_what_they_compute() -> None:

@@ -1,7 +1,6 @@
 """The main recipe at W&B, from its command line: 1,000 steps through failures and outages, and offline first."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
-from jobs import ROOT
+from jobs import ROOT, child_environment
 from servers import Server
 
 from explaind_track import Influence, Quadrature, Trajectory, explain
@@ -32,7 +31,7 @@ def begin(out: Path, **environment: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [*command, f"out={out}"],
         cwd=ROOT,
-        env={**{k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}, "OMP_NUM_THREADS": "1", **environment},
+        env=child_environment(**environment),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -1,20 +1,20 @@
 """A recorded run gives the same steps back, bit for bit, and nothing that was altered passes for it."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import xarray as xr
-from jobs import OPTIMIZERS, TESTS, make_job, sample_loss
+from jobs import OPTIMIZERS, child_environment, make_job, sample_loss
 from torch import nn
 
-from explaind_track import Influence, Query, Tracker, Trajectory, explain
+from explaind_track import Influence, Query, Step, StepObserver, Tracker, Trajectory, explain
 from explaind_track.errors import ReplayWarning, TrajectoryError
 from explaind_track.record.manifest import Manifest
 from explaind_track.record.writer import SEGMENT_BYTES
@@ -39,15 +39,16 @@ def test_replayed_steps_are_the_live_ones_bit_for_bit(optimizer: str, tmp_path: 
     def keep(step_tensors: dict[str, torch.Tensor]) -> None:
         live.append(step_tensors)
 
-    after = tracker._observer.after
+    after = StepObserver.after
 
-    def watched(*args, **kwargs):  # type: ignore[no-untyped-def]
-        step = after(*args, **kwargs)
+    def watched(observer: StepObserver, *arguments: Any) -> Step:
+        step = after(observer, *arguments)
         keep({f"{part}.{name}": value for part in step.parts for name, value in step.parts[part].items()})
         return step
 
-    tracker._observer.after = watched  # type: ignore[method-assign]
-    job.run(tracker, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepObserver, "after", watched)
+        job.run(tracker, 10)
     tracker.finish()
     for step, expected in zip(Trajectory.open(tmp_path / "t").steps(), live, strict=True):
         found = {f"{part}.{name}": value for part in step.parts for name, value in step.parts[part].items()}
@@ -260,6 +261,7 @@ def test_a_replay_that_misses_its_keyframe_says_so(
 
         return replayed
 
+    # the proof of the single step would see it first
     monkeypatch.setattr("explaind_track.core.observer.StepObserver._prove", lambda *_: None)
     monkeypatch.setattr(torch.optim.AdamW, "step", inexact(1e-9))
     with pytest.warns(ReplayWarning, match="other bits"):
@@ -271,14 +273,14 @@ def test_a_replay_that_misses_its_keyframe_says_so(
 
 def test_a_killed_run_leaves_a_whole_trajectory(tmp_path: Path) -> None:
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys\n"
         "from jobs import make_job\n"
-        "job = make_job(); tracker = job.tracker(trajectory=sys.argv[2], keyframe_every=5)\n"
+        "job = make_job(); tracker = job.tracker(trajectory=sys.argv[1], keyframe_every=5)\n"
         "job.run(tracker, 100000)\n"
     )
     directory = tmp_path / "t"
-    command = [sys.executable, "-c", script, str(TESTS), str(directory)]
-    process = subprocess.Popen(command, env=os.environ)
+    command = [sys.executable, "-c", script, str(directory)]
+    process = subprocess.Popen(command, env=child_environment())
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and Manifest.read(directory, missing_ok=True).steps < 15:
         time.sleep(0.05)

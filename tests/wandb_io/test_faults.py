@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import wandb
-from jobs import TESTS, make_job
+from jobs import child_environment, make_job
 from servers import Server
 
 from explaind_track import Trajectory, open_run
@@ -176,14 +176,14 @@ def test_a_picture_that_is_lost_is_named_and_holds_up_nothing_else(
 
 STAGING_FULL = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
 from contextlib import suppress
 from pathlib import Path
 import wandb
 from jobs import make_job
-from explaind_track import artifacts, open_run
+from explaind_track import open_run
+from explaind_track.wandb_io import artifacts
 artifacts.FINISH_SECONDS = 2.0
-staging, record, mode = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+staging, record, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 job, run = make_job(), open_run("project", staging, mode=mode, settings=wandb.Settings(finish_timeout=2))
 tracker = job.tracker(run=run, trajectory=record, samples_every=10, map_queries=1, keyframe_every=20)
 job.run(tracker, 30)
@@ -203,12 +203,10 @@ def test_a_full_disk_of_wandb_stops_nothing_and_loses_nothing(
 ) -> None:
     """W&B's directory, its staging of artifacts and its cache are on a disk that fills up; our record is on another."""
     names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "TMPDIR", "HOME")
-    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    places = [str(TESTS), str(small_disk), str(tmp_path / "t")]
+    places = [str(small_disk), str(tmp_path / "t")]
     command = [sys.executable, "-c", STAGING_FULL, *places, mode]
-    done = subprocess.run(
-        command, env={**alone, **dict.fromkeys(names, str(small_disk))}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    environment = child_environment(**dict.fromkeys(names, str(small_disk)))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "training goes on" in done.stderr
     assert "explaind-track sync" in done.stderr
@@ -227,12 +225,11 @@ def test_a_full_disk_of_wandb_stops_nothing_and_loses_nothing(
 KILLED = """
 import os, sys
 import numpy as np
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from jobs import make_job
 from explaind_track import open_run
-out = Path(sys.argv[2])
-modes = sys.argv[3:]
+out = Path(sys.argv[1])
+modes = sys.argv[2:]
 children = []
 for number, mode in enumerate(modes):
     if os.fork() == 0:
@@ -258,9 +255,8 @@ def test_a_killed_run_is_repaired_without_gaps_or_doubles(count: int, server: Se
         out = tmp_path / f"from{first}"
         for number in range(len(modes)):
             (out / str(number)).mkdir(parents=True)
-        alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not beside our own
-        command = [sys.executable, "-c", KILLED, str(TESTS), str(out), *modes]
-        driver = subprocess.Popen(command, env=alone)
+        command = [sys.executable, "-c", KILLED, str(out), *modes]
+        driver = subprocess.Popen(command, env=child_environment())
         waiting = {number: generator.uniform(0, 1.5) for number in range(len(modes))}
         started: dict[int, float] = {}
         while waiting:
@@ -295,9 +291,8 @@ def test_media_that_were_on_their_way_at_a_kill_arrive(
     """The rows are at W&B, and lead to files that are not."""
     server.faults(fail_uploads=1.0)
     (tmp_path / "0").mkdir()
-    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    command = [sys.executable, "-c", KILLED, str(TESTS), str(tmp_path), "online"]
-    driver = subprocess.Popen(command, env=alone)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), "online"]
+    driver = subprocess.Popen(command, env=child_environment())
     found: list[dict[str, Any]] = []
     deadline = time.monotonic() + 60
     while not found and time.monotonic() < deadline:

@@ -1,6 +1,8 @@
 """Panels and artifacts against the real W&B SDK: online with a server on this machine, offline, and when it fails."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from jobs import make_job
+from jobs import child_environment, make_job
 from servers import Server
 
 from explaind_track import Quadrature, Trajectory, open_run, where_to_look
@@ -16,6 +18,7 @@ from explaind_track.errors import LoggingWarning, ResumeWarning
 from explaind_track.record.history import read_rows
 from explaind_track.tracking import sample_panels
 from explaind_track.wandb_io.panels import Panels
+from explaind_track.wandb_io.run import is_offline
 
 pytestmark = pytest.mark.usefixtures("closing_wandb")
 
@@ -161,15 +164,24 @@ def test_the_map_is_of_single_queries() -> None:
     assert torch.allclose(found["map"].mean(0), -found["table"][order], rtol=1e-9, atol=1e-15)
 
 
+STOPPED = """
+import os, sys, time
+from jobs import make_job
+from explaind_track import open_run
+job, run = make_job(), open_run("project", sys.argv[1], id="again")
+job.run(job.tracker(run=run, trajectory=sys.argv[1] + "/t", keyframe_every=4), 6)
+while run.step < 6:
+    time.sleep(0.01)
+run.finish()
+os._exit(9)
+"""
+
+
 def test_steps_that_are_taken_again_are_not_logged_twice(server: Server, tmp_path: Path) -> None:
-    job = make_job()
-    run = open_run("project", tmp_path, id="again")
-    tracker = job.tracker(run=run, trajectory=tmp_path / "t", keyframe_every=4)
-    job.run(tracker, 6)
-    tracker._outputs.panels.close()
-    tracker._outputs.writer._lock.release()  # the process is gone, and with it the steps that were not written yet
-    tracker._outputs.call_off_exit()
-    run.finish()
+    """A process is gone when W&B has the rows of six steps, and the record only those before its keyframe, four."""
+    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    assert subprocess.run(command, env=child_environment(), check=False).returncode == 9
+
     job = make_job()
     run = open_run("project", tmp_path, id="again", resume="must")
     with pytest.warns(ResumeWarning):
@@ -187,4 +199,4 @@ def test_a_server_that_does_not_answer_means_offline(tmp_path: Path, monkeypatch
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     with pytest.warns(LoggingWarning, match="does not answer"):
         run = open_run("project", tmp_path, settings=wandb.Settings(init_timeout=2))
-    assert run.settings._offline
+    assert is_offline(run)
