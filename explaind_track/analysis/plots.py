@@ -1,4 +1,4 @@
-"""Figures. Needs matplotlib (the `recipes` extra)."""
+"""Figures of influences. Needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ EARLY_STEPS = 10
 
 
 def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit: str) -> "Figure":
-    """Fig. 3(a): accuracy; importance of the kernel in every group; importance of kernel and regularization in total;
-    relative regularization influence D of every group. All over the training step; the first `EARLY_STEPS` may lie off
+    """Draws Fig. 3(a), over the training step: accuracy; importance of the kernel in every group; importance of kernel
+    and regularization in total; relative regularization influence D of every group. The first `EARLY_STEPS` may lie off
     the scale.
 
     influence: kept over step and group. accuracy: "step", and any curves by their name. unit: of the query's outputs.
@@ -27,25 +27,31 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
+
     for name, values in accuracy.items():
         if name != "step":
             axes[0, 0].plot(accuracy["step"], values, label=name)
     _label(axes[0, 0], "accuracy", "fraction correct")
+
     total = influence.total_importance()
     both = r"$\bar{\Psi}_s(\Theta)$, $\bar{\Psi}^{reg}_s(\Theta)$"
     curves(axes[1, 0], total, "part", "importance of kernel and regularization", f"{both}, {unit}")
+
     kernel, name = influence.importance().sel(part="kernel"), r"$\bar{\Psi}_s(\Theta_{layer})$"
     curves(axes[0, 1], kernel, "group", "importance of the kernel, by layer", f"{name}, {unit}")
+
     difference, name = influence.relative_regularization(), r"$D_s(\Theta_{layer})$"
     curves(axes[1, 1], difference, "group", "kernel minus regularization, by layer", f"{name}, {unit}")
     axes[1, 1].axhline(0, color="gray", linewidth=0.5)
+
     for axis in axes[1]:
         axis.set_xlabel("training step")
     return figure
 
 
 def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int]) -> "Figure":
-    """Heat map of how much training samples changed the loss of single queries: changes (queries, samples)."""
+    """Draws how much training samples changed the loss of single queries, as a heat map of changes (queries,
+    samples)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2 + 0.35 * len(samples), 1.5 + 0.3 * len(changes)), layout="constrained")
@@ -60,7 +66,8 @@ def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int]) -> "Figu
 
 
 def cosine_map(cosines: "np.ndarray[Any, Any]") -> "Figure":
-    """Heat map of how alike the training samples' influences on two queries are: cosines (queries, queries)."""
+    """Draws how alike the training samples' influences on two queries are, as a heat map of cosines (queries,
+    queries)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.5 + 0.3 * len(cosines), 1.5 + 0.3 * len(cosines)), layout="constrained")
@@ -73,7 +80,7 @@ def cosine_map(cosines: "np.ndarray[Any, Any]") -> "Figure":
 
 
 def curves(axis: "Axes", values: xr.DataArray, along: str, title: str, unit: str) -> None:
-    """One curve over the steps for each label of the axis `along`."""
+    """Draws one curve over the steps for each label of the axis `along`."""
     for label in values[along].values:
         one = values.sel({along: label})
         axis.plot(one["step"], one, label=label, linewidth=0.8)

@@ -110,7 +110,8 @@ def _change(step: Step, model: nn.Module, query: Query) -> float:
 
 
 def top_steps(scores: xr.DataArray, fraction: float) -> np.ndarray:
-    """The numbers of the fraction of steps with the largest scores, in their order."""
+    """The numbers of the fraction of steps with the largest scores, in their order. Raises ValueError for a fraction
+    outside of 0 to 1."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is between 0 and 1, not {fraction}")
     count = round(fraction * scores.sizes["step"])
@@ -119,18 +120,46 @@ def top_steps(scores: xr.DataArray, fraction: float) -> np.ndarray:
 
 
 def sparse_prediction(influence: Influence, steps: Sequence[int] | np.ndarray) -> xr.DataArray:
-    """f'(x) = f_{θ_0}(x) − Σ_{s ∈ steps} (Ψ_s + Ψ_s^reg)(x), with what buffers did in these steps added: the
-    decomposition that keeps only some steps (G.2), (query, output).
+    """Predicts by the decomposition that keeps only some steps (G.2), with what buffers did in these steps added.
 
-    influence: kept over step, query and output. Raises ValueError otherwise, and for steps that it does not have.
+    f'(x) = f_{θ_0}(x) − Σ_{s ∈ steps} (Ψ_s + Ψ_s^reg)(x)
+
+    Args:
+        influence: Kept over step, query and output.
+        steps: The numbers of the steps that are kept.
+
+    Returns:
+        The prediction (query, output).
+
+    Raises:
+        ValueError: For an influence that keeps other axes, and for steps that it does not have.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Explainer, Query, StepObserver, resolve_groups
+        >>> from explaind_track.analysis import sparse_prediction
+        >>> _ = torch.manual_seed(0)
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.randint(2, (8,))
+        >>> parameters = dict(model.named_parameters())
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> observer, groups = StepObserver(optimizer, parameters), resolve_groups(None, parameters)
+        >>> explainer = Explainer(model, Query.outputs(x), groups, [("step", "query", "output")])
+        >>> for number in range(4):
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.cross_entropy(model(x), y).backward()
+        ...     observer.before({})
+        ...     optimizer.step()
+        ...     _ = explainer.add(observer.after(number, {}))
+        >>> (influence,) = explainer.results()
+        >>> kept = sparse_prediction(influence, [0, 1, 2, 3])
+        >>> torch.allclose(torch.from_numpy(kept.values), model(x), atol=1e-5)
+        True
     """
-    if "initial" not in influence.data or "step" not in influence.kept:
-        raise ValueError(
-            f"a sparse decomposition needs keep=('step', 'query', 'output'), this one kept {influence.kept}"
-        )
-    lost = sorted({int(step) for step in steps} - set(influence.data["step"].values.tolist()))
-    if lost:
-        raise ValueError(f"the influence does not have the steps {lost[:10]}")
+    _require_single_steps(influence)
+    lacking = sorted({int(step) for step in steps} - set(influence.data["step"].values.tolist()))
+    if lacking:
+        raise ValueError(f"the influence does not have the steps {lacking[:10]}")
+
     total, buffers = (
         values.sel(step=list(steps)).sum("step") for values in (influence.total(), influence.data["buffers"])
     )
@@ -138,8 +167,41 @@ def sparse_prediction(influence: Influence, steps: Sequence[int] | np.ndarray) -
 
 
 def accuracy_curve(influence: Influence, scores: xr.DataArray, fractions: Sequence[float]) -> xr.Dataset:
-    """How well the decomposition that keeps the top steps stands for the model, for each fraction kept (Fig. 8):
-    `agreement` with its decisions, and `kl` of its outputs, as `Influence.faithfulness`; (fraction)."""
+    """Measures how well the decomposition that keeps only the top steps stands for the model (Fig. 8).
+
+    Args:
+        influence: Kept over step, query and output; the outputs score classes.
+        scores: Of the steps, as `step_scores` gives them.
+        fractions: Of the steps that are kept, each between 0 and 1.
+
+    Returns:
+        `agreement` with the model's decisions and `kl` of its outputs, as `Influence.faithfulness`; both (fraction).
+
+    Raises:
+        ValueError: For an influence that keeps other axes, and for fractions outside of 0 to 1.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Explainer, Query, StepObserver, resolve_groups
+        >>> from explaind_track.analysis import accuracy_curve
+        >>> _ = torch.manual_seed(0)
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.randint(2, (8,))
+        >>> parameters = dict(model.named_parameters())
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> observer, groups = StepObserver(optimizer, parameters), resolve_groups(None, parameters)
+        >>> explainer = Explainer(model, Query.outputs(x), groups, [("step", "query", "output"), ("step",)])
+        >>> for number in range(4):
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.cross_entropy(model(x), y).backward()
+        ...     observer.before({})
+        ...     optimizer.step()
+        ...     _ = explainer.add(observer.after(number, {}))
+        >>> influence, of_steps = explainer.results()
+        >>> curve = accuracy_curve(influence, of_steps.total_importance().sum("part"), [0.0, 0.5, 1.0])
+        >>> bool(curve["kl"].sel(fraction=0.0) > curve["kl"].sel(fraction=1.0))
+        True
+    """
+    _require_single_steps(influence)
     model = torch.from_numpy(influence.data["final"].values)
     found = []
     for fraction in fractions:
@@ -150,12 +212,36 @@ def accuracy_curve(influence: Influence, scores: xr.DataArray, fractions: Sequen
     return xr.Dataset(variables, {"fraction": np.array(fractions)})
 
 
-def extrapolate_first_moment(explicit: xr.DataArray, beta: float, steps: int) -> xr.DataArray:
-    """All that a batch does within `steps` steps (its own among them), from its influence through its own step, where
-    the others are not recorded: that times 1 + β + … + β^{steps−1} (Remark F.3).
+def _require_single_steps(influence: Influence) -> None:
+    """Raises ValueError unless the influence tells of every step's part in every prediction."""
+    if "initial" not in influence.data or "step" not in influence.kept:
+        raise ValueError(
+            f"a sparse decomposition needs keep=('step', 'query', 'output'), this one kept {influence.kept}"
+        )
 
-    An estimate: exact where preconditioner, learning rate and test features stay the same over these steps. Raises
-    ValueError unless 0 ≤ β < 1 and steps ≥ 1.
+
+def extrapolate_first_moment(explicit: xr.DataArray, beta: float, steps: int) -> xr.DataArray:
+    """Extrapolates what a batch does through momentum, where the steps after its own are not recorded (Remark F.3).
+
+    An estimate: exact where preconditioner, learning rate and test features stay the same over these steps.
+
+    Args:
+        explicit: The influence of the batch through its own step alone, over any axes.
+        beta: β of the first moment, 0 ≤ β < 1.
+        steps: How many steps to count, its own among them; at least 1.
+
+    Returns:
+        The influence within so many steps: `explicit` times 1 + β + … + β^{steps−1}.
+
+    Raises:
+        ValueError: For β and steps outside of these.
+
+    Example:
+        >>> import xarray as xr
+        >>> from explaind_track.analysis import extrapolate_first_moment
+        >>> explicit = xr.DataArray([1.0, -2.0], dims="sample")
+        >>> extrapolate_first_moment(explicit, beta=0.5, steps=3).values.tolist()
+        [1.75, -3.5]
     """
     if not 0 <= beta < 1 or steps < 1:
         raise ValueError(f"expected 0 <= beta < 1 and steps >= 1, got beta={beta}, steps={steps}")

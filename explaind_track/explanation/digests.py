@@ -12,19 +12,19 @@ from explaind_track.core.tensors import tree_tensors
 
 
 def fingerprint(*values: Any) -> str:
+    """A digest of what the values print."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:32]
 
 
 def _tensor_digest(tensor: Tensor) -> str:
-    return hashlib.sha256(
-        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    ).hexdigest()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def query_digest(query: Query) -> str:
     """Tells one query from others: by its inputs and labels, and by what its target computes."""
-    own = map(_tensor_digest, tree_tensors((query.inputs, query.labels)))
-    return fingerprint(*own, query.reduction, query.module, function_digest(query.target))
+    data = map(_tensor_digest, tree_tensors((query.inputs, query.labels)))
+    return fingerprint(*data, query.reduction, query.module, function_digest(query.target))
 
 
 def function_digest(function: Any) -> str:
@@ -32,11 +32,13 @@ def function_digest(function: Any) -> str:
     code: CodeType | None = getattr(function, "__code__", None)
     if code is None:
         return fingerprint(type(function).__qualname__, getattr(function, "__qualname__", ""))
+
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     return fingerprint(code.co_code, code.co_names, *map(_content, (*code.co_consts, *cells)))
 
 
 def _content(value: Any) -> str:
+    """What a constant or a closed-over value adds to a function's digest."""
     if isinstance(value, Tensor):
         return _tensor_digest(value)
     if isinstance(value, CodeType):

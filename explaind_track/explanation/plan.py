@@ -10,7 +10,7 @@ from explaind_track.core.influence import Influence
 
 
 class ExplanationPlan(ABC):
-    """An explanation that is planned and not yet computed."""
+    """An explanation that is planned and not yet computed: `describe()` tells what it takes, `run()` does it."""
 
     def __init__(self, progress: bool, out: str | PathLike[str] | None) -> None:
         """progress: show a bar. out: a directory for the result, where it is gone on with; None: memory."""
@@ -19,16 +19,17 @@ class ExplanationPlan(ABC):
     @property
     @abstractmethod
     def shape(self) -> dict[str, int]:
-        """Of the influences, by axis."""
+        """The sizes of the influences' axes."""
 
     @property
     @abstractmethod
-    def result_bytes(self) -> int: ...
+    def result_bytes(self) -> int:
+        """The size of the result."""
 
     @property
     @abstractmethod
     def working_bytes(self) -> int:
-        """About what is held beside the result."""
+        """About how much memory is taken beside the result."""
 
     @property
     @abstractmethod
@@ -45,19 +46,27 @@ class ExplanationPlan(ABC):
         """An estimate, from the time that a step or two take."""
 
     @abstractmethod
-    def compute(self) -> Influence: ...
+    def compute(self) -> Influence:
+        """Does the work, in memory or in the directory `out`."""
 
     def run(self) -> Influence:
-        """Computes it. Raises ValueError, before any work, for what does not fit into memory."""
+        """Computes the influences.
+
+        Raises:
+            ValueError: Before any work, for what does not fit into memory.
+        """
         if self.out is None:
             self._refuse_what_does_not_fit()
         return self.compute()
 
     def describe(self) -> str:
-        """Passes, memory and time in words. Takes as long as a few steps do, since it tries them."""
-        axes = " × ".join(f"{size} {axis}" for axis, size in self.shape.items()) or "one number"
+        """Tells passes, memory and time in words. Takes as long as a few steps do, since it tries them.
+
+        Raises:
+            ValueError: For steps that pass by only once, of which none can be tried.
+        """
         lines = [
-            f"influences: {axes}, {self.result_bytes / 1e6:,.1f} MB",
+            f"influences: {self._axes() or 'one number'}, {self.result_bytes / 1e6:,.1f} MB",
             f"work:       {self.steps} steps in {self.passes} pass(es), with about {self.working_bytes / 1e6:,.0f} MB",
             f"time:       about {_duration(self.seconds())}",
         ]
@@ -65,11 +74,13 @@ class ExplanationPlan(ABC):
             lines.append(f"too large for the memory ({room() / 1e9:,.1f} GB): needs out=, a directory")
         return "\n".join(lines)
 
+    def _axes(self) -> str:
+        return " × ".join(f"{size} {axis}" for axis, size in self.shape.items())
+
     def _refuse_what_does_not_fit(self) -> None:
         if self.result_bytes > room():
-            axes = " × ".join(f"{size} {axis}" for axis, size in self.shape.items())
             raise ValueError(
-                f"the result ({axes}) takes {self.result_bytes / 1e9:,.2f} GB, of {room() / 1e9:,.2f} GB that can be "
+                f"the result ({self._axes()}) takes {self.result_bytes / 1e9:,.2f} GB, of {room() / 1e9:,.2f} GB that can be "
                 "had here: pass out=, a directory that it is written to piece by piece, or keep fewer axes, a shorter "
                 "window, or fewer samples"
             )
@@ -87,6 +98,7 @@ def timed(action: Callable[[], object]) -> float:
     first = perf_counter() - started
     if first > 5:
         return first
+
     started = perf_counter()
     action()
     return perf_counter() - started

@@ -102,8 +102,12 @@ def test_the_accuracy_curve_ends_at_the_whole_decomposition(tmp_path: Path) -> N
     assert float(curve["kl"].sel(fraction=0.0)) > float(curve["kl"].sel(fraction=1.0))
     with pytest.raises(ValueError, match=r"keep=\('step', 'query', 'output'\)"):
         sparse_prediction(tracker.influence("query"), [0])
+    with pytest.raises(ValueError, match=r"keep=\('step', 'query', 'output'\)"):
+        accuracy_curve(tracker.influence("query"), scores, [0.5])
     with pytest.raises(ValueError, match="pass one"):
         step_scores(trajectory, job.model)
+    with pytest.raises(ValueError, match=r"one of \('loss', 'size', 'influence'\), not by='losses'"):
+        step_scores(trajectory, job.model, by="losses")  # type: ignore[arg-type]
 
 
 def test_the_first_moment_is_extrapolated_exactly_where_nothing_changes() -> None:
