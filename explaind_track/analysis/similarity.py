@@ -189,6 +189,7 @@ def _own_gradients(step: Step, samples: SampleAxis, chunk: slice, per_sample: Pe
         mine = (places >= chunk.start) & (places < chunk.stop)
         if not bool(mine.any()):
             continue
+
         for rows, gradients in per_sample.gradients(step.before, batch):
             here = mine[rows].nonzero()[:, 0]
             where = places[rows][here] - chunk.start

@@ -80,9 +80,9 @@ class ExplanationPlan(ABC):
     def _refuse_what_does_not_fit(self) -> None:
         if self.result_bytes > room():
             raise ValueError(
-                f"the result ({self._axes()}) takes {self.result_bytes / 1e9:,.2f} GB, of {room() / 1e9:,.2f} GB that can be "
-                "had here: pass out=, a directory that it is written to piece by piece, or keep fewer axes, a shorter "
-                "window, or fewer samples"
+                f"the result ({self._axes()}) takes {self.result_bytes / 1e9:,.2f} GB, of {room() / 1e9:,.2f} GB that "
+                "can be had here: pass out=, a directory that it is written to piece by piece, or keep fewer axes, a "
+                "shorter window, or fewer samples"
             )
 
 

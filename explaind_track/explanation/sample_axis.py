@@ -96,6 +96,7 @@ def choose_indices(source: RepeatableSteps, data: Data | None, samples: Iterable
         raise ValueError(
             "the run has no record of its batches; in training, call tracker.batch(batch, index=…) for each"
         )
+
     if samples is None:
         return sorted(seen)
 
@@ -117,11 +118,13 @@ def _require_samples(number: int, batch: Batch, data: Data | None) -> None:
             f"the gradient of step {number} was clipped by value, and what is left of it is no sum over samples; "
             "clip it by its norm, or explain groups and steps only"
         )
+
     if batch.index is None:
         raise ValueError(
             f"a batch of step {number} has no index, so its samples have no names; in training, pass index= to "
             "tracker.batch"
         )
+
     if batch.data is None and data is None:
         raise ValueError(
             f"the record holds the indices of step {number}'s samples but not the samples; pass data=, a function "
