@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from explaind_track import Quadrature, Query, Task, Tracker, Trajectory, open_run, where_to_look
 from explaind_track.analysis import plots
-from explaind_track.wandb_io.artifacts import directory_mb
+from explaind_track.record.files import directory_mb
 from recipes.common import Run, configure, load_config, output_directory, save_figures, write_json
 from recipes.data import Split, modulo_addition
 from recipes.models import ModuloTransformer

@@ -21,12 +21,12 @@ from explaind_track.cli.common import (
 )
 from explaind_track.cli.live_view import Follower, follow, view
 from explaind_track.errors import TrajectoryError
+from explaind_track.record.files import directory_mb
 from explaind_track.record.history import HISTORY, read_rows
 from explaind_track.record.manifest import Manifest
 from explaind_track.record.media import PICTURE
 from explaind_track.record.remote import RemoteArtifact
 from explaind_track.record.run_directory import POINTER, find_runs, read_tie
-from explaind_track.wandb_io.artifacts import directory_mb
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -125,3 +125,8 @@ class Prefixed(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._full)
+
+
+def directory_mb(directory: Path) -> float:
+    """The size of all files under the directory, in MB (10⁶ bytes); 0 if there is none."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 1e6

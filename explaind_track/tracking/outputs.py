@@ -19,9 +19,9 @@ from explaind_track.record.resume import resume as resume_run
 from explaind_track.record.run_directory import mark_finished
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import TrajectoryWriter
-from explaind_track.wandb_io.artifacts import TrajectoryUpload
 from explaind_track.wandb_io.panels import Panels
 from explaind_track.wandb_io.run import is_tied, tie
+from explaind_track.wandb_io.upload import TrajectoryUpload
 
 if TYPE_CHECKING:
     import wandb

@@ -30,9 +30,26 @@ SUMMARIES = {
 
 
 def open_run(project: str, directory: str | os.PathLike[str] | None = None, **options: Any) -> "wandb.Run":
-    """The active run if there is one, else a new one: online where somebody is logged in and the server answers, else
-    offline. Of several processes, only rank zero has one; the others get a run that does nothing. options: as
-    `wandb.init` takes them."""
+    """The active W&B run if there is one, else a new one.
+
+    A new run is online where somebody is logged in and the server answers, else offline. Of several processes, only
+    rank zero has one; the others get a run that does nothing.
+
+    Args:
+        project: The project's name at W&B.
+        directory: Where W&B keeps the run on this disk, under `wandb/`; None: where `wandb.init` would.
+        options: As `wandb.init` takes them.
+
+    Raises:
+        wandb.errors.Error: Whatever `wandb.init` raises, but for a server that does not answer.
+
+    Example:
+        >>> from explaind_track import open_run
+        >>> run = open_run("grokking", mode="disabled")
+        >>> open_run("grokking") is run
+        True
+        >>> run.finish()
+    """
     import wandb
 
     if wandb.run is not None:
@@ -52,7 +69,20 @@ def open_run(project: str, directory: str | os.PathLike[str] | None = None, **op
 
 
 def where_to_look(run: "wandb.Run") -> str:
-    """Where the run can be seen, in a sentence."""
+    """Where the run can be seen, in a sentence to print.
+
+    Args:
+        run: Online, offline or disabled.
+
+    Example:
+        >>> from explaind_track import open_run, where_to_look
+        >>> run = open_run("grokking", mode="disabled")
+        >>> where_to_look(run)
+        'W&B is disabled: the run is shown nowhere'
+        >>> run.finish()
+    """
+    if run.disabled:
+        return "W&B is disabled: the run is shown nowhere"
     if not is_offline(run):
         return f"See the run at {run.url}"
     directory = Path(run.settings.sync_dir)

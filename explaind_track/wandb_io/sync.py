@@ -71,20 +71,28 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
 
     entity = tie.entity or wandb.Api().default_entity
     path = f"{entity}/{tie.project}/{tie.id}"
-    known = found = _find_run(path) is not None
-    if not known and tie.offline and Path(tie.directory).is_dir():
+    had_run = has_run = _find_run(path) is not None
+    if not has_run and tie.offline and Path(tie.directory).is_dir():
         _send_offline_run(Path(tie.directory), tie, entity)
-        known = _find_run(path) is not None
-    options: dict[str, Any] = {} if known else {"config": dict(tie.config), "name": tie.name}
-    settings = wandb.Settings(console="off", silent=not progress)
+        has_run = _find_run(path) is not None
+
+    # what W&B lacks goes through the SDK, as if the run went on
+    new: dict[str, Any] = {} if has_run else {"config": dict(tie.config), "name": tie.name}
     run = wandb.init(
-        entity=entity, project=tie.project, id=tie.id, resume="allow", mode="online", dir=_work_directory(tie),
-        settings=settings, reinit="create_new", **options,
-    )  # fmt: skip
+        entity=entity,
+        project=tie.project,
+        id=tie.id,
+        resume="allow",
+        mode="online",
+        dir=_work_directory(tie),
+        settings=wandb.Settings(console="off", silent=not progress),
+        reinit="create_new",
+        **new,
+    )
     try:
         rows = read_rows(directory)
-        missing = _missing(rows, _steps_at_wandb(path, run.starting_step) if known else Counter())
-        media_sent = send_lost_media(run, _find_run(path), directory, tie) if known else 0
+        missing = _missing(rows, _steps_at_wandb(path, run.starting_step) if has_run else Counter())
+        media_sent = send_lost_media(run, _find_run(path), directory, tie) if has_run else 0
         define_metrics(run, {section for row in missing for key in row if (section := section_of(key)) is not None})
         for row in tqdm(missing, "rows", unit="row", disable=not progress or not missing):
             run.log(for_wandb(from_json(row, directory, damaged="leave out")))
@@ -92,11 +100,14 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
         expected, url = run.starting_step + len(missing), run.url or path
     finally:
         run.finish()
+
+    # what counts is what W&B shows
     if lost := _missing(rows, _steps_at_wandb(path, expected)):
         raise TrajectoryError(f"W&B has not taken {len(lost)} rows of {path}; run the same command again")
     check_media(_find_run(path), directory)
-    if found:
+    if had_run:
         return Synced(path, url, len(rows), len(missing), media_sent, artifact_sent)
+    # an offline run's own log has sent some of it
     return Synced(path, url, len(rows), len(rows), media_sent, artifact_sent=(directory / MANIFEST).is_file())
 
 
@@ -113,22 +124,24 @@ def _find_run(path: str) -> Any:
 
 
 def _send_offline_run(directory: Path, tie: Tie, entity: str | None) -> None:
-    """What `wandb sync` makes of the run's own log; a log torn by a killed process is sent as far as it goes."""
+    """Sends the run's own log with `wandb sync`; a log torn by a killed process is sent as far as it goes."""
     where = ["-e", entity] if entity else []
     command = [sys.executable, "-m", "wandb", "sync", "--yes", *where, "-p", tie.project, str(directory)]
     subprocess.run(command, check=False, capture_output=True, env={**os.environ, "WANDB_SILENT": "true"})
 
 
 def _work_directory(tie: Tie) -> str | None:
-    """Beside the run's own directory, where W&B puts all runs of that place."""
+    """The directory that W&B has put the run's own into, beside all others of that place; None where it is gone."""
     place = Path(tie.directory).parent
     return str(place.parent) if place.name == "wandb" and place.is_dir() else None
 
 
 def _steps_at_wandb(path: str, expected: int) -> Counter[int]:
-    """How often each training step is in the run's history, once that shows all the rows that W&B has received:
-    `expected` is the `_step` that comes next. Raises TrajectoryError if it does not, since rows that are not shown yet
-    would be sent twice."""
+    """How often each training step is in the run's history, once that shows all the rows that W&B has received.
+
+    expected: the `_step` that comes next. Raises TrajectoryError if W&B does not get there, since rows that are not
+    shown yet would be sent twice.
+    """
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         run = _find_run(path)
@@ -140,27 +153,29 @@ def _steps_at_wandb(path: str, expected: int) -> Counter[int]:
         time.sleep(0.5)
 
 
-def _missing(rows: list[dict[str, Any]], there: Counter[int]) -> list[dict[str, Any]]:
-    """The rows that W&B lacks; of several rows of one step, the last."""
-    left, missing = Counter(there), []
+def _missing(rows: list[dict[str, Any]], at_wandb: Counter[int]) -> list[dict[str, Any]]:
+    """The rows that W&B lacks; of several rows of a step, the last."""
+    found, missing = Counter(at_wandb), []
     for row in rows:
-        if left[row[AXIS]]:
-            left[row[AXIS]] -= 1
+        if found[row[AXIS]]:
+            found[row[AXIS]] -= 1
         else:
             missing.append(row)
     return missing
 
 
 def _send_trajectory(run: "wandb.Run", directory: Path, name: str) -> bool:
-    """Logs the trajectory unless W&B has it as it is here; whether it had to."""
+    """Logs the trajectory unless W&B has it as it is here. Returns whether it had to."""
     import wandb
 
     if not (directory / MANIFEST).is_file():
         return False  # killed before its first checkpoint
+
     digest = Manifest.read(directory).digest
     with suppress(wandb.errors.Error, ValueError):
         if wandb.Api().artifact(f"{name}:final").metadata.get("digest") == digest:
             return False
+
     artifact = trajectory_version(directory, name.rsplit("/", 1)[1], final=True)
     run.log_artifact(artifact, aliases=["latest", f"step-{artifact.metadata['steps']}", "final"])
     artifact.wait(int(FINISH_SECONDS))

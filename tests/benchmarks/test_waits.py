@@ -89,9 +89,9 @@ FAULTS: dict[str, Callable[[Place], Any]] = {
 def test_the_longest_step(
     fault: str, until: str, server: Server, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explaind_track.wandb_io.artifacts.POLL_SECONDS", 0.05)
-    monkeypatch.setattr("explaind_track.wandb_io.artifacts.BATCH_BYTES", 1)
-    for module in ("artifacts", "panels"):
+    monkeypatch.setattr("explaind_track.wandb_io.upload.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("explaind_track.wandb_io.upload.BATCH_BYTES", 1)
+    for module in ("upload", "panels"):
         monkeypatch.setattr(f"explaind_track.wandb_io.{module}.FINISH_SECONDS", FINISH_SECONDS)
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(small_disk))

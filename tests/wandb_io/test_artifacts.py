@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("closing_wandb")
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of the artifact for every new file."""
-    monkeypatch.setattr("explaind_track.wandb_io.artifacts.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("explaind_track.wandb_io.artifacts.BATCH_BYTES", 1)
+    monkeypatch.setattr("explaind_track.wandb_io.upload.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("explaind_track.wandb_io.upload.BATCH_BYTES", 1)
     monkeypatch.setattr("explaind_track.record.writer.SEGMENT_BYTES", 1000)
 
 
@@ -196,7 +196,7 @@ def test_results_are_artifacts_that_descend_from_the_trajectory(server: Server, 
 def test_a_slow_or_silent_server_holds_up_no_step(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explaind_track.wandb_io.artifacts.FINISH_SECONDS", 1.0)
+    monkeypatch.setattr("explaind_track.wandb_io.upload.FINISH_SECONDS", 1.0)
     job, run = make_job(), open_run("project", tmp_path)
     tracker = job.tracker(run=run, trajectory=tmp_path / "t", keyframe_every=4)
     longest = 0.0

@@ -65,7 +65,7 @@ def test_rows_arrive_once_and_in_order_through_failures_and_outages(
 
 
 def test_an_outage_at_the_end_is_repaired(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("explaind_track.wandb_io.artifacts.FINISH_SECONDS", 1.0)
+    monkeypatch.setattr("explaind_track.wandb_io.upload.FINISH_SECONDS", 1.0)
     job, run = make_job(), open_run("project", tmp_path, settings=wandb.Settings(finish_timeout=2))
     tracker = job.tracker(run=run, trajectory=tmp_path / "t")
     job.run(tracker, 5)
@@ -90,7 +90,7 @@ def test_an_outage_at_the_end_is_repaired(server: Server, tmp_path: Path, monkey
 def test_a_key_that_expires_on_the_way_is_repaired(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explaind_track.wandb_io.artifacts.FINISH_SECONDS", 1.0)
+    monkeypatch.setattr("explaind_track.wandb_io.upload.FINISH_SECONDS", 1.0)
     job, run = make_job(), open_run("project", tmp_path, settings=wandb.Settings(finish_timeout=2))
     tracker = job.tracker(run=run, trajectory=tmp_path / "t")
     job.run(tracker, 5)
@@ -181,8 +181,8 @@ from pathlib import Path
 import wandb
 from jobs import make_job
 from explaind_track import open_run
-from explaind_track.wandb_io import artifacts
-artifacts.FINISH_SECONDS = 2.0
+from explaind_track.wandb_io import upload
+upload.FINISH_SECONDS = 2.0
 staging, record, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 job, run = make_job(), open_run("project", staging, mode=mode, settings=wandb.Settings(finish_timeout=2))
 tracker = job.tracker(run=run, trajectory=record, samples_every=10, map_queries=1, keyframe_every=20)
