@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 HUB = {"mnist": "ylecun/mnist", "cifar2": "uoft-cs/cifar10"}
-"""Where the images come from, unless there is a local copy."""
+"""The source of the images, unless there is a local copy."""
 
 CIFAR2 = ("cat", "dog")
 """The classes of CIFAR-10 that make CIFAR-2."""

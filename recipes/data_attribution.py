@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESAMPLES = 30
-"""How often subsets and queries are drawn again for the error of a score."""
+"""The number of times that subsets and queries are drawn again for the error of a score."""
 
 PAPER_CIFAR2 = {"path kernel": 0.06, "TracIn": 0.05, "TRAK": 0.05}
 """The paper's scores on CIFAR-2 for the fraction 0.5; those on MNIST it only draws."""
@@ -94,8 +94,7 @@ def baselines(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, C
 
 
 def retrain(config: DictConfig, run: Run, x: Tensor, y: Tensor, subsets: Sequence[Tensor]) -> Tensor:
-    """The predictions of a model trained on each subset, (subsets, queries), each from a start and in an order of its
-    own.
+    """The predictions of a model trained on each subset, (subsets, queries): each has another start and order.
 
     One after the other: stacked by `torch.func.stack_module_state`, 16 CNNs took 1.6 times as long on a CPU.
     """

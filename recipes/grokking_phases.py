@@ -28,7 +28,7 @@ MIDDLE = ("att_encoder", "att_decoder", "linear1", "linear2")
 
 @dataclass(frozen=True)
 class Phases:
-    """The live influences and the accuracy of one run, and the steps at which its phases change."""
+    """The live influences and the accuracy of a run, and the steps at which its phases change."""
 
     influence: Influence
     curve: Mapping[str, Sequence[float]]

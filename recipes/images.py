@@ -141,6 +141,6 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def compare(before: Tensor, after: Tensor, y: Tensor) -> Mapping[str, float]:
-    """A model beside the one it was made from, by log-probabilities (X, classes): its accuracy on the labels y, its
-    agreement with that one's decisions, and KL(before ‖ after) in nats."""
+    """A model before and after a change, by log-probabilities (X, classes): the accuracy after it on the labels y, the
+    agreement of decisions, and KL(before ‖ after) in nats."""
     return {"accuracy": float((after.argmax(-1) == y).float().mean()), **faithfulness(before, after)}

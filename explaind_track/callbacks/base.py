@@ -39,8 +39,8 @@ class TrackerCallbackBase:
                 the W&B run that the loop has opened is used, if it has.
 
         Raises:
-            ValueError: when training begins, in every process, for `sample_loss=` in several processes of which the
-                callback sees one; and as `Tracker` does.
+            ValueError: when training begins, in every process, for `sample_loss=` in several processes whose
+                samples the callback does not see; and as `Tracker` does.
         """
         self._index, self._weight, self._options = index, weight, options
         self._step_context = ExitStack()

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 
 RECENT = 200
-"""How many of the last rows the curves and the speed are taken from."""
+"""The number of last rows that the curves and the speed are taken from."""
 
 TAIL_BYTES = 2**22
-"""How much of the end of a long record is read: more than its recent rows."""
+"""The end of a long record that is read: more than its recent rows."""
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_LENGTH = 12

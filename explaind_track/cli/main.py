@@ -159,7 +159,7 @@ def verify(run: str, replay: bool, as_json: bool) -> None:
 @AS_JSON
 @report_errors
 def report(run: str, out: Path | None, as_json: bool) -> None:
-    """Write RUN's report, one HTML file.
+    """Write RUN's report, an HTML file.
 
     It needs no network; its figures can be zoomed and read off.
     """

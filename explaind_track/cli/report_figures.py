@@ -139,7 +139,7 @@ def draw(figure: Figure, rows: Rows) -> "go.Figure":
 
 
 def _late_heights(figure: Figure, rows: Rows) -> list[float]:
-    """How high the curves reach after their first steps; of stacked ones, their sum at each step."""
+    """The values of the curves after their first steps; of stacked curves, their sum at each step."""
     late = {key: [(row[AXIS], row[key]) for row in rows if key in row][EARLY_STEPS:] for key in figure.curves.values()}
     if not figure.stacked:
         return [value for points in late.values() for _, value in points]

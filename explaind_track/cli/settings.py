@@ -11,7 +11,7 @@ from explaind_track.engine.path_integral import Quadrature
 
 @dataclass(frozen=True)
 class Setting:
-    """What can be said about a setting's value before anything is read."""
+    """The check of a setting's value that needs nothing else, and the words for what it should be."""
 
     fits: Callable[[Any], bool]
     description: str
