@@ -17,6 +17,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from explaind_track.core.groups import GroupSpec, resolve_groups
+from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.rng import replayed_random_state
 from explaind_track.core.step import Batch, State, Step
@@ -181,7 +182,7 @@ def kernel_machine(
         outputs=count,
         gradients=gradients,
     )
-    resolved = resolve_groups(groups, dict(model.named_parameters()))
+    resolved = resolve_groups(groups, parameters_of(model))
     plan = SamplePlan(source, model, query, resolved, (*keep, "sample"), axis, quadrature, memory, progress)
     influence = plan.run().data
     return _labelled(influence, indices, gradients.last(len(indices), count), gradients.spread(len(indices)))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
 from explaind_track.core.tensors import cuts, size_in_bytes
@@ -119,7 +120,7 @@ def parameter_scores(
     if len(chunks) > 1:
         source = source.repeatable()
 
-    total = {name: torch.zeros_like(value, requires_grad=False) for name, value in model.named_parameters()}
+    total = {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters_of(model).items()}
     count = len(source) * len(chunks) or None
     with tqdm(desc="scores", unit="step", total=count, disable=not progress) as bar:
         for chunk in chunks:
@@ -134,7 +135,7 @@ def parameter_scores(
 
 def _target_chunks(model: nn.Module, query: Query, memory: int) -> list[Query]:
     """The query's targets, as many at a time as may be kept apart."""
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     device = next(iter(parameters.values())).device
     copies = max(1, memory // (2 * size_in_bytes(parameters)))
     outputs = output_count(model, query)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track.core.faithfulness import faithfulness
+from explaind_track.core.modules import parameters_of
 from explaind_track.engine.functional import evaluation
 
 Scores = Mapping[str, Tensor]
@@ -155,7 +156,7 @@ def pruned(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[nn.Module]
         >>> model(torch.ones(1, 2)).item()
         7.0
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     wrong = [
         f"{name}: mask {tuple(mask.shape)}, parameter {tuple(parameters[name].shape) if name in parameters else None}"
         for name, mask in masks.items()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from explaind_track.core.groups import Groups, GroupSpec, resolve_groups
+from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step, Update
 from explaind_track.core.tensors import Tensors, cuts, size_in_bytes
@@ -105,10 +106,10 @@ def similarity(
     source = StepSource.of(steps, model, window).repeatable()
     check_query(model, query)
     chosen = choose_samples(source, sample_loss, data, samples)
-    resolved = resolve_groups(groups, dict(model.named_parameters()))
+    resolved = resolve_groups(groups, parameters_of(model))
 
     # as many samples, outputs and steps at a time as the memory holds
-    bytes_each = size_in_bytes(dict(model.named_parameters()))
+    bytes_each = size_in_bytes(parameters_of(model))
     at_once = max(1, memory // (4 * bytes_each))
     outputs = output_count(model, query)
     each = max(1, min(outputs, memory // (3 * query.size * bytes_each)))

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from explaind_track.core.rules import require_rule, update_rule
+from explaind_track.core.rules import Rule, require_rule, update_rule
 from explaind_track.core.step import Batch, Contribution, State, Step, Update, Validity
 from explaind_track.core.tensors import Tensors, same_bits
 from explaind_track.errors import UnexplainedUpdateError
@@ -77,6 +77,8 @@ class StepObserver:
         self._last_lasting: Step | None = None
         """The step that `lasting()` gave last."""
 
+        self.compiled = False
+        """Whether the optimizer's step runs compiled; then its scalars are tensors, as with `capturable=True`."""
         self._past_known = False
         """Whether the optimizer's past was taken down already: from the first step on."""
         self._state_loaded = False
@@ -186,7 +188,7 @@ class StepObserver:
                 before=before.parameters[name],
                 after=after.parameters[name],
                 gradient=update.gradient.clone(),
-                rule=update_rule(self.optimizer, dict(settings), state, name in self._without_state),
+                rule=self._rule(name, dict(settings), state),
                 contributions={
                     part: Contribution(_copied(given.buffer), _copied(given.gradient))
                     for part, given in update.contributions.items()
@@ -263,7 +265,7 @@ class StepObserver:
     def _update(self, name: str, parameter: Tensor, settings: dict[str, Any]) -> Update:
         gradient = cast(Tensor, parameter.grad).detach()
         sign = -1.0 if settings.get("maximize") else 1.0
-        rule = update_rule(self.optimizer, settings, self.optimizer.state[parameter], name in self._without_state)
+        rule = self._rule(name, settings, self.optimizer.state[parameter])
         before = self._before.parameters[name]
 
         # The contributions are put in below, since the way of each into the buffer is the update's to say.
@@ -278,6 +280,11 @@ class StepObserver:
             if signed is not None or buffer is not None:
                 contributions[part] = Contribution(buffer, signed)
         return update
+
+    def _rule(self, name: str, settings: dict[str, Any], state: Mapping[str, Any]) -> Rule:
+        if self.compiled:
+            settings = {**settings, "capturable": True}
+        return update_rule(self.optimizer, settings, state, name in self._without_state)
 
     def _advance(self, part: str, name: str, update: Update, gradient: Tensor | None) -> Tensor | None:
         """A part's share of the momentum buffer after the step, `R_s = β R_{s−1} + b Q · gradient`."""

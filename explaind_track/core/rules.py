@@ -138,11 +138,18 @@ def _decay(settings: Settings, rate: float) -> tuple[float, float]:
     return (0.0, rate * decay) if settings["decoupled_weight_decay"] else (decay, 0.0)
 
 
+def _bias_correction(beta: float, settings: Settings, state: Mapping[str, Any]) -> float:
+    """`1 − β^{s+1}`. A capturable step, as any that is compiled, takes it of a count in a tensor, and so in float32."""
+    count = state["step"] if settings.get("capturable") else float(state["step"])
+    return float(1 - beta**count)
+
+
 @update_rule.register
 def _adam(optimizer: torch.optim.Adam, settings: Settings, state: Mapping[str, Any], first: bool) -> Rule:
     """Adam and AdamW (which torch derives from it), with or without `amsgrad` and `maximize`."""
     (beta1, beta2), eps = map(float, settings["betas"]), settings["eps"]
-    count, rate = float(state["step"]), float(settings["lr"])
+    correction1, correction2 = (_bias_correction(beta, settings, state) for beta in (beta1, beta2))
+    rate = float(settings["lr"])
     coupled, decoupled = _decay(settings, rate)
     second = state["max_exp_avg_sq" if settings["amsgrad"] else "exp_avg_sq"]
 
@@ -150,11 +157,12 @@ def _adam(optimizer: torch.optim.Adam, settings: Settings, state: Mapping[str, A
         buffer=state["exp_avg"],
         beta=beta1,
         b=1 - beta1,
-        e=rate / (1 - beta1**count),
+        e=rate / correction1,
         d=0.0,
-        precondition=diagonal(lambda: (second / (1 - beta2**count)).sqrt_().add_(eps).reciprocal_()),
+        precondition=diagonal(lambda: (second / correction2).sqrt_().add_(eps).reciprocal_()),
         coupled=coupled,
         decoupled=decoupled,
+        precision=torch.float32 if settings.get("capturable") else None,
     )
 
 

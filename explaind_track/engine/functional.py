@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from explaind_track.core.modules import uncompiled
 from explaind_track.core.rng import replayed_random_state
 from explaind_track.core.step import State
 from explaind_track.core.tensors import Tensors
@@ -74,7 +75,8 @@ class Functional:
     def __call__(self, state: State, function: Callable[[nn.Module], Any]) -> Any:
         """`function(model)` with the parameters and buffers of `state`; those it lacks stay the model's own."""
         swapped = {f"model.{name}": value for name, value in (*state.buffers.items(), *state.parameters.items())}
-        return functional_call(self._holder, swapped, (function,))
+        with uncompiled(self.model):
+            return functional_call(self._holder, swapped, (function,))
 
     def at(self, state: State, function: Callable[[nn.Module], Tensor]) -> PointFunction:
         """`function(model)` as a function of some of the parameters, the others as in `state`."""

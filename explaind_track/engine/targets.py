@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import State
 from explaind_track.engine.functional import Functional, evaluation
@@ -54,11 +55,11 @@ def output_count(model: nn.Module, query: Query) -> int:
 
 def check_query(model: nn.Module, query: Query) -> None:
     """Raises ValueError if the query's targets cannot be differentiated with respect to the model's parameters."""
-    parameters = {name: value.detach().requires_grad_() for name, value in model.named_parameters()}
+    parameters = {name: value.detach().requires_grad_() for name, value in parameters_of(model).items()}
     device = next(iter(parameters.values())).device
     one = query.rows(0, 1, device)
     with evaluation(model), torch.enable_grad():
-        value: Tensor = Functional(model)(State(parameters, dict(model.named_buffers())), one)
+        value: Tensor = Functional(model)(State(parameters, buffers_of(model)), one)
     if not value.dtype.is_floating_point:
         raise ValueError(f"the query's target is of type {value.dtype}: only real numbers have a derivative")
     if not value.requires_grad:

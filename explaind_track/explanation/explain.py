@@ -9,6 +9,7 @@ from torch import nn
 
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.influence import Influence
+from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
 from explaind_track.engine.batch_losses import SampleLoss
@@ -150,7 +151,7 @@ def plan_explanation(
         ValueError: As `explain` does, but for a result that does not fit into memory, which `describe()` tells of and
             `run()` refuses.
     """
-    resolved = resolve_groups(groups, dict(model.named_parameters()))
+    resolved = resolve_groups(groups, parameters_of(model))
     source = StepSource.of(steps, model, window)
     if not {"sample", "seen"} & set(keep):
         make = partial(Explainer, model, query, resolved, [keep], parts, quadrature, close, memory)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from explaind_track.core import distributed
 from explaind_track.core.influence import Influence
+from explaind_track.core.modules import parameters_of
 from explaind_track.core.tensors import cuts, size_in_bytes
 from explaind_track.engine.targets import output_count
 from explaind_track.explanation.digests import query_digest
@@ -59,7 +60,7 @@ class GroupPlan(ExplanationPlan):
 
     @property
     def working_bytes(self) -> int:
-        return self._memory + 5 * size_in_bytes(dict(self._example.integrator.functional.model.named_parameters()))
+        return self._memory + 5 * size_in_bytes(parameters_of(self._example.integrator.functional.model))
 
     @property
     def passes(self) -> int:

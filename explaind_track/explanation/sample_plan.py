@@ -16,6 +16,7 @@ from tqdm import tqdm
 from explaind_track.core import distributed
 from explaind_track.core.groups import Groups
 from explaind_track.core.influence import Influence
+from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
 from explaind_track.core.tensors import size_in_bytes
@@ -99,7 +100,7 @@ class SamplePlan(ExplanationPlan):
 
     @property
     def _parameter_bytes(self) -> int:
-        return size_in_bytes(dict(self._model.named_parameters()))
+        return size_in_bytes(parameters_of(self._model))
 
     @property
     def working_bytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.rng import random_state, set_random_state
 from explaind_track.core.tensors import same_bits
@@ -54,7 +55,7 @@ def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Litera
     finally:
         lock.release()
 
-    observer.go_on(replay.observer.momentum_shares, dict(model.named_buffers()))
+    observer.go_on(replay.observer.momentum_shares, buffers_of(model))
     return trajectory
 
 
@@ -91,7 +92,7 @@ def _load(replay: Replay, model: nn.Module, observer: StepObserver) -> None:
     """Puts the model and the optimizer's state where the replay is."""
     for name, parameter in observer.parameters.items():
         parameter.copy_(replay.parameters[name])
-    for name, buffer in model.named_buffers():
+    for name, buffer in buffers_of(model).items():
         buffer.copy_(replay.buffers[name])
 
     for name, parameter in observer.parameters.items():
@@ -110,7 +111,7 @@ def _place(value: Tensor, parameter: Tensor) -> torch.device:
 
 def _compare(replay: Replay, model: nn.Module, observer: StepObserver, at: int) -> None:
     """Raises ValueError unless model and optimizer are, bit for bit, as they were before step `at`."""
-    found = checkpoint_tensors(observer, dict(model.named_buffers()))
+    found = checkpoint_tensors(observer, buffers_of(model))
     wanted = checkpoint_tensors(replay.observer, replay.buffers)
     other = [name for name, value in wanted.items() if name not in found or not _same(found[name], value)]
     if other:

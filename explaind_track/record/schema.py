@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from explaind_track.core.modules import buffers_of, parameters_of, plain_name, without_wrapper
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.step import Batch
 from explaind_track.core.tensors import Tensors, tree_map
@@ -55,20 +56,20 @@ def signature(tensors: Tensors) -> dict[str, list[Any]]:
 
 def head_of(model: nn.Module, observer: StepObserver) -> dict[str, Any]:
     """What a manifest says of the run as a whole."""
-    buffers = dict(model.named_buffers())
-    everything = dict(model.named_parameters(remove_duplicate=False))
+    buffers = buffers_of(model)
+    everything = parameters_of(model, aliases=True)
     names = {id(parameter): name for name, parameter in observer.parameters.items()}
 
     # tied parameters are recorded once: `aliases` leads from their other names to the first
     aliases = {name: names[id(p)] for name, p in everything.items() if name not in observer.parameters}
     return {
         "format": FORMAT,
-        "model": qualified(type(model)),
+        "model": qualified(type(without_wrapper(model))),
         "optimizer": qualified(type(observer.optimizer)),
         "parameters": signature(observer.parameters),
         "buffers": signature(buffers),
         "aliases": aliases,
-        "saved": [name for name in model.state_dict() if name in everything or name in buffers],
+        "saved": [name for name in map(plain_name, model.state_dict()) if name in everything or name in buffers],
         "packages": {"torch": torch.__version__, "explaind_track": version("explaind_track")},
     }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from explaind_track.core.modules import parameters_of
 from explaind_track.core.step import Batch, Step
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import TensorFile
@@ -129,7 +130,7 @@ class Trajectory:
         Raises:
             ValueError: Its parameters differ from the recorded ones in name, shape or type.
         """
-        expected, found = self.manifest.head["parameters"], signature(dict(model.named_parameters()))
+        expected, found = self.manifest.head["parameters"], signature(parameters_of(model))
         if expected == found:
             return
         names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.rng import random_state
 from explaind_track.core.step import Step
@@ -51,7 +52,7 @@ class TrajectoryWriter:
                 "it by Tracker(…, resume=True)"
             )
         self._observer, self._every = observer, keyframe_every
-        self._buffers = dict(model.named_buffers())
+        self._buffers = buffers_of(model)
         self._device = next(model.parameters()).device
         self._random: Tensors = {}
 

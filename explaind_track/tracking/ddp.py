@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from explaind_track.core import distributed
+from explaind_track.core.modules import parameters_of, without_wrapper
 
 Item = TypeVar("Item")
 
@@ -23,9 +24,10 @@ class Ranks:
 
     def __init__(self, model: nn.Module) -> None:
         """Raises ValueError for a model whose parameters are in pieces, or that not all processes train together."""
+        model = without_wrapper(model)
         self._wrapped = model if isinstance(model, DistributedDataParallel) else None
-        self.model: nn.Module = model if self._wrapped is None else self._wrapped.module
-        """Without its wrapper."""
+        self.model: nn.Module = model if self._wrapped is None else without_wrapper(self._wrapped.module)
+        """Without its wrappers, DistributedDataParallel's and the compiler's."""
         _refuse_pieces(self.model)
         if self._wrapped is not None and dist.get_world_size(self._wrapped.process_group) != distributed.processes():
             raise ValueError(
@@ -105,7 +107,7 @@ def _refuse_pieces(model: nn.Module) -> None:
     wrapper = _known("torch.distributed.fsdp", "FullyShardedDataParallel")
     piece = _known("torch.distributed.tensor", "DTensor")
     pieces = [name for name, module in model.named_modules() if isinstance(module, wrapper)]
-    pieces += [name for name, parameter in model.named_parameters() if isinstance(parameter, piece)]
+    pieces += [name for name, parameter in parameters_of(model).items() if isinstance(parameter, piece)]
     if pieces:
         raise ValueError(
             f"parameters are in pieces, one for each process ({', '.join(pieces[:5]) or 'all of them'}); a Tracker "

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.step import State
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live_samples import LiveSamples
@@ -90,8 +91,8 @@ class StepCalls:
         """
         if self._samples is None or not self._watch.batches.local:
             raise ValueError("tracker.backward() needs the Tracker's sample_loss=, and tracker.batch(…) before it")
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        state = State({name: p.detach() for name, p in trained.items()}, dict(self.model.named_buffers()))
+        trained = {name: p for name, p in parameters_of(self.model).items() if p.requires_grad}
+        state = State({name: p.detach() for name, p in trained.items()}, buffers_of(self.model))
         gradient, loss = self._samples.gradient(state, self._watch.batches)
 
         for name, parameter in trained.items():

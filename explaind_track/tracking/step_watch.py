@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import Tensors
@@ -40,6 +41,8 @@ class StepWatch:
         """Between `begin` and `end`."""
         self.taken = False
         """Whether the optimizer has taken the step."""
+        self.skipped = False
+        """Whether the optimizer leaves the step out, from inside of its `step`."""
         self.batches = StepBatches()
         self.nonfinite: list[str] = []
         """The parameters whose gradients hold numbers that are not finite."""
@@ -51,7 +54,7 @@ class StepWatch:
         if self.open:
             raise RuntimeError("tracker.step() is open already; close it before the next step")
         self._ranks.refuse_uneven_steps()
-        self._buffers = {name: buffer.detach().clone() for name, buffer in self._model.named_buffers()}
+        self._buffers = {name: buffer.detach().clone() for name, buffer in buffers_of(self._model).items()}
         if self._writer is not None:
             self._writer.begin()
         self.batches, self.open, self.taken = StepBatches(), True, False
@@ -67,6 +70,10 @@ class StepWatch:
             raise RuntimeError("the optimizer took two steps in one tracker.step(); give each its own")
         if any(callable(argument) and argument is not self._observer.optimizer for argument in arguments):
             raise ValueError("optimizer.step(closure) has its gradient too late to be seen; call the closure before it")
+        self.skipped = self._scaler_found_overflow()
+        if self.skipped:
+            return
+
         gradients = self._gradients()
         self.nonfinite = _nonfinite(gradients)
         if self.nonfinite and not self._mark_nonfinite:
@@ -91,7 +98,7 @@ class StepWatch:
 
     def after(self, number: int) -> Step:
         """Right behind the optimizer's step: the step that it took, proved and recorded. It holds until `settle`."""
-        buffers = {name: buffer.detach() for name, buffer in self._model.named_buffers()}
+        buffers = {name: buffer.detach() for name, buffer in buffers_of(self._model).items()}
         step = self._observer.after(number, buffers, self.batches.of_all_ranks)
         with self._stopwatch.timed("trajectory"):
             if self._writer is not None:
@@ -102,6 +109,11 @@ class StepWatch:
     def settle(self) -> None:
         """The step has served; the next one may begin."""
         self._observer.settle()
+
+    def _scaler_found_overflow(self) -> bool:
+        """A GradScaler leaves an overflowed step out; a fused optimizer is told of it, and has to do so itself."""
+        found = getattr(self._observer.optimizer, "found_inf", None)
+        return found is not None and bool(found)
 
     def _gradients(self) -> dict[str, Tensor]:
         gradients = self._observer.gradients()

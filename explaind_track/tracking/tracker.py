@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.influence import Influence
+from explaind_track.core.modules import parameters_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
@@ -122,7 +123,7 @@ class Tracker(StepCalls):
             )
         ranks = Ranks(model)
         model = ranks.model
-        parameters = dict(model.named_parameters())
+        parameters = parameters_of(model)
         self.optimizer, self.every, self.samples_every = optimizer, every, samples_every
         self.groups = resolve_groups(groups, parameters)
         self.quadrature = quadrature or Quadrature.fixed(1)
@@ -161,9 +162,13 @@ class Tracker(StepCalls):
         self._outputs = Outputs(self.run, writer, [*history.SECTIONS, *queries], configuration(self, queries))
         self.staging_mb = 0.0
         """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda _, args, options: self._before((*args, *options.values()))),
-            optimizer.register_step_post_hook(lambda *_: self._after()),
+            # where the optimizer's step is compiled, these calls are, but not what is called
+            optimizer.register_step_pre_hook(
+                lambda _, args, options: before((*args, *options.values()), torch.compiler.is_compiling())
+            ),
+            optimizer.register_step_post_hook(lambda *_: after()),
         ]
         if record is not None:
             self._catch_up(record)
@@ -380,13 +385,17 @@ class Tracker(StepCalls):
 
     # --------------------------------------------------------- around the step
 
-    def _before(self, arguments: tuple[Any, ...]) -> None:
-        """arguments: those of the optimizer's `step`."""
+    def _before(self, arguments: tuple[Any, ...], compiled: bool) -> None:
+        """arguments: those of the optimizer's `step`; compiled: whether that is."""
+        self._observer.compiled = compiled
         self._watch.before(self.number, arguments)
-        if self._watch.batches.loss is not None:
+        if not self._watch.skipped and self._watch.batches.loss is not None:
             self._row[history.TRAIN_LOSS] = self._watch.batches.loss
 
     def _after(self) -> None:
+        if self._watch.skipped:
+            return
+
         step = self._watch.after(self.number)
         if self._watch.nonfinite:
             self._row[history.NONFINITE] = len(self._watch.nonfinite)
