@@ -115,7 +115,9 @@ dist.init_process_group("gloo")
 job = make_job()
 for place, keep in enumerate(KEEPS[1:]):
     for name, query in job.queries.items():
-        found = explain(Trajectory.open(sys.argv[1]), job.model, query, progress=False, **options_of(job, keep))
+        trajectory = Trajectory.open(sys.argv[1])
+        steps = trajectory if place % 2 else list(trajectory.steps(lasting=True))
+        found = explain(steps, job.model, query, progress=False, **options_of(job, keep))
         found.save(f"{sys.argv[2]}/{place}-{name}-{dist.get_rank()}.safetensors")
 dist.destroy_process_group()
 """
