@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query
-from explaind_track.core.rng import replayed_random_state
-from explaind_track.core.step import Batch, State, Step
+from explaind_track.core.step import Batch, Step
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature
@@ -200,10 +199,9 @@ def _output_count(source: RepeatableSteps, model: nn.Module, outputs: Outputs, d
 
 def _as_trained(model: nn.Module, step: Step, batch: Batch, outputs: Outputs) -> Tensor:
     """The outputs of the batch as they were in training: with its parameters, buffers and random numbers."""
-    buffers = {name: value.clone() for name, value in step.before.buffers.items()}
-    with torch.no_grad(), replayed_random_state(batch.random_state):
-        found: Tensor = Functional(model)(
-            State(step.before.parameters, buffers), lambda module: outputs(module, batch.data)
+    with torch.no_grad():
+        found: Tensor = Functional(model).replay(
+            step.before, batch.random_state, lambda module: outputs(module, batch.data)
         )
     return found
 

@@ -17,15 +17,42 @@ from explaind_track.core.step import State, Step
 
 @dataclass(frozen=True)
 class Quadrature:
-    """How a step is integrated: Gauss–Legendre nodes, doubled from `nodes` to at most `max_nodes` until the step's
-    residual ‖remainder‖₂ / ‖change‖₂ (over queries × outputs) is at most `tolerance`, or at its rounding floor.
+    """How finely φ_s^test = ∫₀¹ ∇_θ f_{θ_s(t)} dt is integrated along a step (Thm. 3.1).
 
-    `Quadrature.fixed(n)` always takes n nodes. Raises ValueError unless 1 ≤ nodes ≤ max_nodes.
+    By Gauss–Legendre nodes, whose number is doubled until the step's residual ‖remainder‖₂ / ‖change‖₂ (over queries ×
+    outputs) is at most `tolerance`, or at the floor that float rounding sets. A step's cost grows with its nodes; on
+    networks with kinks (ReLU) the residual falls slowly with them, yet sums over many steps are good with one or two.
+
+    Raises:
+        ValueError: Unless 1 ≤ nodes ≤ max_nodes.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Quadrature, Query, StepObserver, explain
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> observer = StepObserver(optimizer, dict(model.named_parameters()))
+        >>> x = torch.randn(8, 3).double()
+        >>> model(x).square().mean().backward()
+        >>> observer.before({})
+        >>> optimizer.step()
+        >>> step = observer.after(0, {})
+        >>> def residual(quadrature):
+        ...     influence = explain([step], model, Query.outputs(x), quadrature=quadrature, progress=False)
+        ...     return float(influence.residual[0])
+        >>> f"{residual(Quadrature.fixed(1)):.0e}", f"{residual(Quadrature.fixed(2)):.0e}"
+        ('6e-04', '6e-07')
+        >>> residual(Quadrature(tolerance=1e-9)) <= 1e-9
+        True
     """
 
     tolerance: float = 1e-3
+    """The residual at which refinement stops; 0: never before `max_nodes` or the rounding floor."""
     nodes: int = 1
+    """Nodes to begin with."""
     max_nodes: int = 64
+    """Nodes to end with at the latest."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= self.max_nodes:
@@ -33,6 +60,16 @@ class Quadrature:
 
     @classmethod
     def fixed(cls, nodes: int) -> "Quadrature":
+        """Always the same number of nodes, whatever residual they leave.
+
+        Args:
+            nodes: At least 1; 1 is the midpoint of each step.
+
+        Example:
+            >>> from explaind_track import Quadrature
+            >>> Quadrature.fixed(4)
+            Quadrature(tolerance=0.0, nodes=4, max_nodes=4)
+        """
         return cls(tolerance=0.0, nodes=nodes, max_nodes=nodes)
 
 
@@ -46,15 +83,16 @@ def gauss_legendre(nodes: int) -> tuple[tuple[float, float], ...]:
     networks the error still falls with the eighth power of the count, where midpoints' falls with the second.
     """
     panels = -(-nodes // 4)
-    found: list[tuple[float, float]] = []
+    pairs: list[tuple[float, float]] = []
     start = 0.0
     for panel in range(panels):
         count = nodes // panels + (panel < nodes % panels)
         width = count / nodes
         points, weights = np.polynomial.legendre.leggauss(count)
-        found += zip((start + width * (points + 1) / 2).tolist(), (width * weights / 2).tolist(), strict=True)
+        # from [−1, 1] to [start, start + width]
+        pairs += zip((start + width * (points + 1) / 2).tolist(), (width * weights / 2).tolist(), strict=True)
         start += width
-    return tuple(found)
+    return tuple(pairs)
 
 
 def interpolate(step: Step, time: float) -> State:
@@ -105,14 +143,18 @@ class Terms:
         over the nodes; where there is none (one node, a linear path), to its size; and where all terms are 0, evenly.
         Shares of parts stay as they are.
         """
-        parts = self.influence if all(owned) else self.influence[[place for place, own in enumerate(owned) if own]]
+        parts = self.influence if all(owned) else self.influence[[place for place, part in enumerate(owned) if part]]
         self.remainder = self.change + parts.sum((0, 1)) + self.rounding
         if self.spread is None:
             return
+
+        # Var_t J = Σ_t w_t J_t² − Ψ², of parts alone, and what rounding makes of a variance that is 0
         mask = parts.new_tensor(owned)[:, None, None, None].expand_as(self.influence)
         size = self.influence.abs() * mask
         variance = (self.spread - self.influence.square()).clamp(min=0) * mask
         noise = size.square() * (16 * torch.finfo(size.dtype).eps)
+
+        # Ψ ← Ψ − share / Σ share · remainder
         share = torch.where(_total(variance - noise) > 0, variance, size)
         share = torch.where(_total(share) > 0, share, mask)
         self.influence = self.influence - share / _total(share) * self.remainder
@@ -123,8 +165,8 @@ class Terms:
 
     def copy(self) -> "Terms":
         """The same terms in tensors of their own, to be added to."""
-        own = {name: value.clone() for name, value in vars(self).items() if name != "spread"}
-        return Terms(**own, spread=None)
+        copies = {name: value.clone() for name, value in vars(self).items() if name != "spread"}
+        return Terms(**copies, spread=None)
 
     def __iadd__(self, other: "Terms") -> "Terms":
         """Adds another step's terms; `after` becomes that step's."""
@@ -135,4 +177,5 @@ class Terms:
 
 
 def _total(terms: Tensor) -> Tensor:
+    """The sum over parts and groups, in a shape that broadcasts over them."""
     return reduce(terms, "p g x o -> 1 1 x o", "sum")

@@ -82,15 +82,17 @@ class PerSampleGradients:
         self._refuse_batch_statistics()
         total = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
         losses, norms = [], []
+
         for rows in self._chunks(state, batch):
             gradients, loss = self._vmapped(state, batch, rows)
             weight = batch.weights(loss)[rows]
             squares = torch.zeros_like(loss)
             for name, gradient in gradients.items():
-                total[name] += einsum(gradient, weight, "n ..., n -> ...")
-                squares += gradient.reshape(len(gradient), -1).square().sum(1)
+                total[name] += einsum(gradient, weight, "n ..., n -> ...")  # Σ_k w_k ∇L_k
+                squares += gradient.reshape(len(gradient), -1).square().sum(1)  # ‖∇L_k‖²
             losses.append(loss)
             norms.append(squares.sqrt())
+
         return total, torch.cat(losses), torch.cat(norms)
 
     def _chunks(self, state: State, batch: Batch) -> list[slice]:
@@ -99,11 +101,12 @@ class PerSampleGradients:
         return cuts(0, batch.size, size)
 
     def _vmapped(self, state: State, batch: Batch, rows: slice) -> tuple[dict[str, Tensor], Tensor]:
+        """Of some samples, each without the others: their gradients, (n, *shape) by parameter, and losses (n,)."""
         chunk = tree_slice(batch.data, rows.start, rows.stop)
         return sample_gradients(self._functional, self._losses.sample_loss, state, chunk)
 
     def _one_by_one(self, state: State, batch: Batch, rows: slice) -> dict[str, Tensor]:
-        """Of some samples in the company of the whole batch: a reverse pass for each."""
+        """The gradients of some samples in the company of the whole batch: a reverse pass for each."""
         losses = self._losses.at(state, batch)
         with differentiable_attention():
             return vjp_rows(lambda moved: losses(moved)[rows], dict(state.parameters))
@@ -115,12 +118,16 @@ class PerSampleGradients:
         leaves = {name: state.parameters[name].detach().requires_grad_() for name in parameters}
         with torch.enable_grad(), differentiable_attention():
             losses = self._losses.at(state, batch)(leaves)
+
+        # L → Jᵀ (w · 1[part]), for one part after the other
         sums = [
             torch.autograd.grad(
                 losses, list(leaves.values()), weight * (parts == part), retain_graph=True, allow_unused=True
             )
             for part in present
         ]
+
+        # None where the losses do not depend on a parameter
         return {
             name: torch.stack([torch.zeros_like(leaf) if total[place] is None else total[place] for total in sums])
             for place, (name, leaf) in enumerate(leaves.items())
@@ -136,43 +143,38 @@ class PerSampleGradients:
 
     # ------------------------------------------------- products
 
-    def products(
-        self,
-        state: State,
-        batch: Batch,
-        directions: Tensors,
-        groups: Groups,
-        parts: tuple[Tensor, int] | None = None,
-    ) -> Tensor:
+    def products(self, state: State, batch: Batch, directions: Tensors, groups: Groups) -> Tensor:
         """`w_k ⟨direction, ∇L_k⟩` restricted to each group, (G, R, N).
 
         directions: (R, *shape) by parameter; entries too small to count may be set to 0.
-        parts: for each sample the part of a partition that it is in, (N,), and the number of parts P: the sums over
-        them, (G, R, P), which may come cheaper than the samples themselves.
         """
-        self.stands_alone(state, batch)
         example = next(iter(directions.values()))
-        weight = batch.weights(example)
-        passes = len(example) * len(groups)
+        many = len(example) * len(groups) > FORWARD_DIRECTIONS
+        products = None
+        if self.stands_alone(state, batch) and many and self._vectorized:
+            products = self._reverse(state, batch, directions, groups)
+        if products is None:
+            products = self._forward(state, batch, directions, groups)
+        return products * batch.weights(example)
 
-        places = torch.empty(0) if parts is None else parts[0].to(example.device)
-        if parts is not None:
-            present = places.unique()
-            if len(present) < passes:
-                _drop_specks(directions)
-                sums = self._part_gradients(state, batch, weight, places, present, directions)
-                products = _multiply(directions, sums, groups)
-                return products.new_zeros(*products.shape[:2], parts[1]).index_copy(2, present, products)
+    def products_by_part(
+        self, state: State, batch: Batch, directions: Tensors, groups: Groups, parts: Tensor, count: int
+    ) -> Tensor:
+        """The sums of these products over the parts of a partition, (G, R, P), which may come cheaper than they do.
 
-        values = None
-        if passes > FORWARD_DIRECTIONS and self._alone and self._vectorized:
-            values = self._reverse(state, batch, directions, groups)
-        if values is None:
-            values = self._forward(state, batch, directions, groups)
-        values = values * weight
-        if parts is None:
-            return values
-        return values.new_zeros(*values.shape[:2], parts[1]).index_add_(2, places, values)
+        parts: the part that each sample is in, (N,); count: P, the number of parts.
+        """
+        example = next(iter(directions.values()))
+        parts = parts.to(example.device)
+        present = parts.unique()
+        if len(present) >= len(example) * len(groups):
+            products = self.products(state, batch, directions, groups)
+            return products.new_zeros(*products.shape[:2], count).index_add_(2, parts, products)
+
+        _drop_specks(directions)
+        sums = self._part_gradients(state, batch, batch.weights(example), parts, present, directions)
+        products = _multiply(directions, sums, groups)
+        return products.new_zeros(*products.shape[:2], count).index_copy(2, present, products)
 
     def _forward(self, state: State, batch: Batch, directions: Tensors, groups: Groups) -> Tensor:
         """⟨direction, ∇L_k⟩, (G, R, N): the losses' derivatives in each group's directions."""
@@ -180,12 +182,15 @@ class PerSampleGradients:
         at_once = self._directions_at_once(state, batch)
         example = next(iter(directions.values()))
         products: list[Tensor] = []
+
         with differentiable_attention():
             for names in groups.values():
                 tangents = {name: directions[name] for name in names if name in directions}
                 if not tangents:
                     products.append(batch.weights(example).new_zeros(len(example), batch.size))
                     continue
+
+                # v → J v of the vector of losses: ⟨v, ∇L_k⟩ for all k
                 primals = {name: state.parameters[name] for name in tangents}
                 pieces = [
                     self._functional.jvp(losses, primals, _rows_of(tangents, rows), together=bool(self._alone))
@@ -195,6 +200,7 @@ class PerSampleGradients:
         return torch.stack(products)
 
     def _directions_at_once(self, state: State, batch: Batch) -> int:
+        """How many the memory allows; only where every sample stands alone may they share a pass at all."""
         if not self._alone:
             return 1
         if not self._activation_bytes:

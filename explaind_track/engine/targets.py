@@ -48,18 +48,19 @@ def some_outputs(query: Query, start: int, stop: int) -> Query:
 
 def output_count(model: nn.Module, query: Query) -> int:
     """O, the targets of one input."""
-    one = query.rows(0, 1, next(model.parameters()).device)
+    first = query.rows(0, 1, next(model.parameters()).device)
     with evaluation(model), torch.no_grad():
-        return int(one(model).shape[1])
+        return int(first(model).shape[1])
 
 
 def check_query(model: nn.Module, query: Query) -> None:
     """Raises ValueError if the query's targets cannot be differentiated with respect to the model's parameters."""
     parameters = {name: value.detach().requires_grad_() for name, value in parameters_of(model).items()}
     device = next(iter(parameters.values())).device
-    one = query.rows(0, 1, device)
+    first = query.rows(0, 1, device)
     with evaluation(model), torch.enable_grad():
-        value: Tensor = Functional(model)(State(parameters, buffers_of(model)), one)
+        value: Tensor = Functional(model)(State(parameters, buffers_of(model)), first)
+
     if not value.dtype.is_floating_point:
         raise ValueError(f"the query's target is of type {value.dtype}: only real numbers have a derivative")
     if not value.requires_grad:

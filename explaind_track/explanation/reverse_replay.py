@@ -224,12 +224,15 @@ class ReverseSweep:
         """Returns what the batch's samples and all groups make of the gradient's influence together, (A·R,)."""
         count = target.shape[-1]
         chosen = places >= 0
-        parts = (torch.where(chosen, places, count), count + 1) if self._samples.partition else None
-        values = self._gradients.products(step.before, batch, directions, self._groups, parts)
+        if self._samples.partition:
+            parts = torch.where(chosen, places, count)
+            values = self._gradients.products_by_part(step.before, batch, directions, self._groups, parts, count + 1)
+        else:
+            values = self._gradients.products(step.before, batch, directions, self._groups)
 
         # A: acting steps, G: groups, x: queries, o: outputs, N: samples, or parts and behind them the rest
         found = values.unflatten(1, (self._tile.slots, *target.shape[2:4])).movedim(1, 0).to(target)  # (A, G, x, o, N)
-        if parts is not None:
+        if self._samples.partition:
             target += found[..., :count]
         else:
             target.index_add_(4, places[chosen], found if bool(chosen.all()) else found[..., chosen])
