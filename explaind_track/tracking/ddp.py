@@ -1,8 +1,8 @@
 """Training in several processes under DistributedDataParallel: rank zero explains, shows and records for all.
 
-Every optimizer sees the mean of the ranks' gradients, so every rank takes the same step, and rank zero's own is the
-run's: its queries explain it without a word from the others. They tell it of their batches, for the record, and of the
-influences of their own samples. In the step, a sample weighs what it weighs in its rank's loss, divided by the ranks.
+Every optimizer sees the mean of the ranks' gradients, so every rank takes the same step, and rank zero explains it
+without a word from the others. They tell it of their batches, for the record, and of the influences of their samples.
+In the step, a sample weighs what it weighs in its rank's loss, divided by the number of ranks.
 """
 
 import sys
@@ -29,6 +29,7 @@ class Ranks:
         self.model: nn.Module = model if self._wrapped is None else without_wrapper(self._wrapped.module)
         """Without its wrappers, DistributedDataParallel's and the compiler's."""
         _refuse_pieces(self.model)
+
         if self._wrapped is not None and dist.get_world_size(self._wrapped.process_group) != distributed.processes():
             raise ValueError(
                 f"the model is trained by {dist.get_world_size(self._wrapped.process_group)} of the "
@@ -53,20 +54,24 @@ class Ranks:
             distributed.add_up(*tensors)
 
     def average(self, gradients: Sequence[Tensor]) -> None:
-        """What DistributedDataParallel does to the gradients after a backward pass of its own, `no_sync()` heeded."""
+        """Does to the gradients what DistributedDataParallel does after a backward pass; nothing in its `no_sync()`."""
         if self._wrapped is not None and self._wrapped.require_backward_grad_sync:
             distributed.add_up(*gradients)
             for gradient in gradients:
                 gradient.div_(self.count)
 
     def at_zero(self, action: Callable[[], Item]) -> Item | None:
-        """What `action` gives on rank zero, None elsewhere. Where it fails, all ranks do, so that none waits."""
+        """Runs `action` on rank zero alone. Returns its result there, None elsewhere.
+
+        Where it fails, all ranks do, so that none waits for the others.
+        """
         found, failure = None, None
         if self.rank == 0:
             try:
                 found = action()
             except Exception as error:
                 failure = error
+
         reason = self.gather(None if failure is None else repr(failure))[0]
         if failure is not None:
             raise failure
@@ -99,11 +104,12 @@ class Ranks:
 
 
 def _known(module: str, name: str) -> tuple[type, ...]:
-    """The class, unless nobody has imported it: then nothing is of it, and half a second of importing is saved."""
+    """A module's class, for isinstance; none where nobody has imported the module, which would take half a second."""
     return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
 def _refuse_pieces(model: nn.Module) -> None:
+    """Raises ValueError for FSDP and tensor parallelism."""
     wrapper = _known("torch.distributed.fsdp", "FullyShardedDataParallel")
     piece = _known("torch.distributed.tensor", "DTensor")
     pieces = [name for name, module in model.named_modules() if isinstance(module, wrapper)]

@@ -1,4 +1,4 @@
-"""What a Tracker computes of every step: influences on each of its queries, and the row of metrics that shows them."""
+"""The explaining of live steps: influences on each query of a Tracker, and the row of metrics that shows them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -55,6 +55,7 @@ class Live:
             raise ValueError(f"auxiliary losses cannot be called {sorted(taken)}: parts of a step have these names")
         if scores is not None and scores not in queries:
             raise ValueError(f"scores names the query {scores!r}; there are {', '.join(queries)}")
+
         self.groups, self._quadrature = groups, quadrature
         self.parts = {name: live_parts(query, auxiliary) for name, query in queries.items()}
         """By query: the names of the parts that a step is split into."""
@@ -71,40 +72,58 @@ class Live:
         """Explains a step. Returns its row of metrics, and what is to be doubted about it."""
         metrics: dict[str, float] = {}
         doubts: list[str] = []
-        for place, (name, explainer) in enumerate(self.explainers.items()):
+        for name, explainer in self.explainers.items():
             row, _ = explainer.add(step)
-            query, parts = explainer.integrator.query, explainer.integrator.parts(step)
-            if place == 0 or not query.is_loss:
-                metrics |= importance_row(parts, list(self.groups), row, "" if place == 0 else name)
-            if query.is_loss:
-                loss = history.LOSS if name == self.losses[0] else name
-                scale = 1.0 if query.reduction == "mean" else 1.0 / query.size
-                metrics |= change_row(parts, list(self.groups), row, scale, loss)
-            for measure, value in explainer.metrics.items():
-                metrics[history.measure_key(name, measure)] = value
-            metrics[history.residual_key(name)] = float(row["residual"])
-            metrics[history.NODES] = explainer.nodes
-            doubts += self._doubt(name, step.number, row)
+            metrics |= self._metrics(name, explainer.integrator.parts(step), row)
+            doubts += self._doubts(name, step.number, row)
         if self.scores is not None:
             self.scores.add(step)
         return metrics, doubts
 
-    def _doubt(self, name: str, number: int, row: Mapping[str, Tensor]) -> list[str]:
+    def _metrics(self, name: str, parts: Sequence[str], row: Mapping[str, Tensor]) -> dict[str, float]:
+        """The numbers of a query; row: the step's, of its explainer."""
+        explainer, first = self.explainers[name], next(iter(self.explainers))
+        query, groups = explainer.integrator.query, list(self.groups)
+
+        # a loss is shown by its signed change, and the first query by its importances whatever it is
+        metrics: dict[str, float] = {}
+        if name == first or not query.is_loss:
+            metrics |= importance_row(parts, groups, row, "" if name == first else name)
+        if query.is_loss:
+            loss = history.LOSS if name == self.losses[0] else name
+            scale = 1.0 if query.reduction == "mean" else 1.0 / query.size
+            metrics |= change_row(parts, groups, row, scale, loss)
+
+        for measure, value in explainer.metrics.items():
+            metrics[history.measure_key(name, measure)] = value
+        metrics[history.residual_key(name)] = float(row["residual"])
+        metrics[history.NODES] = explainer.nodes
+        return metrics
+
+    def _doubts(self, name: str, number: int, row: Mapping[str, Tensor]) -> list[str]:
+        """A sentence, where the residual of a query is above its limit."""
         residual, rule = float(row["residual"]), self._quadrature
         limit = max(rule.tolerance or RESIDUAL_LIMIT, 2 * float(row["residual_floor"]))
         if residual <= limit or float(row["change"].abs().sum()) == 0:
             return []
-        rest = f"the split of '{name}' leaves {residual:.2g} of the change over, more than {limit:.2g}"
-        more = "Tracker(quadrature=Quadrature(tolerance=…, max_nodes=…)) takes more nodes"
-        return [f"step {number}: {rest} ({self.explainers[name].nodes} nodes). {more}"]
+        return [
+            f"step {number}: the split of '{name}' leaves {residual:.2g} of the change over, more than {limit:.2g} "
+            f"({self.explainers[name].nodes} nodes). Tracker(quadrature=Quadrature(tolerance=…, max_nodes=…)) takes "
+            "more nodes"
+        ]
 
     def influence(self, query: str, keep: tuple[str, ...]) -> Influence:
+        """See `Tracker.influence`."""
         if keep not in LIVE_AXES:
             raise ValueError(f"live influences keep {LIVE_AXES[0]} or {LIVE_AXES[1]}, not {keep}; explain() the rest")
         return self.explainers[query].results()[LIVE_AXES.index(keep)]
 
     def parameter_scores(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of the scores so far, for all `parameters`: 0 for those that were never moved."""
         if self.scores is None:
             raise ValueError("parameter scores were not asked for: pass scores= and a query's name to the Tracker")
-        own = self.scores.rows
-        return {n: own[n][0].clone() if n in own else torch.zeros_like(p) for n, p in parameters.items()}
+        rows = self.scores.rows
+        return {
+            name: rows[name][0].clone() if name in rows else torch.zeros_like(parameter)
+            for name, parameter in parameters.items()
+        }

@@ -1,9 +1,11 @@
-"""What a Tracker makes of single training samples: a gradient out of theirs, the check that they are it, and their
-influences. Every rank does its own samples."""
+"""Single training samples, live: a step's gradient made of theirs, the check that they add up to it, their influences.
+
+Every rank does its own samples.
+"""
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -28,11 +30,11 @@ CHECKED_STEPS = 3
 CHECK_EVERY = 500
 
 MISMATCH = 1e-3
-"""By how much (of its norm) the samples' gradients may miss the step's gradient before it is said, in float32."""
+"""The share of its norm by which the samples' gradients may miss the step's gradient before it is said, in float32."""
 
 
 class LiveSamples:
-    """For the samples of one run."""
+    """Differentiates the losses of a run's single samples, step by step."""
 
     def __init__(
         self,
@@ -51,7 +53,10 @@ class LiveSamples:
         self._live, self._ranks, self._map_queries, self._render = live, ranks, map_queries, render
 
     def gradient(self, state: State, batches: StepBatches) -> tuple[dict[str, Tensor], Tensor]:
-        """The last batch's gradient by parameter, from per-sample gradients, and its loss; both are noted."""
+        """The last batch's gradient by parameter, from per-sample gradients, and its loss.
+
+        The loss and the norms of the samples' gradients are noted in `batches`.
+        """
         batch = batches.local[-1]
         gradient, losses, norms = self._samples.gradient_and_norms(state, batch)
         if batch.index is not None:
@@ -63,10 +68,14 @@ class LiveSamples:
     def check(
         self, batches: StepBatches, number: int, state: State, gradients: Tensors, auxiliary: Mapping[str, Tensors]
     ) -> None:
-        """Now and then, whether the samples make up the gradient, once the auxiliary losses are taken out of it."""
+        """Compares, now and then, the sum of the samples' gradients with the step's, less the auxiliary losses'.
+
+        Warns with SampleMismatchWarning. Every rank calls it.
+        """
         due = number < CHECKED_STEPS or number % CHECK_EVERY == 0
         if not due or not batches.of_all_ranks or any(batch.clipped for batch in batches.of_all_ranks):
             return
+
         rest = {name: value.clone() for name, value in gradients.items()}
         for part in auxiliary.values():
             for name, value in part.items():
@@ -80,9 +89,8 @@ class LiveSamples:
         if self._ranks.rank == 0:
             _compare(total, rest, number)
 
-    def influences(self, batches: StepBatches, step: Step) -> tuple[SampleInfluence, Tensor | None]:
-        """Of all ranks' samples on the first loss query; and where a map is wanted, how much they changed the losses of
-        its first single queries, (queries, samples)."""
+    def explain(self, batches: StepBatches, step: Step) -> "StepSamples":
+        """The influences of all ranks' samples on the first loss query; every rank calls it."""
         local = replace(step, batches=tuple(batches.local))
         integrator = self._live.explainers[self._live.losses[0]].integrator
         query, nodes = integrator.query, integrator.nodes(step)
@@ -91,29 +99,50 @@ class LiveSamples:
             mean = Features(integrator.functional, replace(query, reduction="mean"), integrator.memory)
             return {name: rows.sum(0) for name, rows in mean.of(step, nodes).items()}
 
-        samples = SampleInfluence.of(self._samples, local, features(query))
-        samples = SampleInfluence.together(self._ranks.gather(samples))
+        mine = SampleInfluence.of(self._samples, local, features(query))
+        samples = SampleInfluence.together(self._ranks.gather(mine))
         if not self._map_queries:
-            return samples, None
+            return StepSamples(samples, batches.norms, None, self._render)
 
         # input by input: the features of several at once would take a copy of the parameters for each
         device = next(iter(step.before.parameters.values())).device
         singles = [query.rows(row, row + 1, device) for row in range(min(self._map_queries, query.size))]
         rows = torch.stack([through_own_step(self._samples, local, features(single)) for single in singles])
-        return samples, -torch.cat(self._ranks.gather(rows), dim=1)
+        changes = -torch.cat(self._ranks.gather(rows), dim=1)
+        return StepSamples(samples, batches.norms, changes, self._render)
 
-    def draw(self, batches: StepBatches, samples: SampleInfluence, changes: Tensor | None) -> dict[str, Any]:
-        """The panels of what `influences` has found."""
-        drawn: dict[str, Any] = {history.SAMPLES: sample_panels.sample_table(samples, batches.norms, self._render)}
-        if changes is not None:
-            order = sample_panels.most_influential(samples)
-            drawn[history.SAMPLE_MAP] = sample_panels.sample_map(changes[:, order], samples.index[order])
-            drawn[history.QUERY_COSINES] = sample_panels.cosine_map(changes)
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The samples of a single step, of all ranks, explained."""
+
+    influences: SampleInfluence
+    """On the first loss query."""
+    norms: Mapping[int, float]
+    """By training index: the norms of the samples' gradients, where they are known."""
+    changes: Tensor | None
+    """How much the samples changed the losses of single queries, (queries, samples), where a map is wanted."""
+    render: Callable[[int], Any] | None
+
+    @property
+    def own_step(self) -> float:
+        """How much all of them changed the query's loss through this step's gradient alone."""
+        return -float(self.influences.influence.sum())
+
+    def draw(self) -> dict[str, Any]:
+        """The panels."""
+        table = sample_panels.sample_table(self.influences, self.norms, self.render)
+        drawn: dict[str, Any] = {history.SAMPLES: table}
+        if self.changes is not None:
+            order = sample_panels.most_influential(self.influences)
+            index = self.influences.index[order]
+            drawn[history.SAMPLE_MAP] = sample_panels.sample_map(self.changes[:, order], index)
+            drawn[history.QUERY_COSINES] = sample_panels.cosine_map(self.changes)
         return drawn
 
 
 def _compare(total: Tensors, gradients: Tensors, number: int) -> None:
-    """Compares `Σ_k w_k ∇L_k` with the gradients the optimizer is about to use; warns with SampleMismatchWarning."""
+    """Warns where `total`, `Σ_k w_k ∇L_k`, is not the gradients that the optimizer is about to use."""
     off = sum(float((total[name] - gradient).square().sum()) for name, gradient in gradients.items()) ** 0.5
     norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
     if off > MISMATCH * norm:

@@ -25,8 +25,10 @@ def most_influential(samples: SampleInfluence) -> Tensor:
 def sample_table(
     samples: SampleInfluence, norms: Mapping[int, float], render: Callable[[int], Any] | None = None
 ) -> Table:
-    """The training samples that changed the query's loss most through this step's own gradient. render: from a sample's
-    index to its image."""
+    """The training samples that changed the query's loss most through this step's gradient.
+
+    norms: of their gradients, by index; render: from a sample's index to its image.
+    """
     order = most_influential(samples)
     columns = ["sample", "change of the query's loss", "weight", "loss", "gradient norm"]
     rows: list[list[Any]] = [
@@ -46,16 +48,20 @@ def sample_table(
 
 
 def sample_map(rows: Tensor, index: Tensor) -> bytes:
-    """How much the step's most influential samples changed the loss of single queries: rows (queries, samples), as a
-    PNG."""
+    """A PNG of how much the step's most influential samples changed the losses of single queries.
+
+    rows: the changes (queries, samples); index: the samples' (samples,).
+    """
     from explaind_track.analysis import plots
 
     return _png(plots.sample_map(rows.numpy(), index.tolist()))
 
 
 def cosine_map(rows: Tensor) -> bytes:
-    """How alike the step's samples changed the losses of two queries: the cosines of rows (queries, samples), as a
-    PNG."""
+    """A PNG of how alike the step's samples changed the losses of two queries.
+
+    rows: the changes (queries, samples), whose cosines are drawn.
+    """
     from explaind_track.analysis import plots
 
     unit = torch.nn.functional.normalize(rows, dim=1)

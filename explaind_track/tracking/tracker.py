@@ -127,6 +127,7 @@ class Tracker(StepCalls):
         self.optimizer, self.every, self.samples_every = optimizer, every, samples_every
         self.groups = resolve_groups(groups, parameters)
         self.quadrature = quadrature or Quadrature.fixed(1)
+        """With `parts`, what `explain` has to be told to give the same numbers from the record."""
         self.run = run if ranks.rank == 0 else None
         self._observer = StepObserver(optimizer, parameters)
 
@@ -235,18 +236,12 @@ class Tracker(StepCalls):
             metrics: Numbers by key, such as `test/accuracy`; a row goes to W&B and into the record together.
 
         Example:
-            >>> import tempfile, torch
-            >>> from pathlib import Path
+            >>> import torch
             >>> from explaind_track import Query, Tracker
-            >>> from explaind_track.record.history import read_rows
             >>> model = torch.nn.Linear(4, 3)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> directory = tempfile.TemporaryDirectory()
-            >>> tracker = Tracker(model, optimizer, queries={}, trajectory=directory.name)
+            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4))})
             >>> tracker.log({"test/accuracy": 0.5})
-            >>> tracker.finish()
-            >>> read_rows(Path(directory.name))
-            [{'train/step': 0, 'test/accuracy': 0.5}]
         """
         self._row |= metrics
 
@@ -268,7 +263,6 @@ class Tracker(StepCalls):
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4))})
             >>> tracker.finish()
-            >>> optimizer.step()  # nobody watches any more
         """
         for hook in self._hooks:
             hook.remove()
@@ -313,8 +307,6 @@ class Tracker(StepCalls):
 
     def parts(self, query: str) -> tuple[str, ...]:
         """The names of the parts that a step is split into on the query.
-
-        With them and `quadrature`, `explain` gives the same numbers from the record.
 
         Args:
             query: The query's name.
@@ -410,14 +402,10 @@ class Tracker(StepCalls):
             self._row |= row
             for doubt in doubts:
                 self._outputs.panels.alert("Large residual", doubt)
-        if self.samples_due and self._samples is not None and step.batches:
-            self._explain_samples(self._samples, step)
 
-    def _explain_samples(self, live_samples: LiveSamples, step: Step) -> None:
-        batches = self._watch.batches
-        samples, changes = live_samples.influences(batches, step)
-        self._row[history.SAMPLES_OWN_STEP] = -float(samples.influence.sum())
-        if self._outputs.seen:
-            self._outputs.panels.attempt(
-                "draw the samples", lambda: self._row.update(live_samples.draw(batches, samples, changes))
-            )
+        # every rank has samples of its own
+        if self.samples_due and self._samples is not None and step.batches:
+            shown = self._samples.explain(self._watch.batches, step)
+            self._row[history.SAMPLES_OWN_STEP] = shown.own_step
+            if self._outputs.seen:
+                self._outputs.panels.attempt("draw the samples", lambda: self._row.update(shown.draw()))
