@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
@@ -38,7 +39,7 @@ class StepWatch:
         self._writer, self._auxiliary = writer, auxiliary
         self._mark_nonfinite, self._stopwatch = mark_nonfinite, stopwatch
         self.open = False
-        """Between `begin` and `end`."""
+        """Whether a step is going on, between `begin` and `end`."""
         self.taken = False
         """Whether the optimizer has taken the step."""
         self.skipped = False
@@ -50,7 +51,7 @@ class StepWatch:
         self._auxiliary_gradients: dict[str, dict[str, Tensor]] = {}
 
     def begin(self) -> None:
-        """As the step begins, before anything random is drawn for it."""
+        """Begins to watch a step, before anything random is drawn for it. Raises RuntimeError if one is open."""
         if self.open:
             raise RuntimeError("tracker.step() is open already; close it before the next step")
         self._ranks.refuse_uneven_steps()
@@ -63,13 +64,18 @@ class StepWatch:
         self.open = False
 
     def before(self, number: int, arguments: Sequence[Any]) -> None:
-        """Right before the optimizer takes step `number`; arguments: those of its `step`."""
+        """Takes in what step `number` starts from and is made of, right before the optimizer takes it.
+
+        arguments: those of the optimizer's `step`. Raises RuntimeError or ValueError for a step that cannot be
+        explained, with the parameters still as they were.
+        """
         if not self.open:
             raise RuntimeError("the optimizer took a step outside of `with tracker.step():`; put it inside")
         if self.taken:
             raise RuntimeError("the optimizer took two steps in one tracker.step(); give each its own")
         if any(callable(argument) and argument is not self._observer.optimizer for argument in arguments):
             raise ValueError("optimizer.step(closure) has its gradient too late to be seen; call the closure before it")
+
         self.skipped = self._scaler_found_overflow()
         if self.skipped:
             return
@@ -97,7 +103,7 @@ class StepWatch:
                 self._writer.before(number, self._buffers)
 
     def after(self, number: int) -> Step:
-        """Right behind the optimizer's step: the step that it took, proved and recorded. It holds until `settle`."""
+        """Proves and records the step that the optimizer has just taken. It holds until `settle`."""
         buffers = {name: buffer.detach() for name, buffer in buffers_of(self._model).items()}
         step = self._observer.after(number, buffers, self.batches.of_all_ranks)
         with self._stopwatch.timed("trajectory"):
@@ -107,18 +113,19 @@ class StepWatch:
         return step
 
     def settle(self) -> None:
-        """The step has served; the next one may begin."""
+        """Lets go of the step, which has served."""
         self._observer.settle()
 
     def _scaler_found_overflow(self) -> bool:
-        """A GradScaler leaves an overflowed step out; a fused optimizer is told of it, and has to do so itself."""
+        """Whether a GradScaler has told a fused optimizer, which unscales by itself, to leave the step out."""
         found = getattr(self._observer.optimizer, "found_inf", None)
         return found is not None and bool(found)
 
     def _gradients(self) -> dict[str, Tensor]:
+        """Those that the optimizer is about to use."""
         gradients = self._observer.gradients()
         scale = getattr(self._observer.optimizer, "grad_scale", None)
-        if scale is not None:  # of a GradScaler whose optimizer unscales by itself
+        if scale is not None:  # a GradScaler's, whose optimizer unscales by itself
             gradients = {name: gradient / scale for name, gradient in gradients.items()}
         return gradients
 
@@ -135,6 +142,23 @@ class StepWatch:
                 if gradient is not None
             }
         return found
+
+
+def hook_optimizer(
+    optimizer: torch.optim.Optimizer, before: Callable[[tuple[Any, ...], bool], None], after: Callable[[], None]
+) -> list[RemovableHandle]:
+    """Has each step of the optimizer call `before(arguments, compiled)` and `after()`; returns the hooks.
+
+    arguments: those of its `step`; compiled: whether that is.
+    """
+    # where the optimizer's step is compiled, these calls are, but not what is called
+    plain_before, plain_after = torch.compiler.disable(before), torch.compiler.disable(after)
+    return [
+        optimizer.register_step_pre_hook(
+            lambda _, args, options: plain_before((*args, *options.values()), torch.compiler.is_compiling())
+        ),
+        optimizer.register_step_post_hook(lambda *_: plain_after()),
+    ]
 
 
 def _nonfinite(gradients: Tensors) -> list[str]:

@@ -28,7 +28,7 @@ from explaind_track.tracking.live import LIVE_AXES, Live
 from explaind_track.tracking.live_samples import LiveSamples
 from explaind_track.tracking.outputs import Outputs, begin_record
 from explaind_track.tracking.step_calls import StepCalls
-from explaind_track.tracking.step_watch import StepWatch
+from explaind_track.tracking.step_watch import StepWatch, hook_optimizer
 from explaind_track.tracking.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -163,14 +163,7 @@ class Tracker(StepCalls):
         self._outputs = Outputs(self.run, writer, [*history.SECTIONS, *queries], configuration(self, queries))
         self.staging_mb = 0.0
         """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
-        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
-        self._hooks = [
-            # where the optimizer's step is compiled, these calls are, but not what is called
-            optimizer.register_step_pre_hook(
-                lambda _, args, options: before((*args, *options.values()), torch.compiler.is_compiling())
-            ),
-            optimizer.register_step_post_hook(lambda *_: after()),
-        ]
+        self._hooks = hook_optimizer(optimizer, self._before, self._after)
         if record is not None:
             self._catch_up(record)
 
@@ -189,8 +182,6 @@ class Tracker(StepCalls):
         """Wall time so far: `training` (inside of step contexts but outside of the Tracker), `influence`
         (explaining) and `trajectory` (recording)."""
         return self._stopwatch.seconds
-
-    # ------------------------------------------------------------- in the loop
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -251,10 +242,10 @@ class Tracker(StepCalls):
         return bool(self.samples_every) and self.number % self.samples_every == 0  # type: ignore[operator]
 
     def finish(self) -> None:
-        """Ends the record, removes the hooks and logs the trajectory as an artifact of the run.
+        """Ends the record, removes the hooks and logs the trajectory as an artifact of the run. Influences can still be
+        asked for.
 
-        Waits until W&B has confirmed it, or gives up after ten minutes; then a warning names what is missing and the
-        command that sends it. Influences can still be asked for.
+        Where W&B has not confirmed it within ten minutes, a warning names what is missing and the command to send it.
 
         Example:
             >>> import torch
@@ -274,8 +265,6 @@ class Tracker(StepCalls):
             self._outputs.end_record(self.number)
         self._ranks.gather(None)  # from here on, every rank finds the trajectory complete
         self.staging_mb = self._outputs.send()
-
-    # ----------------------------------------------------------- what it found
 
     def influence(self, query: str, keep: tuple[str, ...] = LIVE_AXES[0]) -> Influence:
         """The influences of the steps so far on a query.
@@ -364,10 +353,9 @@ class Tracker(StepCalls):
             >>> from explaind_track import Query, Tracker
             >>> model = torch.nn.Linear(4, 3).double()
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> x = torch.ones(2, 4).double()
-            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(x)})
+            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4).double())})
             >>> with tracker.step():
-            ...     model(x).square().mean().backward()
+            ...     model(torch.ones(5, 4).double()).square().mean().backward()
             ...     optimizer.step()
             >>> tracker.residual("test") < 1e-12  # of a linear model, one node leaves nothing over
             True
