@@ -110,7 +110,7 @@ class RecordedSteps(RepeatableSteps):
         return self._trajectory.steps_back(self.start, last, memory)
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
-        return self._trajectory.indices(self.last)
+        return self._trajectory.batches_before(self.last)
 
     def trial(self) -> tuple[Step, float]:
         middle = (self.first + self.last) // 2

@@ -16,7 +16,7 @@ from explaind_track.record.schema import FORMAT
 
 MANIFEST = "manifest.json"
 PATHS = re.compile(r"(keyframes|steps)/\d{8,18}\.safetensors")
-"""What a trajectory's files are called: nothing else is read, and nothing outside of its directory."""
+"""The names of a trajectory's files: nothing else is read, and nothing outside of its directory."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says: the head (see `schema.head_of`), and an entry for each file."""
+    """The content of `manifest.json`: the head (see `schema.head_of`), and an entry for each file."""
 
     head: Mapping[str, Any]
     entries: tuple[Entry, ...]

@@ -55,7 +55,7 @@ def signature(tensors: Tensors) -> dict[str, list[Any]]:
 
 
 def head_of(model: nn.Module, observer: StepObserver) -> dict[str, Any]:
-    """What a manifest says of the run as a whole."""
+    """The head of a manifest: all that it says of the run as a whole."""
     buffers = buffers_of(model)
     everything = parameters_of(model, aliases=True)
     names = {id(parameter): name for name, parameter in observer.parameters.items()}
@@ -113,7 +113,7 @@ def checkpoint_tensors(observer: StepObserver, buffers: Tensors) -> dict[str, Te
 
 
 def share_tensors(observer: StepObserver) -> dict[str, Tensor]:
-    """What parts other than the kernel have of the momentum buffers, by their names in a keyframe."""
+    """The shares of the momentum buffers that belong to parts other than the kernel, by their names in a keyframe."""
     shares = observer.momentum_shares.items()
     return {f"share:{part}:{name}": value for part, held in shares for name, value in held.items()}
 
@@ -129,7 +129,7 @@ def random_state_in(file: TensorFile) -> Tensors:
 
 
 def keyframe_header(observer: StepObserver, continues: bool) -> dict[str, Any]:
-    """What a keyframe holds beside its tensors."""
+    """The header of a keyframe: what it holds beside its tensors."""
     plain: dict[str, dict[str, Any]] = {}
     for name, parameter in observer.parameters.items():
         for key, value in observer.optimizer.state.get(parameter, {}).items():
@@ -180,7 +180,7 @@ def _by_first_word(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a segment holds of one step."""
+    """A step as a segment holds it."""
 
     settings: Settings
     gradients: Tensors

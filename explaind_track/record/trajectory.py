@@ -289,7 +289,7 @@ class Trajectory:
         with self._blaming_the_files():
             return self.read_segment(entry).batches(step)
 
-    def indices(self, last: int) -> Iterator[tuple[int, Batch]]:
+    def batches_before(self, last: int) -> Iterator[tuple[int, Batch]]:
         """Every batch before step `last`, with the number of its step."""
         with self._blaming_the_files():
             for entry in self.segments:
