@@ -15,12 +15,13 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs import make_job, sample_loss
+from rich.console import Console
 from safetensors.torch import load_file
 from servers import Server
 
 from explaind_track import Influence, Quadrature, Task, Trajectory, explain, open_run
 from explaind_track.analysis import parameter_scores, prune_masks, similarity
-from explaind_track.cli.live_view import Follower, curve
+from explaind_track.cli.live_view import Follower, curve, view
 from explaind_track.cli.main import main
 from explaind_track.cli.report import make_report
 from explaind_track.wandb_io.panels import Panels
@@ -123,6 +124,15 @@ def test_a_long_record_is_followed_from_its_end(tmp_path: Path, monkeypatch: pyt
     found = [row["train/step"] for row in follower.rows]
     assert found == list(range(found[0], 50))
     assert 2 < len(found) < 10
+
+
+def test_show_keeps_the_last_step_that_was_explained() -> None:
+    explained = {"train/step": 0, "kernel/decoder": 0.25, "kernel/total": 0.25, "residual/query": 0.125}
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(view(Path("t"), [explained, {"train/step": 1, "residual/nonfinite": 2}], "running"))
+    assert "decoder" in shown.get()
+    assert "nonfinite" not in shown.get()
 
 
 def test_curves_go_from_the_smallest_to_the_largest() -> None:
