@@ -160,7 +160,8 @@ class Tracker(StepCalls):
 
         # where it is shown
         self._row: dict[str, Any] = {}
-        self._outputs = Outputs(self.run, writer, [*history.SECTIONS, *queries], configuration(self, queries))
+        about = configuration(model, optimizer, self.groups, queries, self.quadrature, every, samples_every)
+        self._outputs = Outputs(self.run, writer, [*history.SECTIONS, *queries], about)
         self.staging_mb = 0.0
         """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
         self._hooks = hook_optimizer(optimizer, self._before, self._after)
