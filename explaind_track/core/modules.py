@@ -15,6 +15,7 @@ def plain_name(name: str) -> str:
     """The name of a tensor of the model as it is without `torch.compile`.
 
     Example:
+        >>> from explaind_track.core.modules import plain_name
         >>> plain_name("_orig_mod.layers.0._orig_mod.weight")
         'layers.0.weight'
     """
