@@ -40,7 +40,7 @@ class Jvp:
             except (RuntimeError, NotImplementedError) as error:
                 first_error = first_error or error
                 continue
-            if first_error is not None:
+            if first_error is not None:  # only now, since an error of the function itself has no way around it
                 self._ways = self._ways[place:]
                 tell_of_fallback(how, first_error)
             return result

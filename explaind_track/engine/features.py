@@ -4,7 +4,7 @@ from torch import Tensor
 
 from explaind_track.core.queries import Query
 from explaind_track.core.step import State, Step
-from explaind_track.core.tensors import size_in_bytes
+from explaind_track.core.tensors import Tensors, size_in_bytes
 from explaind_track.engine.derivatives import vjp_rows
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.memory import QueryChunks
@@ -30,15 +30,19 @@ class Features:
             for start, chunk in self._chunks.cut(self._chunk_size(step), device):
                 for time, weight in gauss_legendre(nodes):
                     state = interpolate(step, time)
-                    gradients = self._gradients(chunk, state, {name: state.parameters[name] for name in step.updates})
-                    for name, rows in gradients.items():
-                        outputs = rows.shape[1]
-                        if name not in total:
-                            total[name] = rows.new_zeros(outputs * len(self.query), *rows.shape[2:])
-                        # a reduced query's chunks are shares of one target, those of any other have rows of their own
-                        first = 0 if self.query.reduction else start * outputs
-                        total[name][first : first + len(rows) * outputs].add_(rows.flatten(0, 1), alpha=weight)
+                    primals = {name: state.parameters[name] for name in step.updates}
+                    self._add(total, start, self._gradients(chunk, state, primals), weight)
         return total
+
+    def _add(self, total: dict[str, Tensor], start: int, gradients: Tensors, weight: float) -> None:
+        """Adds a node's gradients, (x, O, *shape), of the chunk whose first input is `start`."""
+        for name, rows in gradients.items():
+            outputs = rows.shape[1]
+            if name not in total:
+                total[name] = rows.new_zeros(len(self.query) * outputs, *rows.shape[2:])
+            # a reduced query's chunks are shares of one target; those of any other have rows of their own
+            first = 0 if self.query.reduction else start * outputs
+            total[name][first : first + len(rows) * outputs].add_(rows.flatten(0, 1), alpha=weight)
 
     def _chunk_size(self, step: Step) -> int:
         """By their activations where one reverse pass serves all of the chunk, else by their gradients."""
