@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from models import MLP, MODELS, Matrices, Tied, encoder, inputs
@@ -31,11 +30,8 @@ def l1(model: nn.Module) -> Tensor:
     return sum((0.05 * p.abs().sum() for p in model.parameters() if p.requires_grad), torch.zeros(()))
 
 
-def scaled(tensors: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    return {name: tensor * factor for name, tensor in tensors.items()}
-
-
 Make = Callable[[nn.Module], torch.optim.Optimizer]
+"""Makes a model's optimizer."""
 
 
 def optimizer(cls: type[torch.optim.Optimizer], lr: float, **settings: Any) -> Make:
@@ -94,6 +90,7 @@ def mean(*index: int, **special: Any) -> Turn:
     return Turn(index, (1 / len(index),) * len(index), **special)
 
 
+# The loops: what is in each step's batch, and what else happens in it. Samples come again, so that momentum matters.
 FULL = tuple(mean(*range(SAMPLES)) for _ in range(4))
 RAGGED = (mean(0, 1, 2), mean(3, 4, 5, 6), mean(1, 6), mean(5, 2, 0), mean(1, 6))
 WEIGHTED = (
@@ -180,6 +177,8 @@ TARGETS = {
 
 @dataclass(frozen=True, eq=False)
 class Case:
+    """A small training and a question about it, in float64: the oracle's, and as the package sees it."""
+
     id: str
     model: Callable[[], nn.Module] = MLP
     optimizer: Make = ADAMW
@@ -189,13 +188,16 @@ class Case:
     sample_loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = cross_entropy
     dtype: torch.dtype = torch.float64
     auxiliary: Callable[[nn.Module], Tensor] | None = None
+    """A term of the loss that belongs to no sample."""
 
     def make(self, seed: int = 0) -> nn.Module:
+        """The model; of another seed, with other weights."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return self.model().to(self.dtype)
 
     def data(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs and labels."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             x = inputs(self.model, rows)
@@ -229,37 +231,29 @@ class Case:
         found = torch.autograd.grad(self.auxiliary(model), list(learning.values()))
         return {"auxiliary": dict(zip(learning, found, strict=True))}
 
-    def steps(self, first: int = 0) -> Iterator[Step]:
-        """The training's steps, as the package sees them if it watches from step `first` on."""
+    def steps(self, first: int = 0, lasting: bool = False) -> Iterator[Step]:
+        """The training's steps, as the package sees them if it watches from step `first` on; lasting: in tensors of
+        their own."""
         training = self.training()
         model, parameters = training.model, dict(training.model.named_parameters())
         buffers = copies(model.named_buffers())
         observer: StepObserver | None = None
+
         for number, (turn, losses) in enumerate(training.losses()):
             auxiliary = self.auxiliary_gradients(model)
             clip = training.backward(turn, losses)
+
             if number == first:
                 observer = StepObserver(training.optimizer, parameters)
             if observer is not None:
-                observer.before(
-                    buffers, {part: {n: g * clip for n, g in own.items()} for part, own in auxiliary.items()}
-                )
+                clipped = {part: {n: g * clip for n, g in found.items()} for part, found in auxiliary.items()}
+                observer.before(buffers, clipped)
             training.optimizer.step()
-            after = copies(model.named_buffers())
+
+            buffers = copies(model.named_buffers())
             if observer is not None:
-                yield observer.after(number, after, (batch_of(turn, clip, self.dtype),))
-            buffers = after
-
-    def lasting_steps(self, first: int = 0) -> list[Step]:
-        """The same steps, in tensors of their own."""
-        made = StepObserver.after
-
-        def after(self: StepObserver, *arguments: Any) -> Step:
-            return self.lasting(made(self, *arguments))
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(StepObserver, "after", after)
-            return list(self.steps(first))
+                step = observer.after(number, buffers, (batch_of(turn, clip, self.dtype),))
+                yield observer.lasting(step) if lasting else step
 
     def sample_options(self) -> dict[str, Any]:
         """What `explain` needs to know of the training samples."""

@@ -72,7 +72,7 @@ def wanted_influence(oracle: Reference, groups: Groups, parts: Sequence[str] = P
 
 @cache
 def lasting(case: Case) -> list[Step]:
-    return case.lasting_steps()
+    return list(case.steps(lasting=True))
 
 
 def of_samples(case: Case, keep: tuple[str, ...], **options: Any) -> xr.Dataset:

@@ -75,6 +75,8 @@ def plain(run: Run) -> None:
 
 @dataclass
 class Loop:
+    """A training of six steps with a Tracker in it; `id` is its name in tests/README.md."""
+
     id: str
     body: Body = plain
     model: Callable[[], nn.Module] = mlp
@@ -94,6 +96,7 @@ class Loop:
     """Why influences of single samples are, if they are."""
 
     def run(self, **options: Any) -> Run:
+        """Trains; options: more of the Tracker's."""
         torch.manual_seed(0)
         model = self.model().to(self.dtype)
         x, y = self.inputs(), torch.randint(0, 3, (24,))
@@ -103,19 +106,17 @@ class Loop:
             optimizer.zero_grad()
             self.sample_loss(model, (x, y)).mean().backward()
             optimizer.step()
+
         query = self.query(x[:5], y[:5])
-        tracker = Tracker(
-            model,
-            optimizer,
-            queries={"query": query},
-            sample_loss=self.sample_loss,
-            **self.options,
-            **options,
-        )
+        options = {"queries": {"query": query}, "sample_loss": self.sample_loss, **self.options, **options}
+        tracker = Tracker(model, optimizer, **options)
         run = Run(model, optimizer, self.sample_loss, x, y, tracker, query)
         self.body(run)
         tracker.finish()
         return run
+
+
+# ------------------------------------------------------------- batches and weights
 
 
 def ragged(run: Run) -> None:
@@ -168,6 +169,9 @@ def token_mean(run: Run) -> None:
         run.step(index, weight=1.0 / int((run.x[index][:, 1:] != 0).sum()))
 
 
+# ------------------------------------------------------------- what becomes of the gradient
+
+
 def accumulated(run: Run) -> None:
     for index in batches():
         run.step(index[:5], index[5:], weight=1.0 / 8)
@@ -190,6 +194,9 @@ def l1(model: nn.Module) -> Tensor:
 def penalized(run: Run) -> None:
     for index in batches():
         run.step(index, before=lambda: l1(run.model).backward())
+
+
+# ------------------------------------------------------------- optimizers, and what changes on the way
 
 
 def scheduled(make: Callable[[torch.optim.Optimizer], Any]) -> Body:
@@ -229,6 +236,9 @@ def second_layer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model[2].parameters(), lr=0.02)
 
 
+# ------------------------------------------------------------- precision, and steps that are not taken
+
+
 def autocast_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
@@ -257,6 +267,9 @@ def left_out(run: Run) -> None:
             run.backward(index)
             if number != 2:
                 run.optimizer.step()
+
+
+# ------------------------------------------------------------- inputs and outputs that are no tensors
 
 
 def answered(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from explaind_track.analysis import parameter_scores
 def test_scores_are_sums_of_the_influence_tensor(case: Case, part: str) -> None:
     oracle = case.reference(2)
     terms = oracle.influence(oracle.parts()[part]).sum(0)  # D X O
-    steps, model = case.lasting_steps(), case.make(9)
+    steps, model = list(case.steps(lasting=True)), case.make(9)
     for importance, wanted in ((False, terms.sum((1, 2))), (True, terms.abs().sum((1, 2)))):
         for memory in (2**28, 1):
             found = parameter_scores(
