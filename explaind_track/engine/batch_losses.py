@@ -29,14 +29,19 @@ class BatchLosses:
         The function raises ValueError where `sample_loss` does not return one loss for each sample.
         """
 
-        def losses(moved: Tensors) -> Tensor:
-            point = State({**state.parameters, **moved}, state.buffers)
-            values = self.functional.replay(
-                point, batch.random_state, lambda model: self.sample_loss(model, batch.data)
-            )
-            return _one_for_each(values, batch.size)
+        def run(moved: Tensors, use: Callable[[Tensor], Any]) -> Any:
+            def losses(model: nn.Module) -> Any:
+                return use(_one_for_each(self.sample_loss(model, batch.data), batch.size))
 
-        return losses
+            point = State({**state.parameters, **moved}, state.buffers)
+            return self.functional.replay(point, batch.random_state, losses)
+
+        return PointFunction(run)
+
+    def plain(self, state: State, batch: Batch) -> Tensor:
+        """The batch's losses as training computed them, in a pass like training's: with a graph, and by its kernels."""
+        leaves = {name: value.detach().requires_grad_() for name, value in state.parameters.items()}
+        return self.at(state, batch).held(leaves, lambda losses: losses.detach())
 
     def stand_alone(self, state: State, batch: Batch) -> bool:
         """Whether each sample's loss depends on that sample alone, as far as this batch tells: no random number is

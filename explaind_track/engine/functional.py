@@ -13,7 +13,8 @@ from explaind_track.core.modules import uncompiled
 from explaind_track.core.rng import replayed_random_state
 from explaind_track.core.step import State
 from explaind_track.core.tensors import Tensors
-from explaind_track.engine.derivatives import Jvp, PointFunction, tell_of_fallback, vjp_rows
+from explaind_track.engine.derivatives import Jvp, PointFunction, elsewhere, prove_same, tell_of_fallback, vjp_rows
+from explaind_track.engine.renormalizing import renormalizing, written_to_nothing
 
 if TYPE_CHECKING:
     from explaind_track.core.queries import Query
@@ -70,17 +71,23 @@ class Functional:
         self.jvp = Jvp()
         """Finds, for this model, the fastest way to derivatives in some directions."""
         self._holder = self._Holder(model)
+        self._renormalizing = renormalizing(model)
         self._vectorized_queries = True
+        self._queries_proven = False
 
     def __call__(self, state: State, function: Callable[[nn.Module], Any]) -> Any:
         """`function(model)` with the parameters and buffers of `state`; those it lacks stay the model's own."""
         swapped = {f"model.{name}": value for name, value in (*state.buffers.items(), *state.parameters.items())}
-        with uncompiled(self.model):
+        with uncompiled(self.model), written_to_nothing(self._renormalizing):
             return functional_call(self._holder, swapped, (function,))
 
     def at(self, state: State, function: Callable[[nn.Module], Tensor]) -> PointFunction:
         """`function(model)` as a function of some of the parameters, the others as in `state`."""
-        return lambda moved: self(State({**state.parameters, **moved}, state.buffers), function)
+
+        def run(moved: Tensors, use: Callable[[Tensor], Any]) -> Any:
+            return self(State({**state.parameters, **moved}, state.buffers), lambda model: use(function(model)))
+
+        return PointFunction(run)
 
     def value(self, state: State, function: Callable[[nn.Module], Tensor]) -> Tensor:
         """`function(model)` without a graph."""
@@ -98,6 +105,8 @@ class Functional:
         """The gradient of every output of every query with respect to `primals`, (x, O, *shape) each."""
         if self._vectorized_queries:
             try:
+                if not self._queries_proven:
+                    self._prove_vectorized(query, state, primals)
                 return self._vectorized_gradients(query, state, primals)
             except torch.OutOfMemoryError:
                 raise
@@ -111,6 +120,15 @@ class Functional:
             self._vectorized_queries = False
             tell_of_fallback("one query at a time in reverse mode", reason)
         return {name: torch.cat([row[name] for row in rows]) for name in primals}
+
+    def _prove_vectorized(self, query: "Query", state: State, primals: Tensors) -> None:
+        """Compares them for one query, once, with a backward pass. They are taken when the model has its own parameters
+        back, so that a model which looks at them then must be noticed."""
+        single = query.rows(0, 1, next(iter(primals.values())).device)
+        point = State({**state.parameters, **elsewhere(primals)}, state.buffers)
+        moved = {name: point.parameters[name] for name in primals}
+        prove_same(self._vectorized_gradients(single, point, moved), vjp_rows(self.at(point, single), moved))
+        self._queries_proven = True
 
     def _vectorized_gradients(self, query: "Query", state: State, primals: Tensors) -> dict[str, Tensor]:
         def of_one(inputs: object, labels: object) -> dict[str, Tensor]:

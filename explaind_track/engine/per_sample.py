@@ -7,6 +7,7 @@ which a sample's loss depends on that sample alone.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from explaind_track.core.groups import Groups
 from explaind_track.core.step import Batch, State
 from explaind_track.core.tensors import Tensors, cuts, size_in_bytes, tree_in_dims, tree_map, tree_slice
 from explaind_track.engine.batch_losses import BatchLosses, SampleLoss
-from explaind_track.engine.derivatives import tell_of_fallback, vjp_rows
+from explaind_track.engine.derivatives import elsewhere, prove_same, tell_of_fallback, vjp_in, vjp_rows
 from explaind_track.engine.functional import Functional, differentiable_attention
 from explaind_track.engine.memory import MEMORY, activation_bytes
 
@@ -45,6 +46,7 @@ class PerSampleGradients:
         self._memory = memory
         self._alone = alone
         self._vectorized = True
+        self._proven = False
         self._activation_bytes = 0
 
     def losses(self, state: State, batch: Batch) -> Tensor:
@@ -62,9 +64,9 @@ class PerSampleGradients:
 
     def gradients(self, state: State, batch: Batch) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """∇L_k by parameter, (n, *shape), chunk by chunk of the batch's samples."""
-        alone = self.stands_alone(state, batch)
+        fast = self.stands_alone(state, batch) and self._can_vectorize(state, batch)
         for rows in self._chunks(state, batch):
-            yield rows, self._vmapped(state, batch, rows)[0] if alone else self._one_by_one(state, batch, rows)
+            yield rows, self._vmapped(state, batch, rows)[0] if fast else self._one_by_one(state, batch, rows)
 
     def gradient(self, state: State, batch: Batch, share: Tensor | float, parameters: Tensors) -> dict[str, Tensor]:
         """`Σ_k w_k share_k ∇L_k` of the whole batch, run as training did, with respect to the parameters named."""
@@ -100,6 +102,23 @@ class PerSampleGradients:
         size = max(1, min(CHUNK_BYTES, self._memory) // size_in_bytes(state.parameters))
         return cuts(0, batch.size, size)
 
+    def _can_vectorize(self, state: State, batch: Batch) -> bool:
+        """Whether gradients by `vmap` are those of backward passes: looked at once, for one sample, at parameters that
+        the model does not have itself."""
+        if self._vectorized and not self._proven:
+            point = State(elsewhere(state.parameters), state.buffers)
+            first = replace(batch, size=1, data=tree_slice(batch.data, 0, 1))
+            try:
+                plain = vjp_rows(self._losses.at(point, first), point.parameters)
+                prove_same(self._vmapped(point, first, slice(0, 1))[0], plain)
+                self._proven = True
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                self._vectorized = False
+                tell_of_fallback("one direction at a time", error)
+        return self._vectorized
+
     def _vmapped(self, state: State, batch: Batch, rows: slice) -> tuple[dict[str, Tensor], Tensor]:
         """Of some samples, each without the others: their gradients, (n, *shape) by parameter, and losses (n,)."""
         chunk = tree_slice(batch.data, rows.start, rows.stop)
@@ -109,29 +128,18 @@ class PerSampleGradients:
         """The gradients of some samples in the company of the whole batch: a reverse pass for each."""
         losses = self._losses.at(state, batch)
         with differentiable_attention():
-            return vjp_rows(lambda moved: losses(moved)[rows], dict(state.parameters))
+            return vjp_rows(losses.then(lambda values: values[rows]), state.parameters)
 
     def _part_gradients(
         self, state: State, batch: Batch, weight: Tensor, parts: Tensor, present: Tensor, parameters: Tensors
     ) -> dict[str, Tensor]:
         """Σ_{k in part} w_k ∇L_k by parameter, (parts present, *shape): one forward pass, one reverse pass for each."""
-        leaves = {name: state.parameters[name].detach().requires_grad_() for name in parameters}
-        with torch.enable_grad(), differentiable_attention():
-            losses = self._losses.at(state, batch)(leaves)
+        primals = {name: state.parameters[name] for name in parameters}
 
         # L → Jᵀ (w · 1[part]), for one part after the other
-        sums = [
-            torch.autograd.grad(
-                losses, list(leaves.values()), weight * (parts == part), retain_graph=True, allow_unused=True
-            )
-            for part in present
-        ]
-
-        # None where the losses do not depend on a parameter
-        return {
-            name: torch.stack([torch.zeros_like(leaf) if total[place] is None else total[place] for total in sums])
-            for place, (name, leaf) in enumerate(leaves.items())
-        }
+        weights = torch.stack([weight * (parts == part) for part in present])
+        with differentiable_attention():
+            return vjp_in(self._losses.at(state, batch), primals, lambda losses: weights.to(losses))
 
     def _refuse_batch_statistics(self) -> None:
         for name, module in self._functional.model.named_modules():
@@ -150,10 +158,9 @@ class PerSampleGradients:
         """
         example = next(iter(directions.values()))
         many = len(example) * len(groups) > FORWARD_DIRECTIONS
-        products = None
-        if self.stands_alone(state, batch) and many and self._vectorized:
+        if self.stands_alone(state, batch) and many and self._can_vectorize(state, batch):
             products = self._reverse(state, batch, directions, groups)
-        if products is None:
+        else:
             products = self._forward(state, batch, directions, groups)
         return products * batch.weights(example)
 
@@ -171,7 +178,7 @@ class PerSampleGradients:
             products = self.products(state, batch, directions, groups)
             return products.new_zeros(*products.shape[:2], count).index_add_(2, parts, products)
 
-        _drop_specks(directions)
+        directions = _without_specks(directions)
         sums = self._part_gradients(state, batch, batch.weights(example), parts, present, directions)
         products = _multiply(directions, sums, groups)
         return products.new_zeros(*products.shape[:2], count).index_copy(2, present, products)
@@ -179,6 +186,7 @@ class PerSampleGradients:
     def _forward(self, state: State, batch: Batch, directions: Tensors, groups: Groups) -> Tensor:
         """⟨direction, ∇L_k⟩, (G, R, N): the losses' derivatives in each group's directions."""
         losses = self._losses.at(state, batch)
+        plain = None if self._alone else self._losses.plain(state, batch)
         at_once = self._directions_at_once(state, batch)
         example = next(iter(directions.values()))
         products: list[Tensor] = []
@@ -193,7 +201,7 @@ class PerSampleGradients:
                 # v → J v of the vector of losses: ⟨v, ∇L_k⟩ for all k
                 primals = {name: state.parameters[name] for name in tangents}
                 pieces = [
-                    self._functional.jvp(losses, primals, _rows_of(tangents, rows), together=bool(self._alone))
+                    self._functional.jvp(losses, primals, _rows_of(tangents, rows), bool(self._alone), plain)
                     for rows in cuts(0, len(example), at_once)
                 ]
                 products.append(torch.cat(pieces))
@@ -209,19 +217,12 @@ class PerSampleGradients:
             self._activation_bytes = max(1, kept)
         return max(1, self._memory // (2 * self._activation_bytes * batch.size))
 
-    def _reverse(self, state: State, batch: Batch, directions: Tensors, groups: Groups) -> Tensor | None:
-        """The same from the samples' gradients; None where these cannot be taken by `vmap`."""
-        _drop_specks(directions)
+    def _reverse(self, state: State, batch: Batch, directions: Tensors, groups: Groups) -> Tensor:
+        """The same from the samples' gradients."""
+        directions = _without_specks(directions)
         pieces = []
         for rows in self._chunks(state, batch):
-            try:
-                gradients, _ = self._vmapped(state, batch, rows)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError) as error:
-                self._vectorized = False
-                tell_of_fallback("one direction at a time", error)
-                return None
+            gradients, _ = self._vmapped(state, batch, rows)
             pieces.append(_multiply(directions, gradients, groups))
         return torch.cat(pieces, dim=2)
 
@@ -254,7 +255,7 @@ def _rows_of(directions: Tensors, rows: slice) -> dict[str, Tensor]:
 
 def _multiply(directions: Tensors, gradients: Tensors, groups: Groups) -> Tensor:
     """The products of every direction with every gradient by group, (G, R, N); the gradients may be written over."""
-    _drop_specks(gradients)
+    gradients = _without_specks(gradients)
     example = next(iter(directions.values()))
     count = len(next(iter(gradients.values())))
     products = example.new_zeros(len(groups), len(example), count)
@@ -266,13 +267,18 @@ def _multiply(directions: Tensors, gradients: Tensors, groups: Groups) -> Tensor
     return products
 
 
-def _drop_specks(rows: Tensors) -> None:
-    """Sets to 0 what is so far below a tensor's largest entry that its products may be subnormal numbers: no sum in
-    this precision sees those, but a CPU multiplies them a hundred times slower. Gradients of well-learned samples are
-    full of them (modulo-113 Transformer, step 1700, decoder, 200 × 1000 products: 12 s instead of 0.09 s)."""
-    for value in rows.values():
+def _without_specks(rows: Tensors) -> dict[str, Tensor]:
+    """The rows with 0 for what is so far below a tensor's largest entry that its products may be subnormal numbers: no
+    sum in this precision sees those, but a CPU multiplies them a hundred times slower. Gradients of well-learned
+    samples are full of them (modulo-113 Transformer, step 1700, decoder, 200 × 1000 products: 12 s instead of 0.09 s).
+    Tensors that have memory of their own for each entry are written over."""
+    clean = dict(rows)
+    for name, value in rows.items():
         if value.device.type != "cpu" or value.numel() == 0:
             continue
         low, high = value.aminmax()
         limit = torch.finfo(value.dtype).tiny ** 0.5 * max(-float(low), float(high))
+        if 0 in value.stride():  # expanded, as the gradients are of a parameter without a part in the loss
+            clean[name] = value = value.clone(memory_format=torch.contiguous_format)
         torch.ops.aten.hardshrink.out(value, limit, out=value)
+    return clean

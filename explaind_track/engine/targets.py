@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query
+from explaind_track.core.rng import random_state, replayed_random_state
 from explaind_track.core.step import State
-from explaind_track.engine.functional import Functional, evaluation
+from explaind_track.engine.functional import Functional, evaluation, writable
 
 
 def target_of(query: Query, chunk: Query) -> Callable[[nn.Module], Tensor]:
@@ -48,19 +49,36 @@ def some_outputs(query: Query, start: int, stop: int) -> Query:
 
 def output_count(model: nn.Module, query: Query) -> int:
     """O, the targets of one input."""
-    first = query.rows(0, 1, next(model.parameters()).device)
-    with evaluation(model), torch.no_grad():
-        return int(first(model).shape[1])
+    one = query.rows(0, 1, next(model.parameters()).device)
+    parameters = {name: value.detach() for name, value in parameters_of(model).items()}
+    with evaluation(model):
+        return Functional(model).value(writable(State(parameters, buffers_of(model))), one).shape[1]
 
 
 def check_query(model: nn.Module, query: Query) -> None:
-    """Raises ValueError if the query's targets cannot be differentiated with respect to the model's parameters."""
-    parameters = {name: value.detach().requires_grad_() for name, value in parameters_of(model).items()}
+    """Raises ValueError if the query's targets are no differentiable function of the model's parameters."""
+    parameters = {name: value.detach().clone().requires_grad_() for name, value in parameters_of(model).items()}
+    state = writable(State(parameters, buffers_of(model)))
     device = next(iter(parameters.values())).device
-    first = query.rows(0, 1, device)
-    with evaluation(model), torch.enable_grad():
-        value: Tensor = Functional(model)(State(parameters, buffers_of(model)), first)
+    one = query.rows(0, 1, device)
 
+    before = random_state(device)
+    versions = {name: value._version for name, value in (*state.parameters.items(), *state.buffers.items())}
+    with evaluation(model), replayed_random_state(before), torch.enable_grad():
+        value: Tensor = Functional(model)(state, one)
+        drawn = any(not torch.equal(now, before[name]) for name, now in random_state(device).items())
+
+    written = [name for name, v in (*state.parameters.items(), *state.buffers.items()) if v._version != versions[name]]
+    if written:
+        raise ValueError(
+            f"the model writes to its own {', '.join(written[:5])} in the forward pass, also in eval mode, so that "
+            "what it says depends on how often it was asked; let it do so in training mode only (`if self.training:`)"
+        )
+    if drawn:
+        raise ValueError(
+            "the model draws random numbers in eval mode, so that its prediction is no function of its parameters; "
+            "draw them in training mode only (`if self.training:`), or pass them in with the query's inputs"
+        )
     if not value.dtype.is_floating_point:
         raise ValueError(f"the query's target is of type {value.dtype}: only real numbers have a derivative")
     if not value.requires_grad:
