@@ -38,6 +38,7 @@ def test_kernels_times_loss_gradients_are_the_influences(case: Case) -> None:
     assert float(found["mismatch"].max()) < 1e-8
     assert "prediction_change" not in found
     assert float(found["spread"].max()) > 1e-3
+
     for step in lasting(case):
         for batch in step.batches:
             assert batch.index is not None
@@ -69,6 +70,7 @@ def test_with_log_probabilities_it_is_a_kernel_machine(case: Case) -> None:
 def test_steps_are_ranked_and_all_of_them_give_the_prediction(case: Case) -> None:
     oracle, influence = case.reference(1), full(case, 1)
     steps, model, query = lasting(case), case.make(9), case.query()
+
     loss = step_scores(steps, model, query, by="loss")
     size = step_scores(steps, model, by="size")
     check(size, oracle.moved.norm(dim=1))
@@ -76,12 +78,15 @@ def test_steps_are_ranked_and_all_of_them_give_the_prediction(case: Case) -> Non
     shares = step_scores(steps, model, query, by="influence", progress=False)
     kernel, decay = (oracle.influence(oracle.parts()[part]).sum(1).abs() for part in ("kernel", "regularization"))
     check(shares, (kernel + decay).sum((1, 2)))
+
     check(sparse_prediction(influence, range(len(steps))), influence.prediction())
     check(sparse_prediction(influence, []), influence.data["initial"])
+
     best = top_steps(loss, 0.4)
     assert len(best) == round(0.4 * len(steps))
     rest = np.setdiff1d(loss["step"].values, best)
     assert loss.sel(step=best).min() >= loss.sel(step=rest).max()
+
     two = sparse_prediction(influence, [0, 2])
     terms = oracle.influence(oracle.moved).sum(1)[[0, 2]].sum(0)
     buffers = (oracle.after - oracle.between)[[0, 2]].sum(0)

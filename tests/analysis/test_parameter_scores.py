@@ -34,14 +34,17 @@ def test_live_scores_are_those_of_the_record(tmp_path: Path) -> None:
     tracker = job.tracker(trajectory=tmp_path / "t", keyframe_every=4, scores="query")
     job.run(tracker, 9)
     tracker.finish()
+
     trajectory = Trajectory.open(tmp_path / "t")
     live, query = tracker.parameter_scores(), job.queries["query"]
     found = parameter_scores(trajectory, job.model, query, quadrature=Quadrature.fixed(1), progress=False)
+
     kernel = tracker.influence("query").data["influence"].sel(part="kernel").sum("step")
     for name, value in found.items():
         check(live[name], value)
     for group in kernel["group"].values:
         check(sum(live[name].sum() for name in live if name.startswith(f"{group}.")), kernel.sel(group=group))
+
     halves = [
         parameter_scores(trajectory, job.model, query, window=window, quadrature=Quadrature.fixed(1), progress=False)
         for window in ((0, 4), (4, 9))
@@ -56,6 +59,7 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
     job.run(tracker, 3)
     tracker.finish()
     trajectory, query = Trajectory.open(tmp_path / "t"), job.queries["query"]
+
     with pytest.raises(ValueError, match="lasting=True"):
         parameter_scores(trajectory.steps(), job.model, query, importance=True, memory=1, progress=False)
     with pytest.raises(ValueError, match="parts"):

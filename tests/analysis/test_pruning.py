@@ -25,12 +25,14 @@ def test_the_largest_scores_are_kept(keep: float, seed: int) -> None:
     scores = {"a": torch.randint(5, (4, 3)).float(), "b": torch.randn(7), "head": torch.randn(2, 2)}
     masks = prune_masks(scores, keep, exclude=["head"])
     assert masks.keys() == {"a", "b"}
+
     kept = torch.cat([scores[name][mask] for name, mask in masks.items()])
     gone = torch.cat([scores[name][~mask] for name, mask in masks.items()])
     assert abs(len(kept) - keep * 19) <= 0.5
     if len(kept) and len(gone):
         assert kept.min() >= gone.max()
     assert sparsity(masks) == pytest.approx(len(gone) / 19)
+
     by_layer = prune_masks(scores, keep, by="layer")
     for name, mask in by_layer.items():
         assert abs(int(mask.sum()) - keep * mask.numel()) <= 0.5
@@ -78,9 +80,11 @@ def test_evaluation_compares_with_the_whole_model() -> None:
     scores = {name: value.detach().abs() for name, value in model.named_parameters()}
     whole = evaluate_pruning(model, prune_masks(scores, 1.0), x, y)
     assert whole == {"accuracy": whole["accuracy"], "agreement": 1.0, "kl": 0.0, "sparsity": 0.0}
+
     masks = prune_masks(scores, 0.2)
     found = evaluate_pruning(model, masks, x, y)
     assert model.training
+
     chances = model(x).detach().double().softmax(1)
     with pruned(model, masks), torch.no_grad():
         logits = model(x).double()
@@ -89,6 +93,7 @@ def test_evaluation_compares_with_the_whole_model() -> None:
     assert found["accuracy"] == pytest.approx(float((logits.argmax(1) == y).double().mean()))
     assert found["agreement"] == pytest.approx(float((logits.argmax(1) == chances.argmax(1)).double().mean()))
     assert found["kl"] > 0
+
     nothing = evaluate_pruning(model, prune_masks(scores, 0.0), x, y)
     assert nothing["kl"] > found["kl"]
 

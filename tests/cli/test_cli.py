@@ -72,6 +72,7 @@ def test_runs_tells_what_there_is_and_whether_it_goes_on(run: Path, tmp_path: Pa
     tracker = job.tracker(trajectory=tmp_path / "two")
     job.run(tracker, 2)
     shutil.copytree(tmp_path / "two", tmp_path / "killed")
+
     found = {Path(one["run"]).name: one for one in answer("runs", tmp_path)}
     assert {name: one["state"] for name, one in found.items()} == {
         "trajectory": "finished",
@@ -80,6 +81,7 @@ def test_runs_tells_what_there_is_and_whether_it_goes_on(run: Path, tmp_path: Pa
     }
     assert found["trajectory"]["steps"] == 9
     assert found["two"]["optimizer"] == "SGD"
+
     tracker.finish()
     assert "9 steps" in call("runs", tmp_path).output
     (tmp_path / "empty").mkdir()
@@ -211,6 +213,7 @@ def test_pull_makes_a_directory_of_its_own(server: Server, tmp_path: Path) -> No
     job.run(tracker, 6)
     tracker.finish()
     opened.finish()
+
     name = f"dev/project/trajectory-{opened.id}:step-6"
     assert answer("pull", name, tmp_path / "here")["steps"] == 6
     for path in (tmp_path / "here").rglob("*.*"):
@@ -218,6 +221,7 @@ def test_pull_makes_a_directory_of_its_own(server: Server, tmp_path: Path) -> No
     assert answer("verify", f"wandb:{name}", "--replay")["steps"] == 6
     assert (tmp_path / "here" / "history.jsonl").is_file()
     assert len(list((tmp_path / "here" / "media").iterdir())) == 4
+
     done = call("pull", name, tmp_path / "here")
     assert (done.exit_code, "not empty" in done.output) == (1, True)
     done = call("pull", "dev/project/other", tmp_path / "there")
@@ -237,6 +241,7 @@ def test_misuse_and_missing_runs_are_told_apart(tmp_path: Path) -> None:
     ):
         done = call(*arguments)
         assert (done.exit_code, message in done.output) == (code, True), done.output
+
     commands = re.findall(r"^  (\w+)  ", call("--help").output, re.MULTILINE)
     assert {"runs", "show", "pull", "explain", "prune", "similarity", "report", "sync", "verify", "workspace"} <= set(
         commands
@@ -249,11 +254,13 @@ def test_the_workspace_is_saved_with_our_panels(server: Server) -> None:
     pytest.importorskip("wandb_workspaces")
     url = answer("workspace", "dev/project")["url"]
     assert "dev/project" in url
+
     (view,) = server.ask("state")["views"].values()
     sections = json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
     panels = [panel for section in sections for panel in section["panels"]]
     lines = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
     assert {line["xAxis"] for line in lines} == {"train/step"}
+
     keys = ["kernel/head", "kernel/total", "reg/body", "D/tot", "loss/kernel/head", "residual/query", "residual/nodes"]
     shown = {key: [line["chartTitle"] for line in lines if re.search(line["metricRegex"], key)] for key in keys}
     assert shown == {

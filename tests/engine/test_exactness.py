@@ -91,15 +91,18 @@ def check_steps(case: Case, oracle: Reference, first: int, parts: Sequence[str])
 def test_every_choice_of_axes_is_a_sum_of_the_full_array(case: Case) -> None:
     everything = full(case, 1).data
     scale = float(abs(everything["influence"]).max())
+
     for keep, influence in zip(EVERY_KEEP, run(case, *EVERY_KEEP, **fixed(1, parts_of(case))), strict=True):
         data, gone = influence.data, [axis for axis in AXES if axis not in keep]
         steps, cells = (["step"] if "step" in gone else []), [axis for axis in gone if axis != "group"]
         across = ["output"] if "query" in keep else ["query", "output"]
+
         assert influence.kept == keep
         check(data["influence"], everything["influence"].sum(gone), scale)
         signed = everything["influence"].sum([axis for axis in gone if axis in ("step", "group")])
         check(influence.importance(), abs(signed).sum(across), scale)
         check(influence.total_importance(), abs(everything["influence"].sum(["group", *steps])).sum(across), scale)
+
         for name in ("rounding", "buffers", "change", "remainder"):
             check(data[name], everything[name].sum(cells), scale)
         remainder, change = (
@@ -148,12 +151,10 @@ def test_closing_is_exact_where_no_node_sees_a_derivative() -> None:
     weight.grad = torch.full_like(weight, -4.0)
     observer.before({})
     optimizer.step()
-    query, options = (
-        Query.outputs(torch.ones(1, 1, dtype=torch.float64)),
-        {"keep": AXES, "close": True, "progress": False},
-    )
     step = observer.after(0, {})
-    influence = explain([step], model, query, quadrature=Quadrature.fixed(1), **options)
+
+    query = Query.outputs(torch.ones(1, 1, dtype=torch.float64))
+    influence = explain([step], model, query, keep=AXES, close=True, quadrature=Quadrature.fixed(1), progress=False)
     check(influence.data["change"], [[[1.0]]])
     check(influence.total(), [[[-1.0]]])
 

@@ -209,6 +209,7 @@ def test_evaluation_gives_every_module_its_own_mode_back(fails: bool) -> None:
     model[0][0].dropout.train()
     modes = [module.training for module in model.modules()]
     assert len(set(modes)) == 2
+
     try:
         with evaluation(model):
             assert not any(module.training for module in model.modules())
@@ -217,6 +218,7 @@ def test_evaluation_gives_every_module_its_own_mode_back(fails: bool) -> None:
                 raise KeyError("something")
     except KeyError:
         assert fails
+
     assert modes == [module.training for module in model.modules()]
     assert torch.backends.mha.get_fastpath_enabled()
 

@@ -167,6 +167,7 @@ def test_a_trajectory_gives_what_its_steps_give(optimizer: str, tmp_path: Path) 
         "quadrature": Quadrature.fixed(2),
         "progress": False,
     }
+
     query = job.queries["query"]
     steps = list(trajectory.steps(lasting=True))
     from_list = explain(steps, job.model, query, **options).data
@@ -177,6 +178,7 @@ def test_a_trajectory_gives_what_its_steps_give(optimizer: str, tmp_path: Path) 
             rtol=1e-10,
             atol=1e-13,
         )
+
     groups = explain(
         trajectory, job.model, query, keep=("group", "query"), quadrature=Quadrature.fixed(2), progress=False
     )

@@ -68,6 +68,7 @@ def test_a_thousand_steps_arrive_through_failures_and_outages(server: Server, tm
     """30% of the requests fail, and twice the server is away for 5 s."""
     server.faults(fail_rate=0.3)
     retry = {f"WANDB_X_FILE_{what}_RETRY_WAIT_MIN_SECONDS": "0.2" for what in ("STREAM", "TRANSFER")}
+
     process = begin(tmp_path / "out", **retry)
     for fraction in (3, 1.5):
         wait(process, lambda wanted=STEPS / fraction: recorded(tmp_path / "out") >= wanted)
@@ -75,7 +76,9 @@ def test_a_thousand_steps_arrive_through_failures_and_outages(server: Server, tm
         time.sleep(5)
         server.faults(down=False)
     assert process.wait(300) == 0
+
     check(server, tmp_path / "out", tmp_path / "fetched")
+
     faults: dict[str, Any] = server.ask("stats")["faults"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     print(

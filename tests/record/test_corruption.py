@@ -59,12 +59,14 @@ def damage(directory: Path, count: int, seed: int) -> None:
     chance = random.Random(seed)
     files = [directory / "manifest.json", *sorted(directory.rglob("*.safetensors"))]
     contents = {path: path.read_bytes() for path in files}
+
     for trial in range(count):
         path = chance.choice(files)
         content = bytearray(contents[path])
         chance.choice(DAMAGE)(content, chance)
         if bytes(content) == contents[path]:
             continue
+
         path.write_bytes(content)
         try:
             with pytest.raises(TrajectoryError):
@@ -118,6 +120,7 @@ def test_forged_files_do_no_harm(recorded: Path, tmp_path: Path) -> None:
         directory = tmp_path / f"{trial}"
         shutil.copytree(recorded, directory)
         path = chance.choice(sorted(directory.rglob("*.safetensors")))
+
         content = bytearray(path.read_bytes())
         length = int.from_bytes(content[:8], "little")
         head = content[: 8 + length]
@@ -125,6 +128,7 @@ def test_forged_files_do_no_harm(recorded: Path, tmp_path: Path) -> None:
         path.write_bytes(head + content[8 + length :])
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         forge(directory, str(path.relative_to(directory)), size=path.stat().st_size, sha256=sha256)
+
         try:
             for step in Trajectory.open(directory).steps():
                 assert step.number < 11

@@ -37,6 +37,7 @@ def job(
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1)
     x, y = torch.randn(24, 4), torch.randint(0, 3, (24,))
+
     tracker = Tracker(
         model,
         optimizer,
@@ -47,6 +48,7 @@ def job(
         keyframe_every=5,
         resume=resume,
     )
+
     while tracker.number < STEPS:
         before_step(tracker)
         for group in optimizer.param_groups:
@@ -59,6 +61,7 @@ def job(
             loss.backward()
             tracker.clip_grad_norm_(0.5)
             optimizer.step()
+
     tracker.finish()
     return tracker
 

@@ -113,6 +113,7 @@ def test_batches_come_back_with_their_indices_and_each_index_set_once(tmp_path: 
             (sample_loss(job.model, (job.x, job.y)) * weight).sum().backward()
             job.optimizer.step()
     tracker.finish()
+
     trajectory = Trajectory.open(tmp_path / "t")
     for step in range(5):
         (batch,) = trajectory.batches(step)
@@ -219,9 +220,11 @@ def test_damage_to_the_manifest_is_found(recorded: tuple[Path, Influence, dict[s
         manifest.write_text(json.dumps(altered))
         with pytest.raises(TrajectoryError, match=message):
             Trajectory.open(recorded[0])
+
     manifest.write_text(json.dumps(content)[:-20])
     with pytest.raises(TrajectoryError, match="is torn"):
         Trajectory.open(recorded[0])
+
     manifest.unlink()
     with pytest.raises(TrajectoryError, match="no trajectory"):
         Trajectory.open(recorded[0])
@@ -278,14 +281,17 @@ def test_a_killed_run_leaves_a_whole_trajectory(tmp_path: Path) -> None:
         "job = make_job(); tracker = job.tracker(trajectory=sys.argv[1], keyframe_every=5)\n"
         "job.run(tracker, 100000)\n"
     )
+
     directory = tmp_path / "t"
     command = [sys.executable, "-c", script, str(directory)]
     process = subprocess.Popen(command, env=child_environment())
+
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and Manifest.read(directory, missing_ok=True).steps < 15:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
     trajectory = Trajectory.open(directory)
     assert len(trajectory) >= 15
     assert len(list(trajectory.steps())) == len(trajectory)

@@ -137,6 +137,7 @@ def in_one_process(loop: str, directory: Path) -> Tracker:
     """The same global batches, as micro-batches of one process."""
     job = job_of(loop)
     tracker = tracker_of(job, job.model, directory, loop)
+
     for number in range(STEPS):
         with tracker.step():
             job.optimizer.zero_grad()
@@ -150,6 +151,7 @@ def in_one_process(loop: str, directory: Path) -> Tracker:
                         (sample_loss(job.model, batch).sum() * weight).backward()
             job.optimizer.step()
         job.schedule.step()
+
     tracker.finish()
     save(tracker, directory)
     return tracker

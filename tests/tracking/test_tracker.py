@@ -82,9 +82,11 @@ def test_the_first_query_owns_the_plain_panels(tmp_path: Path) -> None:
     tracker = job.tracker(groups={"first": "0.*", "last": "2.*"}, trajectory=tmp_path / "t")
     tracker.log({"note": 3.0})
     job.run(tracker, 4)
+
     found = rows(tmp_path / "t")
     influence = tracker.influence("query")
     assert [row["train/step"] for row in found] == [0, 1, 2, 3]
+
     for number, row in enumerate(found):
         importance = influence.importance().sel(step=number)
         assert row["kernel/first"] == pytest.approx(float(importance.sel(part="kernel", group="first")))
@@ -96,6 +98,7 @@ def test_the_first_query_owns_the_plain_panels(tmp_path: Path) -> None:
         assert row["residual/query"] == pytest.approx(float(influence.residual.sel(step=number)))
         parts = sum(row[f"loss/{part}/total"] for part in ("kernel", "reg"))
         assert parts == pytest.approx(row["loss/change"], rel=0.05)
+
     assert found[0]["note"] == 3.0
     assert "note" not in found[1]
     assert found[-1]["query/accuracy"] in {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}
@@ -178,6 +181,7 @@ def test_what_buffers_did_is_a_part_of_its_own() -> None:
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
+
     influence = tracker.influence("q", ("query", "output"))
     assert float(abs(influence.data["buffers"]).min()) > 0
     expected = model.eval()(x[:3]).detach()
@@ -223,6 +227,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path: Path) -> None:
     stranger = torch.optim.SGD([nn.Parameter(torch.zeros(7, 2))], lr=0.1)
     decision = Query.function(job.x, lambda output: output.argmax(-1, keepdim=True))
     new = tmp_path / "t"
+
     for action, error, message in (
         (lambda: job.tracker(groups={"last": "2.*"}, trajectory=new), ValueError, r"no group: 0\.weight, 0\.bias"),
         (

@@ -54,14 +54,17 @@ def same_files(one: Path, other: Path) -> bool:
 def test_it_is_sent_while_it_grows_and_each_file_once(server: Server, tmp_path: Path) -> None:
     _, _, run = train(tmp_path, 12, pause=0.1)
     run.finish()
+
     collection = server.ask("state")["collections"][f"{run.entity}/project/trajectory-{run.id}"]
     assert len(collection["versions"]) >= 4
     assert {"latest", "final", "step-12"} <= collection["aliases"].keys()
     assert collection["aliases"]["final"] == collection["versions"][-1]
+
     sent = server.requests("PUT blob")
     for path in (tmp_path / "t").rglob("*.safetensors"):
         content = path.read_bytes()
         assert sent.count(f"PUT blob/{hashlib.md5(content).hexdigest()} {len(content)}") == 1
+
     artifact = wandb.Api().artifact(name_of(run).removeprefix("wandb:"))
     assert artifact.metadata["steps"] == 12
     assert artifact.metadata["finished"]
@@ -181,10 +184,12 @@ def test_results_are_artifacts_that_descend_from_the_trajectory(server: Server, 
     log_result(run, tmp_path / "influence.safetensors", "influence", uses=Trajectory.open(name_of(run)))
     found = open_influence(f"wandb:{run.entity}/project/influence-{run.id}")
     xr.testing.assert_identical(found.data, influence.data)
+
     for kind, name, content in (("masks", "masks.safetensors", b"masks"), ("figure", "figure.png", b"\x89PNG")):
         (tmp_path / name).write_bytes(content)
         log_result(run, tmp_path / name, kind, uses=name_of(run).removeprefix("wandb:"))
         assert fetch_result(f"{run.entity}/project/{kind}-{run.id}").read_bytes() == content
+
     this = wandb.Api().run(f"{run.entity}/project/{run.id}")
     assert {artifact.type for artifact in this.used_artifacts()} == {"trajectory"}
     assert {artifact.type for artifact in this.logged_artifacts()} == {"trajectory", "influence", "masks", "figure"}

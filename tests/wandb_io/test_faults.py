@@ -76,12 +76,15 @@ def test_an_outage_at_the_end_is_repaired(server: Server, tmp_path: Path, monkey
         tracker.finish()
     run.finish()
     wandb.teardown()
+
     server.faults(down=False)
     assert len(steps_at(server, path_of(run))) < 10
+
     done = sync(tmp_path / "t", progress=False)
     assert steps_at(server, path_of(run)) == list(range(10))
     assert (done.rows, done.artifact_sent) == (10, True)
     assert len(Trajectory.open(f"wandb:dev/project/trajectory-{run.id}:final")) == 10
+
     again = sync(tmp_path / "t", progress=False)
     assert (again.rows_sent, again.artifact_sent) == (0, False)
     assert steps_at(server, path_of(run)) == list(range(10))
@@ -118,8 +121,10 @@ def test_a_server_that_is_down_at_the_start_gets_the_run_afterwards(server: Serv
     tracker.finish()
     run.finish()
     wandb.teardown()
+
     server.faults(down=False)
     assert sync(tmp_path / "t", progress=False).rows == 7
+
     found = server.history(path_of(run))
     assert [row["train/step"] for row in found] == list(range(7))
     assert ["samples/most_influential" in row for row in found] == [number % 3 == 0 for number in range(7)]
@@ -162,11 +167,13 @@ def test_a_picture_that_is_lost_is_named_and_holds_up_nothing_else(
         job.run(tracker, 4)
         tracker.finish()
     run.finish()
+
     lost = tmp_path / "t" / read_rows(tmp_path / "t")[2]["samples/map"]["picture"]
     lost.write_bytes(b"another")
     for _ in range(2):
         with pytest.raises(TrajectoryError, match=r"lacks 1 .*samples/map of step 2"):
             sync(tmp_path / "t", progress=False)
+
     found = server.history(path_of(run))
     assert [row["train/step"] for row in found] == list(range(4))
     assert ["samples/map" in row for row in found] == [True, False, False, False]
@@ -210,8 +217,10 @@ def test_a_full_disk_of_wandb_stops_nothing_and_loses_nothing(
     assert done.returncode == 0, done.stderr
     assert "training goes on" in done.stderr
     assert "explaind-track sync" in done.stderr
+
     kept = list(range(90))
     assert [row["train/step"] for row in read_rows(tmp_path / "t")] == kept
+
     (small_disk / "filler").unlink()
     made = sync(tmp_path / "t", progress=False)
     assert sorted(steps_at(server, made.run)) == kept
@@ -257,6 +266,7 @@ def test_a_killed_run_is_repaired_without_gaps_or_doubles(count: int, server: Se
             (out / str(number)).mkdir(parents=True)
         command = [sys.executable, "-c", KILLED, str(out), *modes]
         driver = subprocess.Popen(command, env=child_environment())
+
         waiting = {number: generator.uniform(0, 1.5) for number in range(len(modes))}
         started: dict[int, float] = {}
         while waiting:
@@ -269,6 +279,7 @@ def test_a_killed_run_is_repaired_without_gaps_or_doubles(count: int, server: Se
                         del waiting[number]
             time.sleep(0.01)
         driver.wait()
+
         for number in range(len(modes)):
             record = out / str(number) / "t"
             assert not is_running(record)
@@ -342,15 +353,18 @@ def test_our_own_full_disk_tears_no_row(small_disk: Path) -> None:
     with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
+
     with pytest.warns(LoggingWarning, match="could not write the history"):
         for step in range(1, 40):
             panels.log({"train/step": step, "a": "x" * 1000, "b": b"a picture"})
+
     (small_disk / "filler").unlink()
     panels.log({"train/step": 40, "b": b"a picture"})
     rows = read_rows(small_disk)
     assert [row["train/step"] for row in (rows[0], rows[-1])] == [0, 40]
     assert len((small_disk / "history.jsonl").read_text().splitlines()) == len(rows) < 40
     assert from_json(rows[-1], small_disk)["b"].read_bytes() == b"a picture"
+
     next((small_disk / "media").iterdir()).write_bytes(b"another")
     with pytest.raises(TrajectoryError, match="was altered"):
         from_json(rows[-1], small_disk)

@@ -143,11 +143,13 @@ def test_samples_are_shown_with_images_and_a_map(server: Server, tmp_path: Path)
         job.run(tracker, 3)
     tracker.finish()
     run.finish()
+
     rows = server.history(f"{run.entity}/project/{run.id}")
     for name in ("samples/map", "samples/query_cosines"):
         assert [row.get(name, {}).get("_type") for row in rows] == ["image-file", None, "image-file"]
     columns = json.loads(next((tmp_path / "wandb").rglob("*.table.json")).read_text())["columns"]
     assert columns[-1] == "image"
+
     assert [tuple(values.shape) for values, _ in maps] == [(3, 8), (3, 5)]
     assert all(len(set(index.tolist())) == len(index) for _, index in maps)
 
