@@ -279,7 +279,11 @@ class Query:
         return replace(self, inputs=tree_map(row, inputs), labels=tree_map(row, labels))
 
     def output(self, model: nn.Module) -> Any:
-        """The output of the model, or of the submodule that is explained."""
+        """The output of the model, or of the submodule that is explained.
+
+        Raises:
+            ValueError: The model has no such submodule, or does not run it exactly once.
+        """
         if self.module is None:
             return self._call(model)
         try:

@@ -265,7 +265,11 @@ class Step:
     validity: Validity = field(default_factory=Validity)
 
     def require_valid(self) -> None:
-        """Raises ValueError if the step's tensors hold the numbers of a later step by now."""
+        """Refuses a step whose tensors hold the numbers of a later step by now.
+
+        Raises:
+            ValueError: They do.
+        """
         if self.validity.over:
             raise ValueError(
                 f"step {self.number} is not valid any more: its tensors were written over when the run went on. Steps "

@@ -150,6 +150,27 @@ def plan_explanation(
     Raises:
         ValueError: As `explain` does, but for a result that does not fit into memory, which `describe()` tells of and
             `run()` refuses.
+
+    Example:
+        >>> import torch
+        >>> from explaind_track import Query, StepObserver, plan_explanation
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> observer, steps = StepObserver(optimizer, dict(model.named_parameters())), []
+        >>> for number in range(5):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(4, 3)).square().mean().backward()
+        ...     observer.before(buffers={})
+        ...     optimizer.step()
+        ...     steps.append(observer.lasting(observer.after(number, buffers={})))
+        >>> plan = plan_explanation(steps, model, Query.outputs(torch.ones(4, 3)), keep=("step", "group", "query"))
+        >>> plan.shape
+        {'part': 2, 'step': 5, 'group': 2, 'query': 4}
+        >>> print(plan.describe())  # doctest: +ELLIPSIS
+        influences: 2 part × 5 step × 2 group × 4 query, 0.0 MB
+        work:       5 steps in 1 pass(es), with about 268 MB
+        time:       about ... s
+        >>> influence = plan.run()
     """
     resolved = resolve_groups(groups, parameters_of(model))
     source = StepSource.of(steps, model, window)
