@@ -1,4 +1,4 @@
-"""The house keeps its order: where files lie, how long they are, what they import, and that bodies have paragraphs."""
+"""The house keeps its order: where files lie, what they import, how long they are; and bodies have paragraphs."""
 
 import ast
 import importlib
@@ -15,14 +15,6 @@ from jobs import ROOT, TESTS
 
 PACKAGE = ROOT / "explaind_track"
 FOLDERS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
-LAYERS = {
-    name: floor
-    for floor, names in enumerate(
-        ["errors", "core", "engine", "record", "explanation", "analysis", "wandb_io", "tracking", "callbacks cli"]
-    )
-    for name in names.split()
-}
-"""Each folder imports only from those before it; the two of the last floor, not from each other."""
 FRAMEWORKS = ("lightning", "transformers")
 MOST_LINES = 400
 LONG_BODY = 15
@@ -87,17 +79,6 @@ def test_a_folders_page_names_every_file(folder: Path) -> None:
     page = (folder / "README.md").read_text()
     names = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
     assert [name for name in names if name not in page and f"`{name.removesuffix('.py')}`" not in page] == []
-
-
-def test_folders_import_only_from_those_before_them() -> None:
-    assert set(LAYERS) == {folder.name for folder in FOLDERS}
-    upwards = []
-    for folder in FOLDERS:
-        allowed = {name for name, floor in LAYERS.items() if floor < LAYERS[folder.name]} | {folder.name}
-        for path in python_files(folder):
-            found = [module.split(".")[1] for module in imported(path) if module.startswith("explaind_track.")]
-            upwards += [f"{path.relative_to(PACKAGE)}: {name}" for name in found if name not in allowed]
-    assert upwards == []
 
 
 def test_no_test_imports_another() -> None:
