@@ -1,0 +1,271 @@
+"""The audit of a run: one of its steps, recomputed the slow and plain way (`plain_step`), beside what the engine says.
+
+It runs on the user's own model, which no list of ours contains, and tells where the two differ and by how much.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from explaind_track.analysis import plain_step
+from explaind_track.core.groups import Groups, GroupSpec, resolve_groups
+from explaind_track.core.queries import Query
+from explaind_track.core.step import Batch, Step
+from explaind_track.core.tensors import tree_map
+from explaind_track.engine.functional import SampleLoss
+from explaind_track.engine.path_integral import Quadrature, gauss_legendre
+from explaind_track.explanation.explain import explain
+from explaind_track.explanation.explainer import Explainer
+from explaind_track.explanation.sample_axis import Data
+
+if TYPE_CHECKING:
+    from explaind_track.record.trajectory import Trajectory
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+"""By how much the two may differ, relative to the largest number of their kind. Float32's rounding is a few 1e-5 of a
+sum whose terms do not cancel; the faults that an audit looks for are of a percent and more."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of number, computed twice."""
+
+    what: str
+    ours: float
+    """The engine's, where the two differ most."""
+    plain: float
+    """The plain one there."""
+    difference: float
+    """|ours − plain|, relative to the largest number of this kind."""
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.difference <= self.allowed  # False for NaN
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The findings of one step; `str()` is a table."""
+
+    step: int
+    findings: tuple[Finding, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return all(finding.ok for finding in self.findings)
+
+    @property
+    def wrong(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if not finding.ok)
+
+    def __str__(self) -> str:
+        width = max(len(finding.what) for finding in self.findings)
+        lines = [
+            f"{'ok' if f.ok else 'WRONG':5} {f.what:{width}}  ours {f.ours:+.6e}  plain {f.plain:+.6e}  "
+            f"differ by {f.difference:.1e} (allowed {f.allowed:.0e})"
+            for f in self.findings
+        ]
+        verdict = "all as it should be" if self.ok else f"{len(self.wrong)} of {len(self.findings)} are wrong"
+        return "\n".join([f"step {self.step}, recomputed in {self.seconds:.1f} s: {verdict}", *lines])
+
+
+def audit_step(
+    step: Step,
+    model: nn.Module,
+    query: Query,
+    *,
+    groups: GroupSpec = None,
+    sample_loss: SampleLoss | None = None,
+    data: Data | None = None,
+    samples: int = 4,
+    targets: int = 4,
+    nodes: int = 8,
+) -> Audit:
+    """Recomputes one step, and compares.
+
+    Args:
+        step: in tensors of its own (`Trajectory.steps(lasting=True)`).
+        model: the module that was trained, in the mode that it was trained in; it is copied and not touched.
+        samples: of the step's training samples, spread over its batches, how many are recomputed by backward passes of
+            their own; needs sample_loss, and data where the record holds indices alone.
+        targets: of the query's targets, how many are recomputed; each takes a backward pass at each node.
+        nodes: Gauss–Legendre nodes, the same for both.
+    """
+    started = perf_counter()
+    resolved = resolve_groups(groups, step.before.parameters)
+    findings = [*_of_groups(step, model, query, resolved, targets, nodes)]
+    if sample_loss is not None and step.batches:
+        findings += _of_samples(step, model, query, sample_loss, data, samples, nodes)
+    return Audit(step.number, tuple(findings), perf_counter() - started)
+
+
+def _of_groups(
+    step: Step, model: nn.Module, query: Query, groups: Groups, targets: int, nodes: int
+) -> Iterator[Finding]:
+    """The predictions at both ends, and Ψ of every part and group for some targets."""
+    keep = ("group", "query", "output")
+    explainer = Explainer(model, query, groups, [keep], quadrature=Quadrature.fixed(nodes))
+    explainer.add(step)
+    ours = explainer.results()[0].data
+    target = _plain_target(query, step)
+
+    before, after = step.before.parameters, step.after.parameters
+    for what, parameters, buffers in (
+        ("prediction before", before, step.before.buffers),
+        ("prediction after", after, step.after.buffers),
+    ):
+        plain = plain_step.predictions(model, parameters, buffers, target).cpu()
+        name = "initial" if what.endswith("before") else "final"
+        yield _finding(what, torch.from_numpy(ours[name].values), plain, step)
+
+    shape = ours["initial"].shape
+    cells = [tuple(map(int, np.unravel_index(place, shape))) for place in _spread(int(np.prod(shape)), targets)]
+    names = [str(part) for part in ours["part"].values]
+    plain = plain_step.group_sums(
+        model, before, after, step.before.buffers, [step.parts[part] for part in names], groups, target,
+        cells, gauss_legendre(nodes),
+    )  # fmt: skip
+    found = torch.from_numpy(ours["influence"].transpose("part", "group", "query", "output").values).double()
+    found = torch.stack([found[..., x, j] for x, j in cells], -1)
+
+    largest = plain.abs().max()
+    for part, name in enumerate(names):
+        for group, label in enumerate(groups):
+            yield _finding(f"{name} through {label}", found[part, group], plain[part, group], step, largest)
+
+
+def _of_samples(
+    step: Step, model: nn.Module, query: Query, loss: SampleLoss, data: Data | None, samples: int, nodes: int
+) -> Iterator[Finding]:
+    """The batches' gradient against the one that the optimizer saw; some samples' influences through this step."""
+    batches = [_with_data(batch, step, data) for batch in step.batches]
+    whole = {name: torch.zeros_like(update.gradient, dtype=torch.float64) for name, update in step.updates.items()}
+    for batch in batches:
+        weight = _weights(batch)
+        slope, _ = plain_step.sample_gradient(
+            model, step.before.parameters, step.before.buffers, loss, batch.data, weight, batch.random_state
+        )
+        for name, total in whole.items():
+            total += slope[name].to(total) * step.updates[name].sign
+
+    seen = {name: update.kernel_gradient().double() for name, update in step.updates.items()}
+    yield _finding("gradient of the batches", _flat(seen), _flat(whole), step)
+
+    named = all(batch.index is not None for batch in batches)
+    if named and not any(batch.clipped for batch in batches):
+        yield from _of_single_samples(step, model, query, loss, data, batches, samples, nodes)
+
+
+def _of_single_samples(
+    step: Step,
+    model: nn.Module,
+    query: Query,
+    loss: SampleLoss,
+    data: Data | None,
+    batches: Sequence[Batch],
+    samples: int,
+    nodes: int,
+) -> Iterator[Finding]:
+    """`Σ_i w_k ⟨(b Q e + d) P φ, ∇L_k(θ_s)⟩` over the places i where the step has sample k."""
+    phi = plain_step.target_gradient(
+        model, step.before.parameters, step.after.parameters, step.before.buffers, _plain_target(query, step),
+        gauss_legendre(nodes),
+    )  # fmt: skip
+    direction = {
+        name: update.adjoint(phi[name].to(update.before)).double() * update.sign for name, update in step.updates.items()
+    }
+
+    indices = torch.cat([batch.index for batch in batches if batch.index is not None])
+    chosen = [int(indices[place]) for place in _spread(len(indices), samples)]
+    chosen = list(dict.fromkeys(chosen))
+    window = (step.number, step.number + 1)
+    ours = explain(
+        [step], model, query, keep=("seen", "sample"), window=window, sample_loss=loss, data=data, samples=chosen,
+        quadrature=Quadrature.fixed(nodes), progress=False,
+    ).data["influence"].sel(seen=step.number)  # fmt: skip
+
+    plain = torch.zeros(len(chosen), dtype=torch.float64)
+    for place, index in enumerate(chosen):
+        for batch in batches:
+            weight = _weights(batch) * (torch.as_tensor(batch.index) == index)
+            if bool(weight.any()):
+                slope, _ = plain_step.sample_gradient(
+                    model, step.before.parameters, step.before.buffers, loss, batch.data, weight, batch.random_state
+                )
+                plain[place] += sum((slope[n] * d.to(slope[n])).sum().cpu() for n, d in direction.items())
+
+    found, largest = torch.from_numpy(ours.values).double(), plain.abs().max()
+    for place, index in enumerate(chosen):
+        yield _finding(f"sample {index}", found[place], plain[place], step, largest)
+
+
+def _finding(what: str, ours: Tensor, plain: Tensor, step: Step, largest: Tensor | None = None) -> Finding:
+    """largest: the number that the difference is relative to; None: the largest of `plain`."""
+    ours, plain = ours.reshape(-1).double().cpu(), plain.reshape(-1).double().cpu()
+    allowed = max(TOLERANCE.get(update.before.dtype, 2e-3) for update in step.updates.values()) if step.updates else 0.0
+
+    size = max(float(plain.abs().max() if largest is None else largest), 1e-300)
+    place = int((ours - plain).abs().argmax())
+    difference = float((ours - plain).abs()[place]) / size
+    return Finding(what, float(ours[place]), float(plain[place]), difference, allowed)
+
+
+def _plain_target(query: Query, step: Step) -> plain_step.Target:
+    """The query's targets (X, O) as a function of the model, without the engine's chunks."""
+    some = next(iter(step.before.parameters.values()))
+    everything = query.rows(0, query.size, some.device)
+
+    def target(model: nn.Module) -> Tensor:
+        values = everything(model)
+        if query.reduction is None:
+            return values
+        total = values.sum(0, keepdim=True)
+        return total if query.reduction == "sum" else total / query.size
+
+    return target
+
+
+def _with_data(batch: Batch, step: Step, data: Data | None) -> Batch:
+    device = next(iter(step.before.parameters.values())).device
+    if batch.data is None:
+        if batch.index is None or data is None:
+            raise ValueError(
+                f"the record holds the indices of step {step.number}'s samples but not the samples; pass data=, a "
+                "function from an index tensor (N,) to the batch of sample_loss"
+            )
+        batch = replace(batch, data=data(batch.index))
+    return replace(batch, data=tree_map(lambda tensor: tensor.to(device), batch.data))
+
+
+def _weights(batch: Batch) -> Tensor:
+    """`w_k`, (N,), float64."""
+    if isinstance(batch.weight, Tensor):
+        return batch.weight.detach().cpu().double()
+    return torch.full((batch.size,), float(batch.weight), dtype=torch.float64)
+
+
+def _flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.flatten().cpu() for value in tensors.values()])
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """So many places, evenly spread over `count` of them."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, wanted))})
+
+
+def audit(
+    steps: "Trajectory | Iterable[Step]",
+    model: nn.Module,
+    query: Query,
+    *,
+    step: int | None = None,
+    **options: Any,
+) -> Audit:
+    raise NotImplementedError
