@@ -1,6 +1,6 @@
-"""One training step recomputed the slow and plain way: deep copies of the model and ordinary autograd, one backward pass
-for each number. No swapped parameters, no `vmap`, no forward mode, and no line of this package: so that its numbers can
-be compared with the engine's, which has all of these.
+"""One training step recomputed the slow and plain way: deep copies of the model, ordinary autograd, and one backward
+pass for each number. No swapped parameters, no `vmap`, no forward mode, and no line of this package, so that its numbers
+can be compared with the engine's, which has all of these.
 
     Ψ(part, Θ_g, x)_j = Σ_t w_t ⟨∇_θ f_{θ(t)}(x)_j, part restricted to Θ_g⟩,   θ(t) = θ_s + t (θ_{s+1} − θ_s)
 """
@@ -26,6 +26,7 @@ def copy_at(model: nn.Module, parameters: Tensors, buffers: Tensors, training: b
 
     Args:
         training: keeps the modes of the model's modules; else all of them are put into eval mode.
+
     """
     copy = deepcopy(model)
     copy.zero_grad()
@@ -82,6 +83,7 @@ def group_sums(
 
     Returns:
         (P, G, C), float64.
+
     """
     sums = torch.zeros(len(parts), len(groups), len(cells), dtype=torch.float64)
     for time, weight in nodes:
@@ -99,7 +101,12 @@ def group_sums(
 
 
 def target_gradient(
-    model: nn.Module, before: Tensors, after: Tensors, buffers: Tensors, target: Target, nodes: Sequence[tuple[float, float]]
+    model: nn.Module,
+    before: Tensors,
+    after: Tensors,
+    buffers: Tensors,
+    target: Target,
+    nodes: Sequence[tuple[float, float]],
 ) -> dict[str, Tensor]:
     """∫₀¹ ∇_θ Σ_x Σ_j f_{θ(t)}(x)_j dt by parameter, float64."""
     total: dict[str, Tensor] = {}
@@ -143,6 +150,7 @@ def sample_gradient(
 
     Args:
         weight: (N,); that of a single sample has one entry that is not 0.
+
     """
     copy = copy_at(model, parameters, buffers, training=True)
     with random_numbers_of(random_state):
