@@ -7,6 +7,7 @@ and loops. What can be made of influences is in `explaind_track.analysis`; what 
 from importlib.metadata import version
 
 from explaind_track import analysis, errors
+from explaind_track.analysis.step_audit import audit
 from explaind_track.core.groups import resolve_groups
 from explaind_track.core.influence import Influence
 from explaind_track.core.observer import StepObserver
@@ -42,6 +43,7 @@ __all__ = [  # noqa: RUF022 (by use)
     "plan_explanation",
     "Influence",
     "open_influence",
+    "audit",
     # extend: optimizers and loops of one's own
     "update_rule",
     "Rule",

@@ -19,7 +19,7 @@ from loops import LOOPS, Loop
 from models import MODELS
 from torch import Tensor
 
-from explaind_track import Quadrature, Trajectory, explain
+from explaind_track import Quadrature, Trajectory, audit, explain
 from explaind_track.errors import ForwardModeFallbackWarning, SampleMismatchWarning
 
 PAGE = Path(__file__).with_name("README.md")
@@ -38,6 +38,9 @@ REFUSED = {
     "sparse gradients": "the gradient of '…' is sparse; use sparse=False in its module",
     "optimizer state loaded on the way": "load first, then make the Tracker",
     "tracker.backward() under batch norm": "normalises with the statistics of its batch, so no sample has a gradient",
+    "activation checkpointing with use_reentrant=True": "use use_reentrant=False (torch recommends it; …)",
+    "a model that draws random numbers in eval mode": "its prediction is no function of its parameters",
+    "a model that writes to its tensors in eval mode": "what it says depends on how often it was asked",
     "samples of a step clipped by value": "what is left of it is no sum over samples",
     "FSDP, tensor parallelism": "parameters are in pieces …; train with DistributedDataParallel instead",
     "DistributedDataParallel.join()": "give all ranks as many batches (a DistributedSampler does), of any size",
@@ -64,14 +67,26 @@ class Measured:
     """By how much the influences of the replayed record differ from the live ones."""
     samples: float
     """By how much the influences of single samples miss their sum, which is known without them."""
+    audit: str = ""
+    """Of the last step: what differs from a plain recomputation, if anything does."""
     refusal: str = ""
 
 
 def measure(loop: Loop, directory: Path) -> Measured:
+    """Trains and takes apart; whatever else warns is an error in the tests."""
+    with warnings.catch_warnings():
+        if loop.slower:
+            warnings.simplefilter("ignore", ForwardModeFallbackWarning)
+        return _measure(loop, directory)
+
+
+def _measure(loop: Loop, directory: Path) -> Measured:
     live = loop.run(trajectory=directory, quadrature=REFINED, keyframe_every=4)
     by_step, by_output = (live.tracker.influence("query", keep) for keep in (("step", "group"), ("query", "output")))
     floor = 4 * by_step.data["residual_floor"] * (loop.dtype is torch.float32)
     final = live.query(live.model.eval()).detach()
+    if live.query.reduction == "sum":
+        final = final.sum(0, keepdim=True)
     missing = (torch.from_numpy(by_output.prediction().values) - final).abs().max() / final.abs().max()
 
     trajectory, model = Trajectory.open(directory), loop.model().to(loop.dtype)
@@ -83,6 +98,7 @@ def measure(loop: Loop, directory: Path) -> Measured:
     def data(index: Tensor) -> Any:
         return loop.data(live.x[index], live.y[index])
 
+    found = audit(trajectory, model, live.query, sample_loss=None if loop.refused else loop.sample_loss, data=data)
     refusal, error = "", float("nan")
     try:
         keep = ("group", "query", "output", "sample")
@@ -97,6 +113,7 @@ def measure(loop: Loop, directory: Path) -> Measured:
         float(missing),
         float(abs(offline.data["influence"] - by_step.data["influence"]).max()),
         error,
+        "" if found.ok else str(found),
         refusal,
     )
 

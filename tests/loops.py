@@ -6,7 +6,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import Answer, Answers, Structured, TiedLayers, Tokens, Twice, batch_norm, dropout, frozen_norm, mlp
+from models import (
+    Answer,
+    Answers,
+    Checkpointed,
+    DroppedEncoder,
+    ReadsItself,
+    Structured,
+    TiedLayers,
+    Tokens,
+    Twice,
+    TwoHeads,
+    batch_norm,
+    dropout,
+    frozen_norm,
+    mlp,
+)
 from torch import Tensor, nn
 
 from explaind_track import Query, Tracker
@@ -92,6 +107,8 @@ class Loop:
     """A batch of these inputs and labels, as `sample_loss` takes it."""
     rounded: bool = False
     """Whether its arithmetic is so coarse that samples miss their sum, which a warning tells."""
+    slower: bool = False
+    """Whether a ForwardModeFallbackWarning tells that a slower way is taken."""
     refused: str = ""
     """Why influences of single samples are, if they are."""
 
@@ -327,6 +344,14 @@ LOOPS = [
     Loop("GradScaler with a skipped step", scaled),
     Loop("step left out", left_out),
     Loop("dropout", model=dropout),
+    Loop("dropout on a transposed activation", model=DroppedEncoder),
+    Loop("activation checkpointing", model=lambda: Checkpointed(use_reentrant=False), slower=True),
+    Loop("activation checkpointing, scalar query", model=lambda: Checkpointed(use_reentrant=False),
+         query=lambda x, y: Query.loss(x, y).sum(), slower=True),
+    Loop("backward pass that reads the module", model=ReadsItself, slower=True),
+    Loop("parameters without a part in the loss", model=TwoHeads),
+    Loop("gradients that are the same for all samples", model=lambda: nn.Sequential(nn.Linear(4, 3)),
+         sample_loss=lambda model, batch: model(batch[0]).sum(1)),
     Loop("batch norm", model=batch_norm, optimizer=nesterov),
     Loop("module in eval mode", model=frozen_norm),
     Loop("tied weights", model=TiedLayers),

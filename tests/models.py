@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 TOKENS = 4
 
@@ -199,3 +200,68 @@ class Structured(nn.Module):
     def forward(self, x: Tensor) -> Any:
         hidden = torch.tanh(self.body(x))
         return self.kind(self.head(hidden), hidden)
+
+
+class DroppedEncoder(nn.Module):
+    """Its attention gives a transposed view, on which a dropout draws its mask in the order of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(
+            4, nhead=2, dim_feedforward=4, dropout=0.3, activation=F.gelu, batch_first=True
+        )
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(torch.stack([x, x.flip(1)], 1)).mean(1))
+
+
+class Checkpointed(nn.Module):
+    """Runs its body again in the backward pass, with the parameters that it has then."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.use_reentrant = use_reentrant
+
+    def body(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.second(torch.tanh(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.body, self.first(x), use_reentrant=self.use_reentrant))
+
+
+class _Scale(torch.autograd.Function):
+    """x · module.scale, whose backward pass asks the module for the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, module: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module = module
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return gradient * ctx.module.scale, (gradient * x).sum(), None
+
+
+class ReadsItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(_Scale.apply(self.first(x), self.scale, self)))
+
+
+class TwoHeads(nn.Module):
+    """Of which the loss sees one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.other = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)))

@@ -4,6 +4,7 @@ from explaind_track.analysis.kernel_machine import kernel_machine
 from explaind_track.analysis.parameter_scores import parameter_scores
 from explaind_track.analysis.pruning import evaluate_pruning, prune_masks, pruned
 from explaind_track.analysis.similarity import sample_cosine, similarity
+from explaind_track.analysis.step_audit import Audit, audit
 from explaind_track.analysis.step_ranking import (
     accuracy_curve,
     extrapolate_first_moment,
@@ -12,7 +13,9 @@ from explaind_track.analysis.step_ranking import (
 )
 
 __all__ = [
+    "Audit",
     "accuracy_curve",
+    "audit",
     "evaluate_pruning",
     "extrapolate_first_moment",
     "kernel_machine",

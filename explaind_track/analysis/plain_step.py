@@ -1,6 +1,6 @@
 """One training step recomputed the slow and plain way: deep copies of the model, ordinary autograd, and one backward
-pass for each number. No swapped parameters, no `vmap`, no forward mode, and no line of this package, so that its numbers
-can be compared with the engine's, which has all of these.
+pass for each number. No swapped parameters, no `vmap`, no forward mode, and no line of this package, so that its
+numbers can be compared with the engine's, which has all of these.
 
     Ψ(part, Θ_g, x)_j = Σ_t w_t ⟨∇_θ f_{θ(t)}(x)_j, part restricted to Θ_g⟩,   θ(t) = θ_s + t (θ_{s+1} − θ_s)
 """
@@ -24,9 +24,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 def copy_at(model: nn.Module, parameters: Tensors, buffers: Tensors, training: bool) -> nn.Module:
     """A deep copy of the model with these values, in float32 where they are of less precision.
 
-    Args:
-        training: keeps the modes of the model's modules; else all of them are put into eval mode.
-
+    training: keeps the modes of the model's modules; else all of them are put into eval mode.
     """
     copy = deepcopy(model)
     copy.zero_grad()
@@ -73,17 +71,12 @@ def group_sums(
     cells: Sequence[tuple[int, int]],
     nodes: Sequence[tuple[float, float]],
 ) -> Tensor:
-    """Ψ of every part and group for some of the targets.
+    """Ψ of every part and group for some of the targets, (P, G, C), float64.
 
-    Args:
-        before, after: the parameters at both ends of the step, by name.
-        parts: what the step is made of, each by parameter.
-        cells: which targets (x, j) are recomputed: C of them.
-        nodes: (t, weight) of the quadrature.
-
-    Returns:
-        (P, G, C), float64.
-
+    before, after: the parameters at both ends of the step, by name.
+    parts: what the step is made of, each by parameter.
+    cells: which targets (x, j) are recomputed, C of them.
+    nodes: (t, weight) of the quadrature.
     """
     sums = torch.zeros(len(parts), len(groups), len(cells), dtype=torch.float64)
     for time, weight in nodes:
@@ -148,9 +141,7 @@ def sample_gradient(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """`Σ_k weight_k ∇L_k` of a batch that is run as training ran it, by parameter (float64), and its losses (N,).
 
-    Args:
-        weight: (N,); that of a single sample has one entry that is not 0.
-
+    weight: (N,); that of a single sample has one entry that is not 0.
     """
     copy = copy_at(model, parameters, buffers, training=True)
     with random_numbers_of(random_state):

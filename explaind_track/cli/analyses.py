@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,32 @@ def similarity(run: str, task: str, settings: tuple[str, ...], out: Path, as_jso
     save_file({"similarity": torch.from_numpy(found.values.copy())}, out, {"groups": json.dumps(groups)})
     content = {"out": str(out), "groups": groups, "queries": found.sizes["query"]}
     tell(as_json, content, f"{out}: {found.sizes['query']} × {found.sizes['query']} for {', '.join(groups)}")
+
+
+@click.command()
+@RUN
+@TASK
+@click.option("--step", type=click.IntRange(min=0), help="The step; the last one if not given.")
+@click.option("--samples", type=click.IntRange(min=0), default=4, show_default=True, help="How many of its samples.")
+@click.option("--targets", type=click.IntRange(min=1), default=4, show_default=True, help="How many of the targets.")
+@AS_JSON
+@report_errors
+def audit(run: str, task: str, step: int | None, samples: int, targets: int, as_json: bool) -> None:
+    """Recompute a step of RUN the slow and plain way, and compare.
+
+    Deep copies of the model and ordinary autograd, a backward pass for each number. TASK as for `explain`. Exits with 1
+    where the numbers differ.
+    """
+    from explaind_track.analysis.step_audit import audit as audit_run
+
+    job = load_task(task, run)
+    found = audit_run(
+        open_trajectory(run), job.model, job.query, step=step, groups=job.groups, sample_loss=job.sample_loss,
+        data=job.data, samples=samples, targets=targets,
+    )  # fmt: skip
+    tell(as_json, {**asdict(found), "ok": found.ok}, str(found))
+    if not found.ok:
+        sys.exit(1)
 
 
 def load_task(name: str, run: str) -> Task:

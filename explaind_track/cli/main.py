@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from explaind_track.cli.analyses import explain, prune, similarity
+from explaind_track.cli.analyses import audit, explain, prune, similarity
 from explaind_track.cli.common import (
     AS_JSON,
     RUN,
@@ -41,7 +41,7 @@ def main() -> None:
     """
 
 
-for command in (explain, prune, similarity):
+for command in (audit, explain, prune, similarity):
     main.add_command(command)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from explaind_track.core.rng import random_state, replayed_random_state
 from explaind_track.core.step import Batch, State
 from explaind_track.core.tensors import Tensors, tree_slice
-from explaind_track.engine.derivatives import PointFunction
+from explaind_track.engine.derivatives import PointFunction, Result, refuse_reentrant
 from explaind_track.engine.functional import Functional, writable
 
 SampleLoss = Callable[[nn.Module, Any], Tensor]
@@ -22,12 +22,17 @@ class BatchLosses:
     def __init__(self, model: nn.Module, sample_loss: SampleLoss) -> None:
         self.functional = Functional(model)
         self.sample_loss = sample_loss
+        self._checked = False
 
     def at(self, state: State, batch: Batch) -> PointFunction:
         """The batch's losses (N,) as a function of some of the parameters, however often they are asked for.
 
-        The function raises ValueError where `sample_loss` does not return one loss for each sample.
+        Raises ValueError for reentrant checkpoints; the function does where `sample_loss` does not return one loss for
+        each sample.
         """
+        if not self._checked:
+            self._checked = True
+            self._run_plainly(state, batch, refuse_reentrant)
 
         def run(moved: Tensors, use: Callable[[Tensor], Any]) -> Any:
             def losses(model: nn.Module) -> Any:
@@ -40,8 +45,12 @@ class BatchLosses:
 
     def plain(self, state: State, batch: Batch) -> Tensor:
         """The batch's losses as training computed them, in a pass like training's: with a graph, and by its kernels."""
+        return self._run_plainly(state, batch, lambda losses: losses.detach())
+
+    def _run_plainly(self, state: State, batch: Batch, use: Callable[[Tensor], Result]) -> Result:
+        """`use(losses)`, in a pass in which all parameters require their gradients."""
         leaves = {name: value.detach().requires_grad_() for name, value in state.parameters.items()}
-        return self.at(state, batch).held(leaves, lambda losses: losses.detach())
+        return self.at(state, batch).held(leaves, use)
 
     def stand_alone(self, state: State, batch: Batch) -> bool:
         """Whether each sample's loss depends on that sample alone, as far as this batch tells: no random number is

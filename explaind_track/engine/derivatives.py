@@ -111,6 +111,24 @@ class Jvp:
         return closest
 
 
+def refuse_reentrant(value: Tensor) -> None:
+    """Raises ValueError for a graph with a reentrant checkpoint in it. Its block is cut off from the graph unless its
+    inputs require gradients, so that a derivative by some of the parameters would miss what goes through it."""
+    met, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in met:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "the model checkpoints activations with use_reentrant=True, which knows no derivatives but those of a "
+                "whole backward pass; use use_reentrant=False (torch recommends it; in transformers: "
+                'gradient_checkpointing_enable({"use_reentrant": False}))'
+            )
+        met.add(node)
+        waiting += [following for following, _ in node.next_functions]
+
+
 def _relative(difference: Tensor, whole: Tensor) -> float:
     return float(difference.norm() / whole.norm().clamp(min=torch.finfo(whole.dtype).tiny))
 

@@ -11,6 +11,7 @@ from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.rng import random_state, replayed_random_state
 from explaind_track.core.step import State
+from explaind_track.engine.derivatives import refuse_reentrant
 from explaind_track.engine.functional import Functional, evaluation, writable
 
 
@@ -79,6 +80,7 @@ def check_query(model: nn.Module, query: Query) -> None:
             "the model draws random numbers in eval mode, so that its prediction is no function of its parameters; "
             "draw them in training mode only (`if self.training:`), or pass them in with the query's inputs"
         )
+    refuse_reentrant(value)
     if not value.dtype.is_floating_point:
         raise ValueError(f"the query's target is of type {value.dtype}: only real numbers have a derivative")
     if not value.requires_grad:

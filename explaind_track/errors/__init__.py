@@ -79,6 +79,15 @@ class SampleMismatchWarning(UserWarning):
     """
 
 
+class AuditWarning(UserWarning):
+    """An audited step's numbers are not those of a plain recomputation with ordinary autograd.
+
+    Given by a Tracker with `audit_every=`; the message names the numbers. Do not believe them, look at the whole table
+    with `audit(tracker, model, query, step=…)`, and tell us of the model: the engine computes something else for it
+    than ordinary autograd does.
+    """
+
+
 class ForwardModeFallbackWarning(UserWarning):
     """Some operation of the model cannot be differentiated the fast way.
 

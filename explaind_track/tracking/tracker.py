@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from explaind_track.core.groups import GroupSpec, resolve_groups
-from explaind_track.core.influence import Influence
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.queries import Query
@@ -24,7 +23,9 @@ from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import KEYFRAME_EVERY
 from explaind_track.tracking.configuration import configuration
 from explaind_track.tracking.ddp import Ranks
-from explaind_track.tracking.live import LIVE_AXES, Live
+from explaind_track.tracking.findings import Findings
+from explaind_track.tracking.live import Live
+from explaind_track.tracking.live_audit import LiveAudit
 from explaind_track.tracking.live_samples import LiveSamples
 from explaind_track.tracking.outputs import Outputs, begin_record
 from explaind_track.tracking.step_calls import StepCalls
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import wandb
 
 
-class Tracker(StepCalls):
+class Tracker(StepCalls, Findings):
     """Watches an optimizer's steps: explains each on the given queries, shows it and records it.
 
     Example:
@@ -77,6 +78,7 @@ class Tracker(StepCalls):
         auxiliary: Mapping[str, Callable[[nn.Module], Tensor]] | None = None,
         resume: bool | int = False,
         scores: str | None = None,
+        audit_every: int | None = None,
     ) -> None:
         """Makes ready to watch; nothing is written where an argument is wrong.
 
@@ -108,6 +110,7 @@ class Tracker(StepCalls):
                 state where its record ends; a number: the loop has put them where that step begins. The loop goes on
                 from `tracker.number`, with its own data order and learning-rate schedule there.
             scores: A query's name: sum up the influence of every single parameter on it (`parameter_scores`).
+            audit_every: Audit every n-th step on the first query (see `audit`), and warn of what differs.
 
         Raises:
             TypeError: For an optimizer without a rule.
@@ -129,6 +132,7 @@ class Tracker(StepCalls):
         self.quadrature = quadrature or Quadrature.fixed(1)
         """With `parts`, what `explain` has to be told to give the same numbers from the record."""
         self.run = run if ranks.rank == 0 else None
+        self.audit_every = audit_every
         self._observer = StepObserver(optimizer, parameters)
 
         # what is computed of each step
@@ -140,6 +144,14 @@ class Tracker(StepCalls):
         if sample_loss is not None:
             seen = ranks.gather(self.run is not None or trajectory is not None)[0]
             samples = LiveSamples(model, sample_loss, self._live, ranks, map_queries if seen else 0, render)
+
+        self._audit = None
+        if audit_every is not None and ranks.rank == 0:
+            if not queries:
+                raise ValueError("audit_every= audits the first of the queries, and there is none: pass queries=")
+            # other ranks' samples are not here
+            loss = sample_loss if ranks.count == 1 else None
+            self._audit = LiveAudit(model, next(iter(queries.values())), self.groups, loss)
 
         # where it is recorded
         if resume is True and ranks.count > 1:
@@ -267,103 +279,6 @@ class Tracker(StepCalls):
         self._ranks.gather(None)  # from here on, every rank finds the trajectory complete
         self.staging_mb = self._outputs.send()
 
-    def influence(self, query: str, keep: tuple[str, ...] = LIVE_AXES[0]) -> Influence:
-        """The influences of the steps so far on a query.
-
-        Args:
-            query: The query's name.
-            keep: The axes that are not summed over: ("step", "group") or ("query", "output").
-
-        Raises:
-            ValueError: For other axes, which `explain` takes from the record.
-            RuntimeError: On other ranks than zero.
-
-        Example:
-            >>> import torch
-            >>> from explaind_track import Query, Tracker
-            >>> model = torch.nn.Linear(4, 3)
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> x = torch.ones(2, 4)
-            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(x)})
-            >>> with tracker.step():
-            ...     model(torch.ones(5, 4)).square().mean().backward()
-            ...     optimizer.step()
-            >>> found = torch.from_numpy(tracker.influence("test", ("query", "output")).prediction().values)
-            >>> torch.allclose(found.float(), model(x))  # the parts add up to what the model says now
-            True
-        """
-        self._ranks.refuse_others()
-        return self._live.influence(query, keep)
-
-    def parts(self, query: str) -> tuple[str, ...]:
-        """The names of the parts that a step is split into on the query.
-
-        Args:
-            query: The query's name.
-
-        Example:
-            >>> import torch
-            >>> from explaind_track import Query, Tracker
-            >>> model, x, y = torch.nn.Linear(4, 3), torch.ones(2, 4), torch.zeros(2, dtype=int)
-            >>> queries = {"test": Query.outputs(x), "loss": Query.loss(x, y).mean()}
-            >>> tracker = Tracker(model, torch.optim.SGD(model.parameters(), lr=0.1), queries=queries)
-            >>> tracker.parts("test"), tracker.parts("loss")
-            (('kernel', 'regularization', 'past'), ('kernel', 'momentum', 'regularization', 'past'))
-        """
-        return self._live.parts[query]
-
-    def parameter_scores(self) -> dict[str, Tensor]:
-        """Ψ_S(θ) of every single parameter, over the steps explained so far, on the query that `scores=` names.
-
-        See `analysis.parameter_scores`, which takes them from a record.
-
-        Returns:
-            By name, tensors of the parameters' shapes.
-
-        Raises:
-            ValueError: If `scores=` was not given.
-            RuntimeError: On other ranks than zero.
-
-        Example:
-            >>> import torch
-            >>> from explaind_track import Query, Tracker
-            >>> model = torch.nn.Linear(4, 3)
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> queries = {"test": Query.outputs(torch.ones(2, 4)).sum()}
-            >>> tracker = Tracker(model, optimizer, queries=queries, scores="test")
-            >>> with tracker.step():
-            ...     model(torch.ones(5, 4)).square().mean().backward()
-            ...     optimizer.step()
-            >>> {name: tuple(scores.shape) for name, scores in tracker.parameter_scores().items()}
-            {'weight': (3, 4), 'bias': (3,)}
-        """
-        self._ranks.refuse_others()
-        return self._live.parameter_scores(self._observer.parameters)
-
-    def residual(self, query: str) -> float:
-        """The residual of the last step that was explained, ‖residual‖₂ / ‖change‖₂ over the query's targets.
-
-        Args:
-            query: The query's name.
-
-        Raises:
-            RuntimeError: On other ranks than zero.
-
-        Example:
-            >>> import torch
-            >>> from explaind_track import Query, Tracker
-            >>> model = torch.nn.Linear(4, 3).double()
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4).double())})
-            >>> with tracker.step():
-            ...     model(torch.ones(5, 4).double()).square().mean().backward()
-            ...     optimizer.step()
-            >>> tracker.residual("test") < 1e-12  # of a linear model, one node leaves nothing over
-            True
-        """
-        self._ranks.refuse_others()
-        return self._live.explainers[query].residual
-
     # --------------------------------------------------------- around the step
 
     def _before(self, arguments: tuple[Any, ...], compiled: bool) -> None:
@@ -391,6 +306,8 @@ class Tracker(StepCalls):
             self._row |= row
             for doubt in doubts:
                 self._outputs.panels.alert("Large residual", doubt)
+            if self._audit is not None and self.audit_every and self.number % self.audit_every == 0:
+                self._audit.look(self._observer.lasting(step))
 
         # every rank has samples of its own
         if self.samples_due and self._samples is not None and step.batches:

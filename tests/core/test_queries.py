@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from cases import TARGETS, Case, Target
 from helpers import AXES, check, fixed, run
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from explaind_track import Explainer, Quadrature, Query, explain
+from explaind_track import Explainer, Quadrature, Query, Tracker, explain
 
 CASE = Case("query")
 X, Y = CASE.data(4, 3)
@@ -171,3 +172,37 @@ def test_axes_and_parts_that_there_are_not_are_refused() -> None:
         explain([], MODEL, Query.outputs(X), progress=False)
     with pytest.raises(ValueError, match="window"):
         explain(CASE.steps(), MODEL, Query.outputs(X), window=(0, 2))
+
+
+class Refused(nn.Module):
+    """A model that is no differentiable function of its parameters, of some kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.kind = nn.Linear(3, 3), kind
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "random":
+            return self.linear(x) + torch.rand(())
+        if self.kind == "writing":
+            self.calls += 1
+            return self.linear(x) * self.calls
+        return checkpoint(self.linear, self.linear(x), use_reentrant=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("random", "draws random numbers in eval mode"),
+        ("writing", "writes to its own calls"),
+        ("reentrant", "use use_reentrant=False"),
+    ],
+)
+def test_models_that_are_no_function_of_their_parameters_are_refused(kind: str, message: str) -> None:
+    model, before = Refused(kind), torch.get_rng_state()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        Tracker(model, optimizer, queries={"q": Query.outputs(torch.randn(2, 3, generator=torch.Generator()))})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert float(model.calls) == 0

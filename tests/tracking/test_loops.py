@@ -23,6 +23,7 @@ def test_a_loop_is_explained_exactly(loop: Loop, tmp_path: Path) -> None:
     assert found.residual <= (1e-6 if exact else 1e-4)
     assert found.prediction <= (1e-8 if exact else 1e-4)
     assert found.offline == 0
+    assert loop.rounded or not found.audit
     if loop.refused:
         assert loop.refused in found.refusal
     else:

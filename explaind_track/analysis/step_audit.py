@@ -18,7 +18,7 @@ from explaind_track.core.groups import Groups, GroupSpec, resolve_groups
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Batch, Step
 from explaind_track.core.tensors import tree_map
-from explaind_track.engine.functional import SampleLoss
+from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.path_integral import Quadrature, gauss_legendre
 from explaind_track.explanation.explain import explain
 from explaind_track.explanation.explainer import Explainer
@@ -94,17 +94,7 @@ def audit_step(
     targets: int = 4,
     nodes: int = 8,
 ) -> Audit:
-    """Recomputes one step, and compares.
-
-    Args:
-        step: in tensors of its own (`Trajectory.steps(lasting=True)`).
-        model: the module that was trained, in the mode that it was trained in; it is copied and not touched.
-        samples: of the step's training samples, spread over its batches, how many are recomputed by backward passes of
-            their own; needs sample_loss, and data where the record holds indices alone.
-        targets: of the query's targets, how many are recomputed; each takes a backward pass at each node.
-        nodes: Gauss–Legendre nodes, the same for both.
-
-    """
+    """Recomputes a step that is at hand, in tensors of its own, and compares; arguments as in `audit`."""
     started = perf_counter()
     resolved = resolve_groups(groups, step.before.parameters)
     findings = [*_of_groups(step, model, query, resolved, targets, nodes)]
@@ -303,25 +293,37 @@ def audit(
     influences of some training samples through this step.
 
     Args:
-        run: a `Trajectory`, or a Tracker that records one.
-        model: the module that was trained, in the mode that it was trained in; it is copied, and not touched.
-        step: which one; None: the last.
-        sample_loss, data: as `explain` takes them; without them, single samples are not recomputed.
-        samples: how many of the step's samples are.
-        targets: how many of the query's targets are, each by a backward pass at each node.
+        run: A `Trajectory`, or a Tracker that records one.
+        model: The module that was trained, in the mode that it was trained in; it is copied, and not touched.
+        query: The targets; some of them are recomputed.
+        step: The step's number; None: the last one.
+        groups: See `resolve_groups`.
+        sample_loss: `(model, batch)` → unreduced losses (N,); None: single samples are not recomputed.
+        data: From an index tensor (N,) to the batch that `sample_loss` takes, where the record holds indices alone.
+        samples: The number of samples that are recomputed, spread over the step's batches.
+        targets: The number of targets that are, each by a backward pass at each node.
         nodes: Gauss–Legendre nodes in the step.
 
     Returns:
         An `Audit`: its `ok`, its `findings`, and as a string the table of them.
 
     Raises:
-        ValueError: for a step outside of the run, a model that is not the one trained, and samples that nobody has.
+        ValueError: For a step outside of the run, a model that is not the one trained, and samples that nobody has.
 
     Example:
-        >>> print(audit(trajectory, model, query, step=3))  # doctest: +SKIP
-        step 3, recomputed in 0.1 s: all as it should be
-        ok    kernel through 0        ours -1.245092e-02  plain -1.245092e-02  differ by 5.2e-17 (allowed 1e-09)
-
+        >>> import tempfile, torch
+        >>> from explaind_track import Query, Tracker, audit
+        >>> _ = torch.manual_seed(0)
+        >>> model, x = torch.nn.Linear(4, 3).double(), torch.randn(8, 4).double()
+        >>> optimizer, directory = torch.optim.AdamW(model.parameters()), tempfile.TemporaryDirectory()
+        >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(x)}, trajectory=directory.name)
+        >>> for _ in range(2):
+        ...     with tracker.step():
+        ...         model(x).square().mean().backward()
+        ...         optimizer.step()
+        >>> tracker.finish()
+        >>> audit(tracker, model, Query.outputs(x), step=1).ok
+        True
     """
     trajectory = run.recorded() if isinstance(run, Recorded) else run
     trajectory.check_model(model)

@@ -1,0 +1,127 @@
+"""What a Tracker has found so far: influences, scores, residuals, and its record."""
+
+from torch import Tensor
+
+from explaind_track.core.influence import Influence
+from explaind_track.core.observer import StepObserver
+from explaind_track.record.trajectory import Trajectory
+from explaind_track.tracking.ddp import Ranks
+from explaind_track.tracking.live import LIVE_AXES, Live
+from explaind_track.tracking.outputs import Outputs
+
+
+class Findings:
+    """The questions that a Tracker answers, at any time in training and after it."""
+
+    _ranks: Ranks
+    _live: Live
+    _observer: StepObserver
+    _outputs: Outputs
+
+    def recorded(self) -> Trajectory:
+        """The record of the steps so far, written through to the disk.
+
+        Raises:
+            ValueError: If there is none: the Tracker was made without `trajectory=`.
+        """
+        if self._outputs.writer is None:
+            raise ValueError("this Tracker records nothing; make it with trajectory=, a directory for the record")
+        self._outputs.writer.flush()
+        return Trajectory.open(self._outputs.writer.directory)
+
+    def influence(self, query: str, keep: tuple[str, ...] = LIVE_AXES[0]) -> Influence:
+        """The influences of the steps so far on a query.
+
+        Args:
+            query: The query's name.
+            keep: The axes that are not summed over: ("step", "group") or ("query", "output").
+
+        Raises:
+            ValueError: For other axes, which `explain` takes from the record.
+            RuntimeError: On other ranks than zero.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query, Tracker
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> x = torch.ones(2, 4)
+            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(x)})
+            >>> with tracker.step():
+            ...     model(torch.ones(5, 4)).square().mean().backward()
+            ...     optimizer.step()
+            >>> found = torch.from_numpy(tracker.influence("test", ("query", "output")).prediction().values)
+            >>> torch.allclose(found.float(), model(x))  # the parts add up to what the model says now
+            True
+        """
+        self._ranks.refuse_others()
+        return self._live.influence(query, keep)
+
+    def parts(self, query: str) -> tuple[str, ...]:
+        """The names of the parts that a step is split into on the query.
+
+        Args:
+            query: The query's name.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query, Tracker
+            >>> model, x, y = torch.nn.Linear(4, 3), torch.ones(2, 4), torch.zeros(2, dtype=int)
+            >>> queries = {"test": Query.outputs(x), "loss": Query.loss(x, y).mean()}
+            >>> tracker = Tracker(model, torch.optim.SGD(model.parameters(), lr=0.1), queries=queries)
+            >>> tracker.parts("test"), tracker.parts("loss")
+            (('kernel', 'regularization', 'past'), ('kernel', 'momentum', 'regularization', 'past'))
+        """
+        return self._live.parts[query]
+
+    def parameter_scores(self) -> dict[str, Tensor]:
+        """Ψ_S(θ) of every single parameter, over the steps explained so far, on the query that `scores=` names.
+
+        See `analysis.parameter_scores`, which takes them from a record.
+
+        Returns:
+            By name, tensors of the parameters' shapes.
+
+        Raises:
+            ValueError: If `scores=` was not given.
+            RuntimeError: On other ranks than zero.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query, Tracker
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> queries = {"test": Query.outputs(torch.ones(2, 4)).sum()}
+            >>> tracker = Tracker(model, optimizer, queries=queries, scores="test")
+            >>> with tracker.step():
+            ...     model(torch.ones(5, 4)).square().mean().backward()
+            ...     optimizer.step()
+            >>> {name: tuple(scores.shape) for name, scores in tracker.parameter_scores().items()}
+            {'weight': (3, 4), 'bias': (3,)}
+        """
+        self._ranks.refuse_others()
+        return self._live.parameter_scores(self._observer.parameters)
+
+    def residual(self, query: str) -> float:
+        """The residual of the last step that was explained, ‖residual‖₂ / ‖change‖₂ over the query's targets.
+
+        Args:
+            query: The query's name.
+
+        Raises:
+            RuntimeError: On other ranks than zero.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query, Tracker
+            >>> model = torch.nn.Linear(4, 3).double()
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4).double())})
+            >>> with tracker.step():
+            ...     model(torch.ones(5, 4).double()).square().mean().backward()
+            ...     optimizer.step()
+            >>> tracker.residual("test") < 1e-12  # of a linear model, one node leaves nothing over
+            True
+        """
+        self._ranks.refuse_others()
+        return self._live.explainers[query].residual
