@@ -16,13 +16,14 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from explaind_track.core.checks import require_int
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.modules import parameters_of
-from explaind_track.core.queries import Query
+from explaind_track.core.queries import Query, require_query
 from explaind_track.core.step import Batch, Step
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.memory import MEMORY
-from explaind_track.engine.path_integral import Quadrature
+from explaind_track.engine.path_integral import Quadrature, require_quadrature
 from explaind_track.engine.targets import check_query
 from explaind_track.explanation.sample_axis import Array, Data, SampleAxis, batches_with_data, choose_indices
 from explaind_track.explanation.sample_plan import SamplePlan
@@ -164,6 +165,9 @@ def kernel_machine(
         >>> found["prediction_change"].shape
         (4, 2)
     """
+    require_query(query)
+    require_quadrature(quadrature)
+    memory = require_int("memory= (bytes)", memory, 1)
     source = StepSource.of(steps, model, window).repeatable()
     check_query(model, query)
     indices = choose_indices(source, data, samples)

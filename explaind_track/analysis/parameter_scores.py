@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from explaind_track.core.checks import require_int
 from explaind_track.core.modules import parameters_of
-from explaind_track.core.queries import Query
+from explaind_track.core.queries import Query, require_query
 from explaind_track.core.step import Step
 from explaind_track.core.tensors import cuts, size_in_bytes
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.memory import MEMORY
-from explaind_track.engine.path_integral import Quadrature
+from explaind_track.engine.path_integral import Quadrature, require_quadrature
 from explaind_track.engine.targets import check_query, kept_targets, output_count, some_outputs
 from explaind_track.explanation.step_source import StepSource, Window
 from explaind_track.record.trajectory import Trajectory
@@ -114,6 +115,9 @@ def parameter_scores(
         >>> bool(sum(score.sum() for score in scores.values()) > 0)  # it is subtracted: the loss fell
         True
     """
+    require_query(query)
+    require_quadrature(quadrature)
+    memory = require_int("memory= (bytes)", memory, 1)
     source = StepSource.of(steps, model, window)
     check_query(model, query)
     chunks = _target_chunks(model, query, memory) if importance else [query]

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from explaind_track.core.checks import as_tensor, require_mapping, require_names, require_number, require_one_of
 from explaind_track.core.faithfulness import faithfulness
 from explaind_track.core.modules import parameters_of
 from explaind_track.engine.functional import evaluation
@@ -54,12 +55,13 @@ def prune_masks(
         >>> prune_masks(scores, keep=0.5, unit="filter")["weight"].tolist()
         [[True, True], [False, False]]
     """
-    if not 0 <= keep <= 1:
-        raise ValueError(f"keep is a fraction between 0 and 1, not {keep}")
-    if by not in get_args(By):
-        raise ValueError(f"units are ranked by one of {get_args(By)}, not by={by!r}")
-    if unit not in get_args(Unit):
-        raise ValueError(f"a unit is one of {get_args(Unit)}, not {unit!r}")
+    keep = require_number("keep= (a fraction)", keep, 0, 1)
+    require_one_of("by=", by, get_args(By))
+    require_one_of("unit=", unit, get_args(Unit))
+    require_mapping("the scores", scores, "those of parameter_scores")
+    scores = {name: as_tensor(f"the score of {name!r}", score) for name, score in scores.items()}
+    if exclude:
+        exclude = require_names("exclude=", exclude, "parameter")
 
     names = _pruned_names(scores, exclude)
     layers = [(name,) for name in names] if unit == "parameter" else _layers(names)
@@ -143,6 +145,7 @@ def pruned(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[nn.Module]
         A context that gives the model.
 
     Raises:
+        TypeError: For masks that are not boolean.
         ValueError: For masks that do not fit the model.
 
     Example:
@@ -157,6 +160,13 @@ def pruned(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[nn.Module]
         7.0
     """
     parameters = parameters_of(model)
+    require_mapping("masks", masks, "those of prune_masks")
+    numbers = [name for name, mask in masks.items() if getattr(mask, "dtype", None) is not torch.bool]
+    if numbers:
+        raise TypeError(
+            f"masks are boolean tensors, True for what is kept; those of {', '.join(numbers[:5])} are not: write "
+            "mask.bool(), or scores > threshold"
+        )
     wrong = [
         f"{name}: mask {tuple(mask.shape)}, parameter {tuple(parameters[name].shape) if name in parameters else None}"
         for name, mask in masks.items()

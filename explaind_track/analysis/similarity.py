@@ -16,9 +16,10 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from explaind_track.core.checks import require_int
 from explaind_track.core.groups import Groups, GroupSpec, resolve_groups
 from explaind_track.core.modules import parameters_of
-from explaind_track.core.queries import Query
+from explaind_track.core.queries import Query, require_query
 from explaind_track.core.step import Step, Update
 from explaind_track.core.tensors import Tensors, cuts, size_in_bytes
 from explaind_track.engine.batch_losses import SampleLoss
@@ -26,7 +27,7 @@ from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.memory import MEMORY
-from explaind_track.engine.path_integral import Quadrature
+from explaind_track.engine.path_integral import Quadrature, require_quadrature
 from explaind_track.engine.per_sample import PerSampleGradients
 from explaind_track.engine.targets import check_query, output_count, some_outputs
 from explaind_track.explanation.sample_axis import Array, Data, SampleAxis, choose_samples
@@ -101,8 +102,11 @@ def similarity(
         >>> found.sel(group="all").values.diagonal().round(6).tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
+    require_query(query)
     if query.reduction:
         raise ValueError(f"similarity compares inputs, but the query is reduced to its {query.reduction}")
+    require_quadrature(quadrature)
+    memory = require_int("memory= (bytes)", memory, 1)
     source = StepSource.of(steps, model, window).repeatable()
     check_query(model, query)
     chosen = choose_samples(source, sample_loss, data, samples)

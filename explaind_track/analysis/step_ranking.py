@@ -11,12 +11,13 @@ import xarray as xr
 from torch import nn
 from tqdm import tqdm
 
+from explaind_track.core.checks import require_finite, require_int, require_number, require_one_of, whole_numbers
 from explaind_track.core.faithfulness import faithfulness
 from explaind_track.core.influence import Influence
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
 from explaind_track.engine.functional import Functional, evaluation
-from explaind_track.engine.path_integral import Quadrature
+from explaind_track.engine.path_integral import Quadrature, require_quadrature
 from explaind_track.engine.targets import target_of
 from explaind_track.explanation.explain import explain
 from explaind_track.explanation.step_source import StepSource, Window
@@ -73,8 +74,8 @@ def step_scores(
         >>> int(scores.idxmax("step"))  # plain gradient descent slows down
         0
     """
-    if by not in get_args(By):
-        raise ValueError(f"steps are ranked by one of {get_args(By)}, not by={by!r}")
+    require_one_of("by=", by, get_args(By))
+    require_quadrature(quadrature)
     score: Callable[[Step], float]
     if by == "size":
         score = _size
@@ -112,8 +113,8 @@ def _change(step: Step, model: nn.Module, query: Query) -> float:
 def top_steps(scores: xr.DataArray, fraction: float) -> np.ndarray:
     """The numbers of the fraction of steps with the largest scores, in their order. Raises ValueError for a fraction
     outside of 0 to 1."""
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction is between 0 and 1, not {fraction}")
+    fraction = require_number("fraction", fraction, 0, 1)
+    require_finite("the scores", torch.from_numpy(np.asarray(scores.values, dtype=np.float64)))
     count = round(fraction * scores.sizes["step"])
     order = np.argsort(-scores.values, kind="stable")[:count]
     return np.sort(scores["step"].values[order])
@@ -156,13 +157,12 @@ def sparse_prediction(influence: Influence, steps: Sequence[int] | np.ndarray) -
         True
     """
     _require_single_steps(influence)
-    lacking = sorted({int(step) for step in steps} - set(influence.data["step"].values.tolist()))
+    kept = whole_numbers("steps", steps, some=False)
+    lacking = sorted(set(kept) - set(influence.data["step"].values.tolist()))
     if lacking:
         raise ValueError(f"the influence does not have the steps {lacking[:10]}")
 
-    total, buffers = (
-        values.sel(step=list(steps)).sum("step") for values in (influence.total(), influence.data["buffers"])
-    )
+    total, buffers = (values.sel(step=kept).sum("step") for values in (influence.total(), influence.data["buffers"]))
     return (influence.data["initial"] - total + buffers).rename("sparse_prediction")
 
 
@@ -243,6 +243,7 @@ def extrapolate_first_moment(explicit: xr.DataArray, beta: float, steps: int) ->
         >>> extrapolate_first_moment(explicit, beta=0.5, steps=3).values.tolist()
         [1.75, -3.5]
     """
-    if not 0 <= beta < 1 or steps < 1:
-        raise ValueError(f"expected 0 <= beta < 1 and steps >= 1, got beta={beta}, steps={steps}")
+    steps, beta = require_int("steps", steps, 1), require_number("beta", beta, 0)
+    if not beta < 1:
+        raise ValueError(f"beta is below 1, not {beta}")
     return explicit * ((1 - beta**steps) / (1 - beta))

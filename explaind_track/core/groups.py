@@ -1,7 +1,11 @@
 """Groups: named parts of the model's parameters, every parameter in exactly one."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral
+from typing import Any
+
+from explaind_track.core.checks import require_int, require_mapping, shown
 
 Groups = Mapping[str, Sequence[str]]
 """The parameters of each group, by the group's name."""
@@ -36,10 +40,10 @@ def resolve_groups(spec: GroupSpec, parameters: Iterable[str]) -> dict[str, tupl
         ('blocks.1.weight',)
     """
     names = list(parameters)
-    if spec is None or isinstance(spec, int):
-        return _by_depth(1 if spec is None else spec, names)
+    if spec is None or isinstance(spec, Integral):
+        return _by_depth(require_int("groups= (a module depth)", 1 if spec is None else spec, 1), names)
 
-    patterns = {group: (given,) if isinstance(given, str) else tuple(given) for group, given in spec.items()}
+    patterns = _patterns(spec)
     groups_of: dict[str, list[str]] = {
         name: [group for group, given in patterns.items() if any(fnmatchcase(name, pattern) for pattern in given)]
         for name in names
@@ -67,10 +71,19 @@ def resolve_groups(spec: GroupSpec, parameters: Iterable[str]) -> dict[str, tupl
     return groups
 
 
-def _by_depth(depth: int, names: list[str]) -> dict[str, tuple[str, ...]]:
-    if depth < 1:
-        raise ValueError(f"groups by module depth need a depth of at least 1, not {depth}")
+def _patterns(spec: Any) -> dict[str, tuple[str, ...]]:
+    """The patterns of each group. Raises TypeError for what is no mapping of patterns."""
+    require_mapping("groups=", spec, "{'attention': 'attention.*', 'mlp': ['linear1.*', 'linear2.*']}, or a depth")
+    found: dict[str, tuple[str, ...]] = {}
+    for group, given in spec.items():
+        patterns = [given] if isinstance(given, str) else given
+        if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"groups[{group!r}] is a pattern or several, such as 'attention.*', not {shown(given)}")
+        found[group] = tuple(patterns)
+    return found
 
+
+def _by_depth(depth: int, names: list[str]) -> dict[str, tuple[str, ...]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         module = name.split(".")[:-1] or [name]  # a parameter of the model itself is a group by itself

@@ -299,12 +299,14 @@ class StepObserver:
 
     def _prove(self, updates: Mapping[str, Update]) -> None:
         """The rule is only believed where it explains the step to within float rounding."""
-        failed = [_excess(update).gt(1).any() for update in updates.values()]
-        if not failed or not bool(torch.stack([flag.to(failed[0].device) for flag in failed]).any()):
+        kept = [torch.le(*_rest_and_limit(update)).all() for update in updates.values()]
+        if not kept or bool(torch.stack([flag.to(kept[0].device) for flag in kept]).all()):
             return
 
-        excess = {name: float(_excess(update).nan_to_num().max()) for name, update in updates.items()}
+        excess = {name: _excess(update) for name, update in updates.items()}
         name = max(excess, key=excess.__getitem__)
+        if excess[name] <= 1:
+            return  # whatever is not finite was so before the step
         optimizer = type(self.optimizer).__name__
         raise UnexplainedUpdateError(
             f"the rule for {optimizer} does not explain how it changed '{name}': "
@@ -314,15 +316,24 @@ class StepObserver:
         )
 
 
-def _excess(update: Update) -> Tensor:
-    """|θ_s − θ_{s+1} − parts| in units of what float rounding allows, elementwise; NaN where nothing can be told."""
+def _excess(update: Update) -> float:
+    """The largest |θ_s − θ_{s+1} − parts| in units of what float rounding allows, infinite where finite numbers became
+    others; numbers that were not finite before the step tell nothing."""
+    rest, limit = _rest_and_limit(update)
+    excess = torch.where(rest <= limit, 0.0, (rest / limit).nan_to_num(nan=torch.inf))
+    told = update.before.isfinite() & update.gradient.isfinite()
+    return float(torch.where(told, excess, 0.0).max()) if excess.numel() else 0.0
+
+
+def _rest_and_limit(update: Update) -> tuple[Tensor, Tensor]:
+    """|θ_s − θ_{s+1} − parts|, and what float rounding allows of it, elementwise."""
     rest, size = update.before - update.after, update.before.abs()
     parts = [update.kernel(), update.regularization()]
     parts += [update.contribution(name) for name in update.contributions if name != "regularization"]
     for part in parts:
         rest -= part
         size += part.abs_()
-    return rest.abs_().div_(size.mul_(64 * torch.finfo(update.rule.precision or size.dtype).eps))
+    return rest.abs_(), size.mul_(64 * torch.finfo(update.rule.precision or size.dtype).eps)
 
 
 def _copied(value: Any) -> Any:

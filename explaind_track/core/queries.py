@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from explaind_track.core.checks import require_instance
 from explaind_track.core.tensors import tree_in_dims, tree_map, tree_rows
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -328,3 +329,8 @@ class Query:
                 "for a scalar over all inputs return the rows and use Query.mean() or Query.sum()"
             )
         return value.reshape(self.size, -1)
+
+
+def require_query(query: Any) -> None:
+    """Raises TypeError for what is no Query."""
+    require_instance("the query", query, Query, "write Query.outputs(x), Query.loss(x, y) or another of its kinds")

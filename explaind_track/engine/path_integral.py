@@ -6,12 +6,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from einops import reduce
 from torch import Tensor
 
+from explaind_track.core.checks import require_int, require_number
 from explaind_track.core.step import State, Step
 
 
@@ -55,7 +57,11 @@ class Quadrature:
     """Nodes to end with at the latest."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.nodes <= self.max_nodes:
+        """Raises TypeError and ValueError for settings that are no numbers, or out of bounds."""
+        object.__setattr__(self, "tolerance", require_number("tolerance=", self.tolerance, least=0))
+        for name in ("nodes", "max_nodes"):
+            object.__setattr__(self, name, require_int(f"{name}=", getattr(self, name), 1))
+        if self.nodes > self.max_nodes:
             raise ValueError(f"expected 1 <= nodes <= max_nodes, got nodes={self.nodes}, max_nodes={self.max_nodes}")
 
     @classmethod
@@ -71,6 +77,17 @@ class Quadrature:
             Quadrature(tolerance=0.0, nodes=4, max_nodes=4)
         """
         return cls(tolerance=0.0, nodes=nodes, max_nodes=nodes)
+
+
+def require_quadrature(quadrature: Any) -> None:
+    """Raises TypeError for anything but a Quadrature or None."""
+    if quadrature is None or isinstance(quadrature, Quadrature):
+        return
+    count = quadrature if isinstance(quadrature, int) else 3
+    raise TypeError(
+        f"quadrature= is a Quadrature, not {quadrature!r}: write Quadrature.fixed({count}) for so many nodes in each "
+        "step, or Quadrature(tolerance=1e-3) for as many as that takes"
+    )
 
 
 @lru_cache

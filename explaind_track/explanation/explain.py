@@ -7,14 +7,15 @@ from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
+from explaind_track.core.checks import require_callable, require_int, require_names
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.influence import Influence
 from explaind_track.core.modules import parameters_of
-from explaind_track.core.queries import Query
+from explaind_track.core.queries import Query, require_query
 from explaind_track.core.step import Step
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.memory import MEMORY
-from explaind_track.engine.path_integral import Quadrature
+from explaind_track.engine.path_integral import Quadrature, require_quadrature
 from explaind_track.engine.targets import check_query
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.explanation.group_plan import GroupPlan
@@ -172,8 +173,13 @@ def plan_explanation(
         time:       about ... s
         >>> influence = plan.run()
     """
-    resolved = resolve_groups(groups, parameters_of(model))
     source = StepSource.of(steps, model, window)
+    require_query(query)
+    require_quadrature(quadrature)
+    keep = require_names("keep=", keep, "axis", some=False)
+    parts = None if parts is None else require_names("parts=", parts, "part")
+    memory = require_int("memory= (bytes)", memory, 1)
+    resolved = resolve_groups(groups, parameters_of(model))
     if not {"sample", "seen"} & set(keep):
         make = partial(Explainer, model, query, resolved, [keep], parts, quadrature, close, memory)
         return GroupPlan(source, make, memory, progress, out)
@@ -184,6 +190,7 @@ def plan_explanation(
         raise ValueError(f"samples act through the kernel part alone; parts={tuple(parts)} cannot be kept with them")
     if sample_loss is None:
         raise ValueError("influences of samples need sample_loss=: (model, batch) → unreduced losses (N,)")
+    require_callable("sample_loss=", sample_loss, "(model, batch) → unreduced losses (N,)")
     check_query(model, query)
     whole = source.repeatable()
     chosen = choose_samples(whole, sample_loss, data, samples, partition)

@@ -81,7 +81,14 @@ class GroupPlan(ExplanationPlan):
             return self._in_memory()
         if distributed.processes() > 1:
             raise ValueError("out= is for one process; in several, keep fewer axes or give each process its own window")
+        self._refuse_unknown_parts()
         return self._on_disk(Store(self.out, self._request()))
+
+    def _refuse_unknown_parts(self) -> None:
+        """Raises ValueError for parts that the first step does not have, before anything is written."""
+        if self._example.integrator.wanted_parts is not None:
+            step = next(self._source.forwards(self._source.first, self._source.first + 1))
+            self._example.integrator.parts(step)
 
     def _in_memory(self) -> Influence:
         """Each process takes its share of the steps; of a stream, the first process takes all that come."""

@@ -105,7 +105,7 @@ class Mismatch:
     def note(self, number: int, off: float, size: float, eps: float, floor: float = 0.0) -> None:
         """Notes that at step `number`, what is of this size in arithmetic of this precision is missed by `off`.
         floor: so much may be off however small it is."""
-        if off > eps**0.4 * size + floor:
+        if not off <= eps**0.4 * size + floor:  # NaN too
             self.wrong.append(number)
         self.by_step[number] = off / size if size else off
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from explaind_track.core.checks import whole_numbers
 from explaind_track.core.step import Batch, Step
 from explaind_track.core.tensors import tree_map, tree_rows
 from explaind_track.engine.batch_losses import SampleLoss
@@ -100,14 +101,12 @@ def choose_indices(source: RepeatableSteps, data: Data | None, samples: Iterable
     if samples is None:
         return sorted(seen)
 
-    wanted = [int(index) for index in samples]
+    wanted = whole_numbers("samples=", samples)
     if set(wanted) - seen:
         raise ValueError(
             f"no step before {source.last} saw the samples {sorted(set(wanted) - seen)[:10]}; those of {len(seen)} "
             f"indices, {min(seen)} to {max(seen)}, were seen"
         )
-    if len(set(wanted)) < len(wanted):
-        raise ValueError("samples= names some training indices twice")
     return wanted
 
 

@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from os import PathLike
 
 import torch
 from torch import nn
 
+from explaind_track.core.checks import require_instance, require_window, shown
 from explaind_track.core.step import Batch, Step
 from explaind_track.explanation.plan import timed
 from explaind_track.record.trajectory import Trajectory
@@ -29,9 +31,18 @@ class StepSource(ABC):
     def of(steps: Trajectory | Iterable[Step], model: nn.Module, window: Window | None) -> "StepSource":
         """The source of a trajectory; of a list of steps that last; or of a stream of steps, each valid until the next.
 
-        Raises ValueError for a model that is not the one recorded, a window outside of the run, a window of a stream,
-        and a list of steps that do not last, or are not in their order.
+        Raises TypeError for what is none of these; ValueError for a model that is not the one recorded, a window
+        outside of the run, a window of a stream, and a list of steps that do not last, or are not in their order.
         """
+        require_instance("the model", model, nn.Module, "pass the module that was trained")
+        if isinstance(steps, str | PathLike):
+            raise TypeError(
+                f"the steps are those of a Trajectory, not {steps!r}: write Trajectory.open({str(steps)!r})"
+            )
+        if not isinstance(steps, Trajectory | Iterable):
+            raise TypeError(f"the steps are a Trajectory, or an iterable of Step, not {shown(steps)}")
+        window = None if window is None else require_window(window)
+
         if isinstance(steps, Trajectory):
             steps.check_model(model)
             return RecordedSteps(steps, window)

@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from explaind_track.core.checks import require_int
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.step import Batch, Step
 from explaind_track.errors import TrajectoryError
@@ -172,8 +173,12 @@ class Trajectory:
             1 [0.5]
             2 [0.5]
         """
-        last = len(self) if last is None else last
-        self._require(0 <= first <= last <= len(self), f"{first} to {last}")
+        first = require_int("first=", first, 0)
+        last = len(self) if last is None else require_int("last=", last, 0)
+        self._require(first <= last <= len(self), f"{first} to {last}")
+        return self._steps(first, last, lasting)
+
+    def _steps(self, first: int, last: int, lasting: bool) -> Iterator[Step]:
         with self._blaming_the_files():
             replay = self._at_keyframe(first)
             for step in self._advance(replay, last):
@@ -215,7 +220,8 @@ class Trajectory:
             ValueError: The record does not reach that far.
             TrajectoryError: The replay misses a keyframe.
         """
-        self._require(0 <= number <= len(self), str(number))
+        number = require_int("the step", number, 0)
+        self._require(number <= len(self), str(number))
         with self._blaming_the_files():
             replay = self._at_keyframe(number)
             for _ in self._advance(replay, number):
@@ -252,6 +258,8 @@ class Trajectory:
             ...     [trajectory.state_dict(step)["bias"].item() for step in range(4)]
             [0.0, -0.5, -1.0, -1.5]
         """
+        step = require_int("the step", step, 0)
+        self._require(step <= len(self), str(step))
         if step in self._keyframes:
             keyframe = self._keyframe(step)
             tensors = {**keyframe.parameters, **keyframe.buffers}
@@ -284,7 +292,8 @@ class Trajectory:
             >>> batch.index.tolist(), round(batch.weight, 4)
             ([2, 7, 1], 0.3333)
         """
-        self._require(0 <= step < len(self), str(step))
+        step = require_int("the step", step, 0)
+        self._require(step < len(self), str(step))
         (entry,) = (entry for entry in self.segments if entry.first <= step < entry.last)
         with self._blaming_the_files():
             return self.read_segment(entry).batches(step)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from explaind_track.core.checks import require_known
 from explaind_track.core.influence import Influence
 from explaind_track.core.observer import StepObserver
 from explaind_track.record.trajectory import Trajectory
@@ -37,7 +38,7 @@ class Findings:
             keep: The axes that are not summed over: ("step", "group") or ("query", "output").
 
         Raises:
-            ValueError: For other axes, which `explain` takes from the record.
+            ValueError: For a query that there is not, and for other axes, which `explain` takes from the record.
             RuntimeError: On other ranks than zero.
 
         Example:
@@ -72,6 +73,7 @@ class Findings:
             >>> tracker.parts("test"), tracker.parts("loss")
             (('kernel', 'regularization', 'past'), ('kernel', 'momentum', 'regularization', 'past'))
         """
+        require_known("query", query, self._live.parts)
         return self._live.parts[query]
 
     def parameter_scores(self) -> dict[str, Tensor]:
@@ -124,4 +126,4 @@ class Findings:
             True
         """
         self._ranks.refuse_others()
-        return self._live.explainers[query].residual
+        return self._live.explainer(query).residual

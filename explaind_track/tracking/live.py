@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track.analysis.parameter_scores import ParameterScores
+from explaind_track.core.checks import require_known
 from explaind_track.core.groups import Groups
 from explaind_track.core.influence import Influence
 from explaind_track.core.queries import Query
-from explaind_track.core.step import PARTS, SHARES, Step
+from explaind_track.core.step import Step
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.record import history
@@ -48,14 +49,8 @@ class Live:
     ) -> None:
         """auxiliary: the names of the auxiliary losses; scores: the query whose parameters' influences are summed up.
 
-        Raises ValueError for queries that cannot be differentiated, and for names that are taken or unknown.
+        Raises ValueError for queries that cannot be differentiated.
         """
-        taken = set(auxiliary) & {*PARTS, *SHARES}
-        if taken:
-            raise ValueError(f"auxiliary losses cannot be called {sorted(taken)}: parts of a step have these names")
-        if scores is not None and scores not in queries:
-            raise ValueError(f"scores names the query {scores!r}; there are {', '.join(queries)}")
-
         self.groups, self._quadrature = groups, quadrature
         self.parts = {name: live_parts(query, auxiliary) for name, query in queries.items()}
         """By query: the names of the parts that a step is split into."""
@@ -112,11 +107,17 @@ class Live:
             "more nodes"
         ]
 
-    def influence(self, query: str, keep: tuple[str, ...]) -> Influence:
+    def explainer(self, query: str) -> Explainer:
+        """The explainer of a query. Raises ValueError for one that there is not."""
+        require_known("query", query, self.explainers)
+        return self.explainers[query]
+
+    def influence(self, query: str, keep: Sequence[str]) -> Influence:
         """See `Tracker.influence`."""
-        if keep not in LIVE_AXES:
-            raise ValueError(f"live influences keep {LIVE_AXES[0]} or {LIVE_AXES[1]}, not {keep}; explain() the rest")
-        return self.explainers[query].results()[LIVE_AXES.index(keep)]
+        explainer, axes = self.explainer(query), tuple(keep)
+        if axes not in LIVE_AXES:
+            raise ValueError(f"live influences keep {LIVE_AXES[0]} or {LIVE_AXES[1]}, not {keep!r}; explain() the rest")
+        return explainer.results()[LIVE_AXES.index(axes)]
 
     def parameter_scores(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the scores so far, for all `parameters`: 0 for those that were never moved."""

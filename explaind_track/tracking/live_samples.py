@@ -145,7 +145,7 @@ def _compare(total: Tensors, gradients: Tensors, number: int) -> None:
     """Warns where `total`, `Σ_k w_k ∇L_k`, is not the gradients that the optimizer is about to use."""
     off = sum(float((total[name] - gradient).square().sum()) for name, gradient in gradients.items()) ** 0.5
     norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
-    if off > MISMATCH * norm:
+    if not off <= MISMATCH * norm:  # nor is it where it is NaN
         warnings.warn(
             f"at step {number}, the per-sample losses do not add up to the gradient that the optimizer saw: they "
             f"miss it by {off / max(norm, 1e-30):.2g} of its norm. Influences of samples are wrong until they do "

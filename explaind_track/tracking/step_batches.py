@@ -1,5 +1,6 @@
 """The batches of the step at hand, as the training loop tells of them, and what they weigh in the step's gradient."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from explaind_track.core.checks import as_tensor, plain_number, require_finite, require_number, require_one_of
 from explaind_track.core.rng import random_state
 from explaind_track.core.step import Batch
 from explaind_track.core.tensors import tree_map, tree_rows
@@ -75,16 +77,44 @@ def _for_others(batch: Batch) -> Batch:
     )
 
 
-def make_batch(data: Any, index: Tensor | None, weight: Tensor | float | str, device: torch.device) -> Batch:
-    """A batch as `Tracker.batch` is told of it. Raises ValueError if its parts disagree about the number of samples."""
-    size = tree_rows(data)
-    if index is not None and index.shape != (size,):
-        raise ValueError(f"index must name the batch's {size} samples, ({size},), not {tuple(index.shape)}")
+def make_batch(data: Any, index: Any, weight: Any, device: torch.device) -> Batch:
+    """A batch as `Tracker.batch` is told of it.
 
+    Raises ValueError if its parts disagree about the number of samples, or are not finite; TypeError for an index that
+    names no samples, and for weights that are no numbers.
+    """
+    size = tree_rows(data)
+    return Batch(size, _weight_of(weight, size), _index_of(index, size), data, random_state(device))
+
+
+def _index_of(index: Any, size: int) -> Tensor | None:
+    """The index as int64."""
+    if index is None:
+        return None
+    found = as_tensor("index=", index)
+    if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype is torch.bool:
+        raise TypeError(
+            f"index= names the batch's training samples by whole numbers, not by {found.dtype}: pass their numbers in "
+            "the training set, (N,) int64"
+        )
+    if found.shape != (size,):
+        raise ValueError(f"index must name the batch's {size} samples, ({size},), not {tuple(found.shape)}")
+    return found.long()
+
+
+def _weight_of(weight: Any, size: int) -> Tensor | float:
+    """The weight as a number, or a tensor (N,)."""
     if isinstance(weight, str):
-        if weight not in ("mean", "sum"):
-            raise ValueError(f'weight is "mean", "sum", a number or a tensor (N,), not {weight!r}')
-        weight = 1.0 / size if weight == "mean" else 1.0
-    elif isinstance(weight, Tensor) and weight.shape != (size,):
-        raise ValueError(f"weight must have one number for each of the {size} samples, not {tuple(weight.shape)}")
-    return Batch(size, weight, index, data, random_state(device))
+        require_one_of("weight= (or numbers)", weight, ("mean", "sum"))
+        return 1.0 / size if weight == "mean" else 1.0
+
+    weight = plain_number(weight)
+    if not isinstance(weight, Iterable):
+        return require_number("weight=", weight)
+    found = as_tensor("weight=", weight)
+    if found.shape != (size,):
+        raise ValueError(f"weight must have one number for each of the {size} samples, not {tuple(found.shape)}")
+    if found.dtype.is_complex:
+        raise TypeError(f"weight= holds real numbers, not {found.dtype}")
+    require_finite("weight=", found)
+    return found

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from explaind_track.core.checks import require_positive, require_real
 from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.step import State
 from explaind_track.tracking.ddp import Ranks
@@ -122,6 +123,7 @@ class StepCalls:
             >>> round(float(norm)), round(float(model.weight.grad.norm()), 2)
             (1936, 0.89)
         """
+        max_norm = require_positive("max_norm", max_norm)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         self.gradient_scaled(min(1.0, max_norm / (float(norm) + 1e-6)))
         return norm
@@ -145,7 +147,7 @@ class StepCalls:
             ...     tracker.gradient_scaled(0.5)
             ...     optimizer.step()
         """
-        self._watch.batches.clip_by_norm(factor)
+        self._watch.batches.clip_by_norm(require_real("factor", factor))
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """Calls `torch.nn.utils.clip_grad_value_` on the model, and notes that it did.
@@ -169,6 +171,7 @@ class StepCalls:
             >>> float(model.weight.grad.max())
             1.0
         """
+        clip_value = require_positive("clip_value", clip_value)
         nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
         self.gradient_altered()
 

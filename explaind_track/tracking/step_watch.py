@@ -1,5 +1,6 @@
 """The watch over a training step: what has to be seen before the optimizer takes it, and the `Step` that it was."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from explaind_track.core.checks import plain_number
 from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.step import State, Step
@@ -88,6 +90,8 @@ class StepWatch:
                 'are still those before the step. Tracker(on_nonfinite="mark") goes on and marks such steps'
             )
 
+        self._refuse_nonfinite_settings()
+
         # what the gradient is made of: batches, and auxiliary losses
         self.batches.forget_unused_randomness(next(self._model.parameters()).device)
         self.batches.exchange(self._ranks)
@@ -120,6 +124,20 @@ class StepWatch:
         """Whether a GradScaler has told a fused optimizer, which unscales by itself, to leave the step out."""
         found = getattr(self._observer.optimizer, "found_inf", None)
         return found is not None and bool(found)
+
+    def _refuse_nonfinite_settings(self) -> None:
+        """Raises ValueError for a learning rate or another setting that would make the parameters NaN or infinite."""
+        if not (self.nonfinite or math.isfinite(self.batches.clip)):
+            raise ValueError(f"the gradient was scaled by {self.batches.clip}: a factor has to be finite")
+        for group in self._observer.optimizer.param_groups:
+            for key, value in group.items():
+                on_host = not isinstance(value, Tensor) or value.device.type == "cpu"  # elsewhere, a look is a wait
+                number = plain_number(value) if key != "params" and on_host else None
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(
+                        f"the optimizer's {key} is {number}; the parameters are still those before the step. See what "
+                        "set it, such as a learning-rate schedule"
+                    )
 
     def _gradients(self) -> dict[str, Tensor]:
         """Those that the optimizer is about to use."""

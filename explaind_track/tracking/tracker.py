@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from explaind_track.core.checks import require_int
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.observer import StepObserver
@@ -17,10 +18,11 @@ from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.memory import MEMORY
-from explaind_track.engine.path_integral import Quadrature
+from explaind_track.engine.path_integral import Quadrature, require_quadrature
 from explaind_track.record import history
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import KEYFRAME_EVERY
+from explaind_track.tracking import arguments
 from explaind_track.tracking.configuration import configuration
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.findings import Findings
@@ -119,20 +121,23 @@ class Tracker(StepCalls, Findings):
             FileExistsError: For a trajectory directory that holds something.
             TrajectoryError: For a trajectory that cannot be written or, with `resume`, gone on with.
         """
-        if not queries and trajectory is None:
-            raise ValueError(
-                "a Tracker needs at least one query, such as {'test': Query.outputs(x_test, y_test)}, or a trajectory= "
-                "to record, to be explained afterwards"
-            )
+        arguments.check_model(model, optimizer)
+        arguments.check_questions(queries, auxiliary, sample_loss, scores)
+        arguments.check_outputs(run, trajectory, render, on_nonfinite, bool(queries))
+        require_quadrature(quadrature)
+        every, samples_every, map_queries, keyframe_every, memory, resume = arguments.check_numbers(
+            every, samples_every, map_queries, keyframe_every, memory, resume
+        )
         ranks = Ranks(model)
         model = ranks.model
         parameters = parameters_of(model)
         self.optimizer, self.every, self.samples_every = optimizer, every, samples_every
         self.groups = resolve_groups(groups, parameters)
+        arguments.check_groups_shown(self.groups)
         self.quadrature = quadrature or Quadrature.fixed(1)
         """With `parts`, what `explain` has to be told to give the same numbers from the record."""
         self.run = run if ranks.rank == 0 else None
-        self.audit_every = audit_every
+        self.audit_every = None if audit_every is None else require_int("audit_every=", audit_every, 1)
         self._observer = StepObserver(optimizer, parameters)
 
         # what is computed of each step
@@ -247,7 +252,7 @@ class Tracker(StepCalls, Findings):
             >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4))})
             >>> tracker.log({"test/accuracy": 0.5})
         """
-        self._row |= metrics
+        self._row |= arguments.plain_metrics(metrics)
 
     @property
     def samples_due(self) -> bool:

@@ -66,7 +66,7 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
         parameter_scores(trajectory, job.model, query, part="gradient", progress=False)
     with pytest.raises(ValueError, match="scores="):
         tracker.parameter_scores()
-    with pytest.raises(ValueError, match="'other'; there are query, loss"):
+    with pytest.raises(ValueError, match="no query 'other'; there are: 'query', 'loss'"):
         make_job().tracker(scores="other")
     with pytest.raises(ValueError, match=r"0\.weight"):
         parameter_scores(trajectory, make_job(dtype=torch.float32).model, query, progress=False)

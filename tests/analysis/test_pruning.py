@@ -109,9 +109,9 @@ def test_errors_say_what_to_do() -> None:
         prune_masks(scores, 0.5, exclude=["*"])
     with pytest.raises(ValueError, match=r"0\.weight.*not finite"):
         prune_masks({**scores, "0.weight": torch.full((4, 1, 3, 3), float("nan"))}, 0.5)
-    with pytest.raises(ValueError, match=r"one of \('global', 'layer'\), not by='layers'"):
+    with pytest.raises(ValueError, match="by= is one of 'global', 'layer', not 'layers'"):
         prune_masks(scores, 0.5, by="layers")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"one of \('parameter', 'filter'\), not 'filters'"):
+    with pytest.raises(ValueError, match="unit= is one of 'parameter', 'filter', not 'filters'"):
         prune_masks(scores, 0.5, unit="filters")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="first axis"):
         prune_masks({"scale": torch.tensor(1.0)}, 0.5, unit="filter")
