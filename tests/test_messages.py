@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from jobs import make_job, sample_loss
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from explaind_track import Quadrature, Query, Trajectory, explain, resolve_groups
+from explaind_track import Quadrature, Query, Tracker, Trajectory, explain, resolve_groups
 from explaind_track.analysis import (
     extrapolate_first_moment,
     kernel_machine,
     parameter_scores,
+    plots,
     prune_masks,
     pruned,
     similarity,
@@ -23,6 +26,9 @@ from explaind_track.analysis import (
     step_scores,
 )
 from explaind_track.analysis.step_ranking import top_steps
+from explaind_track.callbacks.base import TrackerCallbackBase
+from explaind_track.core import checks
+from explaind_track.wandb_io.workspace import make_workspace
 
 STEPS = 8
 QUERY = Query.outputs(torch.zeros(2, 4, dtype=torch.float64))
@@ -295,3 +301,49 @@ def test_of_rankings(recorded: Any) -> None:
         top_steps(scores * NAN, 0.5)
     with pytest.raises(ValueError, match="fraction is nan"):
         top_steps(scores, NAN)
+
+
+# ------------------------------------------------------------------------------- of what cannot be had
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self[0], x, use_reentrant=False)
+        return self[1](hidden.tanh())
+
+
+def test_gradients_of_samples_that_cannot_be_taken_one_by_one(tmp_path: Path) -> None:
+    model = Checkpointed(nn.Linear(4, 5), nn.Linear(5, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = Tracker(model, optimizer, queries={}, trajectory=tmp_path / "t", sample_loss=sample_loss)
+    with tracker.step():
+        tracker.batch((X, Y))
+        with pytest.raises(RuntimeError, match=r"use loss\.backward\(\) in its place.*saved tensor hooks"):
+            tracker.backward()
+
+    wrong = Tracker(model, optimizer, queries={}, trajectory=tmp_path / "u", sample_loss=lambda model, batch: model(3))
+    with wrong.step():
+        wrong.batch((X, Y))
+        with pytest.raises(TypeError, match="must be Tensor"):
+            wrong.backward()
+
+
+@pytest.mark.parametrize(
+    ("module", "action", "message"),
+    [
+        ("matplotlib", lambda: make_job().tracker(map_queries=1, samples_every=1), r"explaind_track\[plots\]"),
+        ("matplotlib", lambda: plots.cosine_map(np.eye(2)), r"explaind_track\[plots\]"),
+        ("wandb_workspaces", lambda: make_workspace("me", "grokking"), r"explaind_track\[workspace\]"),
+    ],
+)
+def test_packages_that_are_not_installed(
+    module: str, action: Callable[[], Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == module else find_spec(name))
+    with pytest.raises(ModuleNotFoundError, match=message):
+        action()
+
+
+def test_options_of_a_callback_are_the_trackers() -> None:
+    with pytest.raises(TypeError, match=r"no option 'qeries' \(did you mean 'queries'\?\); there are: queries, groups"):
+        TrackerCallbackBase(qeries={"query": QUERY})

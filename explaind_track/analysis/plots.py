@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
+from explaind_track.core.checks import require_package
 from explaind_track.core.influence import Influence
 
 if TYPE_CHECKING:
@@ -16,6 +17,14 @@ EARLY_STEPS = 10
 """An optimizer's first steps move a model by far more than all others do: they do not set the scale."""
 
 
+def _figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches."""
+    require_package("matplotlib", "plots", "a figure")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit: str) -> "Figure":
     """Draws Fig. 3(a), over the training step: accuracy; importance of the kernel in every group; importance of kernel
     and regularization in total; relative regularization influence D of every group. The first `EARLY_STEPS` may lie off
@@ -23,9 +32,7 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit
 
     influence: kept over step and group. accuracy: "step", and any curves by their name. unit: of the query's outputs.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = _figure(11, 6.5)
     axes = figure.subplots(2, 2, sharex=True)
 
     for name, values in accuracy.items():
@@ -52,9 +59,7 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit
 def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int]) -> "Figure":
     """Draws how much training samples changed the loss of single queries, as a heat map of changes (queries,
     samples)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2 + 0.35 * len(samples), 1.5 + 0.3 * len(changes)), layout="constrained")
+    figure = _figure(2 + 0.35 * len(samples), 1.5 + 0.3 * len(changes))
     axis = figure.subplots()
     limit = float(abs(changes).max()) or 1.0
     image = axis.imshow(changes, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
@@ -68,9 +73,7 @@ def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int]) -> "Figu
 def cosine_map(cosines: "np.ndarray[Any, Any]") -> "Figure":
     """Draws how alike the training samples' influences on two queries are, as a heat map of cosines (queries,
     queries)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.5 + 0.3 * len(cosines), 1.5 + 0.3 * len(cosines)), layout="constrained")
+    figure = _figure(2.5 + 0.3 * len(cosines), 1.5 + 0.3 * len(cosines))
     axis = figure.subplots()
     image = axis.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
     axis.set_xlabel("query")

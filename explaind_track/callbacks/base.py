@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from explaind_track.core.checks import require_options
 from explaind_track.core.tensors import tree_rows
 from explaind_track.tracking.tracker import Tracker
 
@@ -39,9 +40,11 @@ class TrackerCallbackBase:
                 the W&B run that the loop has opened is used, if it has.
 
         Raises:
+            TypeError: for an option that a Tracker does not have.
             ValueError: when training begins, in every process, for `sample_loss=` in several processes whose
                 samples the callback does not see; and as `Tracker` does.
         """
+        require_options(options, Tracker)
         self._index, self._weight, self._options = index, weight, options
         self._step_context = ExitStack()
         self._step_is_open = False

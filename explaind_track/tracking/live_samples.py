@@ -58,7 +58,18 @@ class LiveSamples:
         The loss and the norms of the samples' gradients are noted in `batches`.
         """
         batch = batches.local[-1]
-        gradient, losses, norms = self._samples.gradient_and_norms(state, batch)
+        try:
+            gradient, losses, norms = self._samples.gradient_and_norms(state, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            self._samples.losses(state, batch)  # where this fails too, it says what is wrong with sample_loss
+            raise RuntimeError(
+                "tracker.backward() takes the gradient of every sample by itself, which an operation of the model does "
+                "not allow (some recurrent layers and activation checkpointing are such): use loss.backward() in its "
+                "place. All influences stay exact; only the tables of samples go without their gradients' norms. "
+                f"Torch's reason: {str(error).splitlines()[0]}"
+            ) from error
         if batch.index is not None:
             batches.norms |= dict(zip(batch.index.tolist(), norms.tolist(), strict=True))
         loss = (losses * batch.weight).sum()

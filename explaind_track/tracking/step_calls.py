@@ -73,6 +73,8 @@ class StepCalls:
         Raises:
             ValueError: Without a sample_loss or a batch, or if a sample's loss depends on the others (batch norm in
                 training mode).
+            RuntimeError: For operations whose gradients cannot be taken for each sample by itself, such as activation
+                checkpointing: use `loss.backward()` there.
 
         Example:
             >>> import torch, torch.nn.functional as F

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from explaind_track.core.checks import require_package
 from explaind_track.record.history import (
     AXIS,
     DIFFERENCE,
@@ -72,6 +73,7 @@ SECTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 
 def make_workspace(entity: str, project: str) -> "ws.Workspace":
     """The workspace, not saved yet: line plots over the training step, and the media of samples."""
+    require_package("wandb_workspaces", "workspace", "a workspace at W&B")
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces.reports.v2.interface import LinePlot, MediaBrowser
 
