@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from os import PathLike
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def check_outputs(
             "a Tracker needs at least one query, such as {'test': Query.outputs(x_test, y_test)}, or a trajectory= to "
             "record, to be explained afterwards"
         )
-    if run is not None and not hasattr(run, "log"):
+    if isinstance(run, str | int | PathLike | Mapping | ModuleType):
         raise TypeError(
             f"run= is a run of W&B, not {shown(run)}: open one by explaind_track.open_run('my-project') or wandb.init"
         )
