@@ -41,6 +41,7 @@ OF_THE_TRACKER: list[tuple[dict[str, Any], str]] = [
     ({"every": True}, r"every= is a whole number, not True \(bool\)"),
     ({"samples_every": 0}, r"samples_every= \(None: no tables\) is at least 1"),
     ({"samples_every": "5"}, "samples_every= .* is a whole number, not '5'"),
+    ({"audit_every": 0}, "audit_every= is at least 1"),
     ({"keyframe_every": 0}, "keyframe_every= is at least 1"),
     ({"keyframe_every": np.float64(5)}, "keyframe_every= is a whole number"),
     ({"map_queries": -1}, "map_queries= is at least 0"),

@@ -1,6 +1,6 @@
 """The arguments of a Tracker, looked at before anything is made: kinds, bounds, and names that would share a key."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from types import ModuleType
 from typing import Any

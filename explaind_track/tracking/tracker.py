@@ -115,9 +115,11 @@ class Tracker(StepCalls, Findings):
             audit_every: Audit every n-th step on the first query (see `audit`), and warn of what differs.
 
         Raises:
-            TypeError: For an optimizer without a rule.
+            TypeError: For an optimizer without a rule, and for arguments that are no numbers, queries, runs or whatever
+                they should be.
             ValueError: For parameters of the optimizer that the model does not have, for groups that are no partition,
-                and for a query that cannot be differentiated.
+                for a query that cannot be differentiated, for settings out of bounds, and for names of queries, groups
+                and auxiliary losses that something else in the rows has.
             FileExistsError: For a trajectory directory that holds something.
             TrajectoryError: For a trajectory that cannot be written or, with `resume`, gone on with.
         """
