@@ -241,6 +241,16 @@ def thawed(run: Run) -> None:
         run.step(index)
 
 
+def frozen_with_zeros(run: Run) -> None:
+    """The first layer is frozen after three steps, and its gradients are kept as zeros."""
+    for number, index in enumerate(batches()):
+        run.model[0].requires_grad_(number < 3)
+        with run.tracker.step():
+            run.optimizer.zero_grad(set_to_none=False)
+            run.backward(index)
+            run.optimizer.step()
+
+
 def joined(run: Run) -> None:
     """The first layer's parameters join the optimizer after three steps."""
     for number, index in enumerate(batches()):
@@ -338,6 +348,7 @@ LOOPS = [
     Loop("warm start", warm=3),
     Loop("warm start, Nesterov", warm=3, optimizer=nesterov),
     Loop("frozen, thawed later", thawed),
+    Loop("frozen later, zero gradients kept", frozen_with_zeros),
     Loop("parameter group added later", joined, optimizer=second_layer),
     Loop("maximize", optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, maximize=True)),
     Loop("bfloat16 autocast", sample_loss=autocast_loss, dtype=torch.float32, rounded=True),

@@ -167,7 +167,8 @@ def _of_samples(
             model, step.before.parameters, step.before.buffers, loss, batch.data, weight, batch.random_state
         )
         for name, total in whole.items():
-            total += slope[name].to(total) * step.updates[name].sign
+            if not step.updates[name].frozen:
+                total += slope[name].to(total) * step.updates[name].sign
 
     seen = {name: update.kernel_gradient().double() for name, update in step.updates.items()}
     yield _finding("gradient of the batches", _flat(seen), _flat(whole), step)
@@ -192,6 +193,7 @@ def _of_single_samples(
     direction = {
         name: update.adjoint(phi[name].to(update.before)).double() * update.sign
         for name, update in step.updates.items()
+        if not update.frozen
     }
 
     indices = torch.cat([batch.index for batch in batches if batch.index is not None])

@@ -190,6 +190,8 @@ class StepRecord:
     buffers: Tensors
     """The model's after the step, if it moved them; none otherwise."""
     batches: tuple[Batch, ...]
+    frozen: tuple[str, ...] = ()
+    """The parameters that learned nothing, with gradients that are kept zeros."""
 
 
 class SegmentDraft:
@@ -223,6 +225,8 @@ class SegmentDraft:
             "auxiliary": list(record.auxiliary),
             "batches": [self._batch(f"batch:{number}:{place}", batch) for place, batch in enumerate(record.batches)],
         }
+        if record.frozen:
+            entry["frozen"] = list(record.frozen)
         self._settings = record.settings
         self.steps.append(entry)
 
@@ -279,7 +283,8 @@ class Segment:
     def _record(self, number: int, entry: Mapping[str, Any], settings: Settings) -> StepRecord:
         gradients, buffers = (self._file.prefixed(f"{kind}:{number}:") for kind in ("gradient", "buffer"))
         auxiliary = {loss: self._file.prefixed(f"auxiliary:{number}:{loss}:") for loss in entry["auxiliary"]}
-        return StepRecord(settings, gradients, auxiliary, buffers, self.batches(number))
+        frozen = tuple(entry.get("frozen", ()))
+        return StepRecord(settings, gradients, auxiliary, buffers, self.batches(number), frozen)
 
     def batches(self, number: int) -> tuple[Batch, ...]:
         """The batches of one step."""

@@ -90,7 +90,8 @@ class TrajectoryWriter:
             gradients[name] = gradient.detach().clone()
         buffers = {name: value.detach().clone() for name, value in step.after.buffers.items()} if buffers_moved else {}
         settings = settings_of(self._observer)
-        self._draft.add(step.number, StepRecord(settings, gradients, auxiliary, buffers, step.batches))
+        frozen = tuple(name for name, update in step.updates.items() if update.frozen)
+        self._draft.add(step.number, StepRecord(settings, gradients, auxiliary, buffers, step.batches, frozen))
 
         self.begin()
         if self._draft.size >= SEGMENT_BYTES:
