@@ -1,6 +1,7 @@
 """The training loops and model features that people have, each with a Tracker in it. `test_loops.py` runs them all."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +89,28 @@ def plain(run: Run) -> None:
         run.step(index)
 
 
+class NoTracker:
+    """Stands where a Tracker would, and does what its author would do without one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def step(self) -> Any:
+        return nullcontext()
+
+    def batch(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def clip_grad_norm_(self, limit: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def clip_grad_value_(self, limit: float) -> None:
+        nn.utils.clip_grad_value_(self.model.parameters(), limit)
+
+
 @dataclass
 class Loop:
     """A training of six steps with a Tracker in it; `id` is its name in tests/README.md."""
@@ -112,7 +135,8 @@ class Loop:
     refused: str = ""
     """Why influences of single samples are, if they are."""
 
-    def run(self, **options: Any) -> Run:
+    def run(self, tracked: bool = True, **options: Any) -> Run:
+        """tracked: with a Tracker; without, the loop does what its author would do."""
         """Trains; options: more of the Tracker's."""
         torch.manual_seed(0)
         model = self.model().to(self.dtype)
@@ -126,7 +150,7 @@ class Loop:
 
         query = self.query(x[:5], y[:5])
         options = {"queries": {"query": query}, "sample_loss": self.sample_loss, **self.options, **options}
-        tracker = Tracker(model, optimizer, **options)
+        tracker: Any = Tracker(model, optimizer, **options) if tracked else NoTracker(model)
         run = Run(model, optimizer, self.sample_loss, x, y, tracker, query)
         self.body(run)
         tracker.finish()
