@@ -57,7 +57,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """The findings of one step; `str()` is a table."""
+    """The findings of one step; `str()` is a table.
+
+    Example:
+        >>> from explaind_track.analysis import Audit
+        >>> from explaind_track.analysis.step_audit import Finding
+        >>> audit = Audit(7, (Finding("kernel through head", 0.5, 0.4, 0.25, 2e-3),), 1.2)
+        >>> audit.ok, [finding.what for finding in audit.wrong]
+        (False, ['kernel through head'])
+        >>> print(audit)
+        step 7, recomputed in 1.2 s: 1 of 1 are wrong
+        WRONG kernel through head  ours +5.000000e-01  plain +4.000000e-01  differ by 2.5e-01 (allowed 2e-03)
+    """
 
     step: int
     findings: tuple[Finding, ...]
@@ -65,10 +76,12 @@ class Audit:
 
     @property
     def ok(self) -> bool:
+        """Whether every number differs by no more than is allowed."""
         return all(finding.ok for finding in self.findings)
 
     @property
     def wrong(self) -> tuple[Finding, ...]:
+        """The findings that differ by more."""
         return tuple(finding for finding in self.findings if not finding.ok)
 
     def __str__(self) -> str:
