@@ -1,7 +1,6 @@
 """The training loops and model features that people have, each with a Tracker in it. `test_loops.py` runs them all."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,28 +88,6 @@ def plain(run: Run) -> None:
         run.step(index)
 
 
-class NoTracker:
-    """Stands where a Tracker would, and does what its author would do without one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def step(self) -> Any:
-        return nullcontext()
-
-    def batch(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def clip_grad_norm_(self, limit: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-
-    def clip_grad_value_(self, limit: float) -> None:
-        nn.utils.clip_grad_value_(self.model.parameters(), limit)
-
-
 @dataclass
 class Loop:
     """A training of six steps with a Tracker in it; `id` is its name in tests/README.md."""
@@ -135,8 +112,7 @@ class Loop:
     refused: str = ""
     """Why influences of single samples are, if they are."""
 
-    def run(self, tracked: bool = True, **options: Any) -> Run:
-        """tracked: with a Tracker; without, the loop does what its author would do."""
+    def run(self, **options: Any) -> Run:
         """Trains; options: more of the Tracker's."""
         torch.manual_seed(0)
         model = self.model().to(self.dtype)
@@ -150,7 +126,7 @@ class Loop:
 
         query = self.query(x[:5], y[:5])
         options = {"queries": {"query": query}, "sample_loss": self.sample_loss, **self.options, **options}
-        tracker: Any = Tracker(model, optimizer, **options) if tracked else NoTracker(model)
+        tracker = Tracker(model, optimizer, **options)
         run = Run(model, optimizer, self.sample_loss, x, y, tracker, query)
         self.body(run)
         tracker.finish()
@@ -265,16 +241,6 @@ def thawed(run: Run) -> None:
         run.step(index)
 
 
-def frozen_with_zeros(run: Run) -> None:
-    """The first layer is frozen after three steps, and its gradients are kept as zeros."""
-    for number, index in enumerate(batches()):
-        run.model[0].requires_grad_(number < 3)
-        with run.tracker.step():
-            run.optimizer.zero_grad(set_to_none=False)
-            run.backward(index)
-            run.optimizer.step()
-
-
 def joined(run: Run) -> None:
     """The first layer's parameters join the optimizer after three steps."""
     for number, index in enumerate(batches()):
@@ -372,7 +338,6 @@ LOOPS = [
     Loop("warm start", warm=3),
     Loop("warm start, Nesterov", warm=3, optimizer=nesterov),
     Loop("frozen, thawed later", thawed),
-    Loop("frozen later, zero gradients kept", frozen_with_zeros),
     Loop("parameter group added later", joined, optimizer=second_layer),
     Loop("maximize", optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, maximize=True)),
     Loop("bfloat16 autocast", sample_loss=autocast_loss, dtype=torch.float32, rounded=True),

@@ -1,6 +1,7 @@
 """A Tracker in `lightning.Trainer` (the `callbacks` extra)."""
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -101,10 +102,13 @@ def run_closure_first(optimizer: torch.optim.Optimizer, after_closure: Callable[
     Lightning passes its forward and backward pass as the closure, which an optimizer calls as its first act: the
     Tracker, which looks at the gradient before the step, would find none. Returns a function that undoes this.
     """
-    own_attribute = optimizer.__dict__.get("step")  # a learning-rate schedule wraps `step` so
+    attribute_before = optimizer.__dict__.get("step")  # a learning-rate schedule wraps `step` so
     original_step = optimizer.step
+    undone = False
 
-    def step(closure: Callable[[], Any] | None = None) -> Any:
+    def step(_: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        if undone:
+            return original_step(closure)
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -113,10 +117,16 @@ def run_closure_first(optimizer: torch.optim.Optimizer, after_closure: Callable[
         original_step()
         return result
 
-    def undo() -> None:
-        del optimizer.step
-        if own_attribute is not None:
-            optimizer.__dict__["step"] = own_attribute
+    # a bound method, since a schedule that is made later (the one of averaged weights) takes it for one
+    ours = optimizer.__dict__["step"] = MethodType(step, optimizer)
 
-    optimizer.step = step  # type: ignore[method-assign]
+    def undo() -> None:
+        nonlocal undone
+        undone = True
+        if optimizer.__dict__["step"] is not ours:  # inside of what was wrapped around it since, it stays
+            return
+        del optimizer.__dict__["step"]
+        if attribute_before is not None:
+            optimizer.__dict__["step"] = attribute_before
+
     return undo

@@ -270,9 +270,7 @@ class StepObserver:
 
         # The contributions are put in below, since the way of each into the buffer is the update's to say.
         contributions: dict[str, Contribution] = {}
-        frozen = not parameter.requires_grad and not bool(gradient.any())
-        turned = gradient if sign > 0 else -gradient
-        update = Update(before, parameter.detach(), turned, rule, contributions, sign, frozen)
+        update = Update(before, parameter.detach(), gradient if sign > 0 else -gradient, rule, contributions, sign)
 
         for part in dict.fromkeys(("regularization", *self._auxiliary, *self.momentum_shares)):
             auxiliary = self._auxiliary.get(part, {}).get(name)

@@ -49,7 +49,6 @@ class Replay:
             group.update(settings)
         for name, parameter in self.parameters.items():
             parameter.grad = record.gradients.get(name)
-            parameter.requires_grad_(name not in record.frozen)
 
         # the buffers move in the forward pass, which is not taken again
         buffers = {**self.buffers, **record.buffers}

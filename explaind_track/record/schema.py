@@ -190,8 +190,6 @@ class StepRecord:
     buffers: Tensors
     """The model's after the step, if it moved them; none otherwise."""
     batches: tuple[Batch, ...]
-    frozen: tuple[str, ...] = ()
-    """The parameters that learned nothing, with gradients that are kept zeros."""
 
 
 class SegmentDraft:
@@ -225,8 +223,6 @@ class SegmentDraft:
             "auxiliary": list(record.auxiliary),
             "batches": [self._batch(f"batch:{number}:{place}", batch) for place, batch in enumerate(record.batches)],
         }
-        if record.frozen:
-            entry["frozen"] = list(record.frozen)
         self._settings = record.settings
         self.steps.append(entry)
 
@@ -283,8 +279,7 @@ class Segment:
     def _record(self, number: int, entry: Mapping[str, Any], settings: Settings) -> StepRecord:
         gradients, buffers = (self._file.prefixed(f"{kind}:{number}:") for kind in ("gradient", "buffer"))
         auxiliary = {loss: self._file.prefixed(f"auxiliary:{number}:{loss}:") for loss in entry["auxiliary"]}
-        frozen = tuple(entry.get("frozen", ()))
-        return StepRecord(settings, gradients, auxiliary, buffers, self.batches(number), frozen)
+        return StepRecord(settings, gradients, auxiliary, buffers, self.batches(number))
 
     def batches(self, number: int) -> tuple[Batch, ...]:
         """The batches of one step."""

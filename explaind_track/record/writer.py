@@ -90,8 +90,7 @@ class TrajectoryWriter:
             gradients[name] = gradient.detach().clone()
         buffers = {name: value.detach().clone() for name, value in step.after.buffers.items()} if buffers_moved else {}
         settings = settings_of(self._observer)
-        frozen = tuple(name for name, update in step.updates.items() if update.frozen)
-        self._draft.add(step.number, StepRecord(settings, gradients, auxiliary, buffers, step.batches, frozen))
+        self._draft.add(step.number, StepRecord(settings, gradients, auxiliary, buffers, step.batches))
 
         self.begin()
         if self._draft.size >= SEGMENT_BYTES:

@@ -4,7 +4,7 @@ Every rank does its own samples.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -77,25 +77,17 @@ class LiveSamples:
         return gradient, loss
 
     def check(
-        self,
-        batches: StepBatches,
-        number: int,
-        state: State,
-        gradients: Tensors,
-        auxiliary: Mapping[str, Tensors],
-        trained: Collection[str],
+        self, batches: StepBatches, number: int, state: State, gradients: Tensors, auxiliary: Mapping[str, Tensors]
     ) -> None:
         """Compares, now and then, the sum of the samples' gradients with the step's, less the auxiliary losses'.
 
-        trained: the parameters that require gradients. Warns with SampleMismatchWarning. Every rank calls it.
+        Warns with SampleMismatchWarning. Every rank calls it.
         """
         due = number < CHECKED_STEPS or number % CHECK_EVERY == 0
         if not due or not batches.of_all_ranks or any(batch.clipped for batch in batches.of_all_ranks):
             return
 
-        # zeros that are kept of a frozen parameter are no sample's
-        learning = {name: value for name, value in gradients.items() if name in trained or bool(value.any())}
-        rest = {name: value.clone() for name, value in learning.items()}
+        rest = {name: value.clone() for name, value in gradients.items()}
         for part in auxiliary.values():
             for name, value in part.items():
                 rest[name] -= value

@@ -20,6 +20,7 @@ from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live_samples import LiveSamples
 from explaind_track.tracking.step_batches import StepBatches
 from explaind_track.tracking.stopwatch import Stopwatch
+from explaind_track.tracking.wrappers import puts_off_steps
 
 
 class StepWatch:
@@ -35,17 +36,22 @@ class StepWatch:
         auxiliary: Mapping[str, Callable[[nn.Module], Tensor]],
         mark_nonfinite: bool,
         stopwatch: Stopwatch,
+        wrapper: object,
     ) -> None:
-        """mark_nonfinite: note a gradient that is not finite in `nonfinite` instead of raising NonFiniteError."""
+        """mark_nonfinite: note a gradient that is not finite in `nonfinite` instead of raising NonFiniteError.
+        wrapper: the optimizer as the loop has it."""
         self._model, self._observer, self._ranks, self._samples = model, observer, ranks, samples
         self._writer, self._auxiliary = writer, auxiliary
         self._mark_nonfinite, self._stopwatch = mark_nonfinite, stopwatch
+        self._wrapper = wrapper
         self.open = False
         """Whether a step is going on, between `begin` and `end`."""
         self.taken = False
         """Whether the optimizer has taken the step."""
         self.skipped = False
         """Whether the optimizer leaves the step out, from inside of its `step`."""
+        self.put_off = False
+        """Whether the step that has ended goes on with the next: its gradient is kept, and added to."""
         self.batches = StepBatches()
         self.nonfinite: list[str] = []
         """The parameters whose gradients hold numbers that are not finite."""
@@ -56,14 +62,17 @@ class StepWatch:
         """Begins to watch a step, before anything random is drawn for it. Raises RuntimeError if one is open."""
         if self.open:
             raise RuntimeError("tracker.step() is open already; close it before the next step")
-        self._ranks.refuse_uneven_steps()
-        self._buffers = {name: buffer.detach().clone() for name, buffer in buffers_of(self._model).items()}
-        if self._writer is not None:
-            self._writer.begin()
-        self.batches, self.open, self.taken = StepBatches(), True, False
+        if not self.put_off:
+            self._ranks.refuse_uneven_steps()
+            self._buffers = {name: buffer.detach().clone() for name, buffer in buffers_of(self._model).items()}
+            if self._writer is not None:
+                self._writer.begin()
+            self.batches = StepBatches()
+        self.open, self.taken = True, False
 
     def end(self) -> None:
         self.open = False
+        self.put_off = not self.taken and puts_off_steps(self._wrapper)
 
     def before(self, number: int, arguments: Sequence[Any]) -> None:
         """Takes in what step `number` starts from and is made of, right before the optimizer takes it.
@@ -93,13 +102,14 @@ class StepWatch:
         self._refuse_nonfinite_settings()
 
         # what the gradient is made of: batches, and auxiliary losses
+        if not gradients:  # no backward pass was run: these are no samples of the step
+            self.batches = StepBatches()
         self.batches.forget_unused_randomness(next(self._model.parameters()).device)
         self.batches.exchange(self._ranks)
         self._auxiliary_gradients = self._differentiate_auxiliary(gradients)
         if self._samples is not None and not self.nonfinite:
             state = State({name: p.detach() for name, p in self._observer.parameters.items()}, self._buffers)
-            trained = {name for name, p in self._observer.parameters.items() if p.requires_grad}
-            self._samples.check(self.batches, number, state, gradients, self._auxiliary_gradients, trained)
+            self._samples.check(self.batches, number, state, gradients, self._auxiliary_gradients)
 
         # what the step starts from
         self._observer.before(self._buffers, self._auxiliary_gradients)

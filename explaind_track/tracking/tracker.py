@@ -1,6 +1,5 @@
 """The Tracker: a plugin for an ordinary training loop that explains every step as it is taken."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -33,6 +32,7 @@ from explaind_track.tracking.outputs import Outputs, begin_record
 from explaind_track.tracking.step_calls import StepCalls
 from explaind_track.tracking.step_watch import StepWatch, hook_optimizer
 from explaind_track.tracking.stopwatch import Stopwatch
+from explaind_track.tracking.wrappers import plain_model, plain_optimizer
 
 if TYPE_CHECKING:
     import wandb
@@ -88,7 +88,7 @@ class Tracker(StepCalls, Findings):
             model: The module that is trained, or the DistributedDataParallel around it; then every process makes a
                 Tracker, with the same arguments, and the one of rank zero explains, shows and records for all: `run`,
                 `trajectory` and what the Tracker is asked for count there alone.
-            optimizer: The optimizer of its parameters, on their device.
+            optimizer: The optimizer of its parameters, on their device; as Accelerate or Lightning wraps it, too.
             queries: By name. The first owns the plain panels (`kernel/decoder`), the others prefix theirs with their
                 name; losses are shown by their signed change (`loss/kernel/decoder` for the first of them). None at
                 all: the run is only recorded.
@@ -130,17 +130,17 @@ class Tracker(StepCalls, Findings):
         every, samples_every, map_queries, keyframe_every, memory, resume = arguments.check_numbers(
             every, samples_every, map_queries, keyframe_every, memory, resume
         )
-        ranks = Ranks(model)
+        ranks = Ranks(plain_model(model))
         model = ranks.model
         parameters = parameters_of(model)
-        self.optimizer, self.every, self.samples_every = optimizer, every, samples_every
+        self.optimizer, self.every, self.samples_every = plain_optimizer(optimizer), every, samples_every
         self.groups = resolve_groups(groups, parameters)
         arguments.check_groups_shown(self.groups)
         self.quadrature = quadrature or Quadrature.fixed(1)
         """With `parts`, what `explain` has to be told to give the same numbers from the record."""
         self.run = run if ranks.rank == 0 else None
         self.audit_every = None if audit_every is None else require_int("audit_every=", audit_every, 1)
-        self._observer = StepObserver(optimizer, parameters)
+        self._observer = StepObserver(self.optimizer, parameters)
 
         # what is computed of each step
         auxiliary = dict(auxiliary or {})
@@ -174,16 +174,16 @@ class Tracker(StepCalls, Findings):
         # how it is watched
         self._stopwatch = Stopwatch()
         mark = on_nonfinite == "mark"
-        watch = StepWatch(model, self._observer, ranks, samples, writer, auxiliary, mark, self._stopwatch)
+        watch = StepWatch(model, self._observer, ranks, samples, writer, auxiliary, mark, self._stopwatch, optimizer)
         super().__init__(model, ranks, samples, watch, index_needed=bool(samples_every))
 
         # where it is shown
         self._row: dict[str, Any] = {}
-        about = configuration(model, optimizer, self.groups, queries, self.quadrature, every, samples_every)
+        about = configuration(model, self.optimizer, self.groups, queries, self.quadrature, every, samples_every)
         self._outputs = Outputs(self.run, writer, [*history.SECTIONS, *queries], about)
         self.staging_mb = 0.0
         """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
-        self._hooks = hook_optimizer(optimizer, self._before, self._after)
+        self._hooks = hook_optimizer(self.optimizer, self._before, self._after)
         if record is not None:
             self._catch_up(record)
 
@@ -207,7 +207,7 @@ class Tracker(StepCalls, Findings):
     def step(self) -> Iterator[None]:
         """Spans one training step: everything from its forward pass to its single `optimizer.step()`.
 
-        A context in which the optimizer takes no step (a skipped one) leaves no trace.
+        A skipped one leaves no trace; with one that `accelerator.accumulate()` has put off, the next goes on.
 
         Raises:
             RuntimeError: If a step is open already.
@@ -225,17 +225,17 @@ class Tracker(StepCalls, Findings):
             1
         """
         self._watch.begin()
-        tracking_before = self._stopwatch.of_tracking
-        started = time.perf_counter()
         try:
-            yield
+            with self._stopwatch.step():
+                yield
         finally:
             self._watch.end()
+        if self._watch.put_off:
+            return
 
-        spent, tracking = time.perf_counter() - started, self._stopwatch.of_tracking - tracking_before
-        self.seconds["training"] += spent - tracking
+        training, tracking = self._stopwatch.take_lap()
         if self._watch.taken:
-            seconds = {history.SECONDS_TRAINING: spent - tracking, history.SECONDS_INFLUENCE: tracking}
+            seconds = {history.SECONDS_TRAINING: training, history.SECONDS_INFLUENCE: tracking}
             self._outputs.log(self.number, {**self._row, **seconds})
             self._row = {}
             self.number += 1
