@@ -154,6 +154,17 @@ def test_verify_finds_what_was_altered(run: Path) -> None:
     assert "was altered" in done.output
 
 
+def test_audit_recomputes_a_step(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = answer("audit", run, "test_cli:task", "--step", "4", "--samples", "2")
+    assert (content["ok"], content["step"]) == (True, 4)
+    assert len([finding for finding in content["findings"] if finding["what"].startswith("sample ")]) == 2
+
+    monkeypatch.setattr("explaind_track.analysis.step_audit.gauss_legendre", lambda nodes: ((0.5, 1.01),))
+    done = call("audit", run, "test_cli:task")
+    assert done.exit_code == 1
+    assert "WRONG kernel through" in done.output
+
+
 def test_explain_is_the_function_of_that_name(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "influence.safetensors"
     settings = ("keep=[query,output]", "window=[2,7]", "nodes=3", "close=true")
