@@ -47,11 +47,12 @@ class ParameterScores:
 
     def add(self, step: Step) -> None:
         """Takes one step in. Raises ValueError if it does not have the part."""
-        if not step.updates:
+        change = step.outside if self.part == "outside" else step
+        if change is None or not change.moved:
             return
         self._integrator.parts(step)  # raises for one that there is not
-        for name, value in self._features.of(step, self._integrator.nodes(step)).items():
-            value *= step.parts[self.part][name]
+        for name, value in self._features.of(change, self._integrator.nodes(change)).items():
+            value *= change.parts[self.part][name]
             if name in self.rows:
                 self.rows[name] += value
             else:

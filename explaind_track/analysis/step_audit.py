@@ -16,7 +16,7 @@ from explaind_track.analysis import plain_step
 from explaind_track.analysis.parameter_scores import parameter_scores
 from explaind_track.core.groups import Groups, GroupSpec, resolve_groups
 from explaind_track.core.queries import Query
-from explaind_track.core.step import Batch, Step
+from explaind_track.core.step import Batch, Change, Step
 from explaind_track.core.tensors import tree_map
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.path_integral import Quadrature, gauss_legendre
@@ -114,22 +114,22 @@ def _of_groups(
     ours = explainer.results()[0].data
     target = _plain_target(query, step)
 
-    before, after = step.before.parameters, step.after.parameters
-    for what, parameters, buffers in (
-        ("prediction before", before, step.before.buffers),
-        ("prediction after", after, step.after.buffers),
-    ):
-        plain = plain_step.predictions(model, parameters, buffers, target).cpu()
+    for what, state in (("prediction before", step.start), ("prediction after", step.after)):
+        plain = plain_step.predictions(model, state.parameters, state.buffers, target).cpu()
         name = "initial" if what.endswith("before") else "final"
         yield _finding(what, torch.from_numpy(ours[name].values), plain, step)
 
     shape = ours["initial"].shape
     cells = [divmod(place, shape[1]) for place in _spread(int(np.prod(shape)), targets)]
     names = [str(part) for part in ours["part"].values]
-    plain = plain_step.group_sums(
-        model, before, after, step.before.buffers, [step.parts[part] for part in names], groups, target,
-        cells, gauss_legendre(nodes),
-    )  # fmt: skip
+
+    def plain_sums(change: Change) -> Tensor:
+        own = [change.parts[part] for part in names if part in change.parts]
+        before, after, buffers = change.before.parameters, change.after.parameters, change.before.buffers
+        return plain_step.group_sums(model, before, after, buffers, own, groups, target, cells, gauss_legendre(nodes))
+
+    # the part from outside, which comes last, has a way of its own
+    plain = plain_sums(step) if step.outside is None else torch.cat([plain_sums(step), plain_sums(step.outside)])
     found = torch.from_numpy(ours["influence"].transpose("part", "group", "query", "output").values).double()
     found = torch.stack([found[..., x, j] for x, j in cells], -1)
 
@@ -331,7 +331,7 @@ def audit(
     if not 0 <= number < len(trajectory):
         raise ValueError(f"step={step} is not within the run, which has the steps 0 to {len(trajectory) - 1}")
 
-    (chosen,) = trajectory.steps(number, number + 1, lasting=True)
+    chosen = next(trajectory.steps(number, number + 1, lasting=True))
     return audit_step(
         chosen, model, query, groups=groups, sample_loss=sample_loss, data=data, samples=samples, targets=targets,
         nodes=nodes,

@@ -98,15 +98,17 @@ def step_scores(
 
 
 def _size(step: Step) -> float:
-    before, after = step.before.parameters, step.after.parameters
-    return float(sum(float((after[name] - before[name]).double().square().sum()) for name in step.updates) ** 0.5)
+    """‖θ_{s+1} − θ_s‖₂, from where the step before has ended."""
+    before, after = step.start.parameters, step.after.parameters
+    moved = dict.fromkeys((*step.moved, *(step.outside.moved if step.outside is not None else ())))
+    return float(sum(float((after[name] - before[name]).double().square().sum()) for name in moved) ** 0.5)
 
 
 def _change(step: Step, model: nn.Module, query: Query) -> float:
     functional, device = Functional(model), next(iter(step.before.parameters.values())).device
     chunk = query.rows(0, query.size, device)
     with evaluation(model), torch.no_grad():
-        before, after = (functional.value(state, target_of(query, chunk)) for state in (step.before, step.after))
+        before, after = (functional.value(state, target_of(query, chunk)) for state in (step.start, step.after))
     return abs(float((after - before).double().sum()))
 
 

@@ -13,9 +13,11 @@ from explaind_track.record.history import (
     DIFFERENCE,
     HISTORY,
     KERNEL,
+    OUTSIDE,
     REGULARIZATION,
     SECONDS,
     SECONDS_INFLUENCE,
+    TOTAL,
     change_key,
     importance_key,
     is_explained,
@@ -96,9 +98,11 @@ def view(directory: Path, rows: Rows, state: str) -> "Group":
 
     explained = [row for row in rows if is_explained(row)]
     last = explained[-1] if explained else {}
-    for group, kernel in keys_by_group(last, KERNEL).items():
+    for group in keys_by_group(last, KERNEL) or keys_by_group(last, OUTSIDE):
+        kernel = importance_key(KERNEL, group)
         decay, difference = importance_key(REGULARIZATION, group), importance_key(DIFFERENCE, group)
-        changes = [last[key] for key in (change_key(KERNEL, group), change_key(REGULARIZATION, group)) if key in last]
+        keys = (change_key(section, group) for section in (KERNEL, REGULARIZATION, OUTSIDE))
+        changes = [last[key] for key in keys if key in last]
         table.add_row(
             group,
             _number(last.get(kernel)),
@@ -121,8 +125,9 @@ def _headline(rows: Rows) -> str:
     explaining = sum(row.get(SECONDS_INFLUENCE, 0.0) for row in rows)
     if seconds > 0:
         parts.append(f"{len(rows) / seconds:.1f} steps/s, {100 * explaining / seconds:.0f}% of it explaining")
+    outside = importance_key(OUTSIDE, TOTAL)
     for key, value in latest_values(rows).items():
-        if is_residual(key) or is_measure(key):
+        if is_residual(key) or is_measure(key) or key == outside:
             parts.append(f"{key} {_number(value)}")
     return "  ·  ".join(parts)
 

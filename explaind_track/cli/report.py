@@ -13,6 +13,7 @@ from explaind_track.record.history import (
     AXIS,
     DIFFERENCE,
     KERNEL,
+    OUTSIDE,
     QUERY_COSINES,
     REGULARIZATION,
     SAMPLE_MAP,
@@ -114,10 +115,15 @@ def _totals(rows: Rows) -> list[list[Any]]:
     """Sums over the steps, by group; the importance of single steps adds up to more than that of the whole run."""
     columns = ["group", "Σ importance, kernel", "Σ importance, weight decay", "Σ D"]
     columns += ["loss, through samples", "loss, through weight decay"]
+    changed_outside = any(keys_by_group(row, OUTSIDE) for row in rows)
+    if changed_outside:
+        columns += ["Σ importance, changed from outside", "loss, through changes from outside"]
     table: list[list[Any]] = [columns]
     for group in dict.fromkeys(group for row in rows for group in keys_by_group(row, KERNEL)):
         keys = [importance_key(section, group) for section in (KERNEL, REGULARIZATION, DIFFERENCE)]
         keys += [change_key(section, group) for section in (KERNEL, REGULARIZATION)]
+        if changed_outside:
+            keys += [importance_key(OUTSIDE, group), change_key(OUTSIDE, group)]
         table.append([group, *(sum(row.get(key, 0.0) for row in rows) for key in keys)])
     return table
 

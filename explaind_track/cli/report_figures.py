@@ -9,6 +9,7 @@ from explaind_track.record.history import (
     DIFFERENCE,
     KERNEL,
     LOSS,
+    OUTSIDE,
     REGULARIZATION,
     RESIDUAL,
     SECONDS,
@@ -80,6 +81,7 @@ def _all_sections(keys: Sequence[str]) -> list[Section]:
             [
                 Figure("kernel, by group", groups(KERNEL), stacked=True),
                 Figure("weight decay, by group", groups(REGULARIZATION), stacked=True),
+                Figure("changed by something other than the optimizer, by group", groups(OUTSIDE), stacked=True),
                 Figure("all groups together", {name: key for name, key in totals.items() if key in keys}),
             ],
         ),
@@ -94,6 +96,7 @@ def _all_sections(keys: Sequence[str]) -> list[Section]:
             [
                 Figure("through the training samples", groups(f"{LOSS}/{KERNEL}")),
                 Figure("through weight decay", groups(f"{LOSS}/{REGULARIZATION}")),
+                Figure("through changes by something other than the optimizer", groups(f"{LOSS}/{OUTSIDE}")),
             ],
         ),
         Section(

@@ -1,15 +1,16 @@
 """The StepObserver: watches a live optimizer, and tells of each of its steps as a `Step`."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from explaind_track.core.kept_state import KeptState
+from explaind_track.core.lasting import lasting_copy
 from explaind_track.core.rules import Rule, require_rule, update_rule
-from explaind_track.core.step import Batch, Contribution, State, Step, Update, Validity
-from explaind_track.core.tensors import Tensors, same_bits
+from explaind_track.core.step import Batch, Contribution, OutsideChange, State, Step, Update, Validity
+from explaind_track.core.tensors import Tensors
 from explaind_track.errors import UnexplainedUpdateError
 
 
@@ -17,8 +18,9 @@ class StepObserver:
     """Watches an optimizer's steps and tells of each as a `Step`.
 
     Call `before()` right before `optimizer.step()` and `after()` right behind it; `settle()`, once the step it told of
-    has served, lets it see whether the next one starts from the same numbers. It keeps what the optimizer does not:
-    how much of the momentum buffers is due to coupled decay, to auxiliary losses, and to a past that nobody watched.
+    has served, lets it see whether the next one starts from the same numbers, and if it does not, tell what changed
+    them (`Step.outside`). It keeps what the optimizer does not: how much of the momentum buffers is due to coupled
+    decay, to auxiliary losses, and to a past that nobody watched.
 
     Example:
         >>> import torch
@@ -58,20 +60,20 @@ class StepObserver:
         self._refuse_foreign_parameters()
 
         # From `before()` to `after()`
-        self._before = State({}, {})
-        """`θ_s` (a copy) and the model's buffers, where the step began."""
         self._auxiliary: Mapping[str, Tensors] = {}
         """The gradients of the auxiliary losses."""
         self._without_state: set[str] = set()
         """The parameters for which the optimizer held no state."""
 
         # From one step to the next
+        self.kept = KeptState(parameters)
+        """The model as the last step has left it."""
+        self._state_versions: list[tuple[int, int]] = []
+        """Of the optimizer's state after the last step."""
         self._last_mark: object = None
-        """The mark of the last step; None once it is known that the next one does not start where that ended."""
+        """The mark of the last step; None where nobody holds one."""
         self._last_buffers: Tensors = {}
         """The model's buffers after the last step."""
-        self._settled: State | None = None
-        """What the last step left behind, kept from `settle()` to the next `before()`."""
         self._last_validity = Validity()
         """Whether the last step may still be looked at."""
         self._last_lasting: Step | None = None
@@ -99,6 +101,20 @@ class StepObserver:
             raise ValueError(f"the gradient of '{sparse[0]}' is sparse; use sparse=False in its module")
         return found
 
+    def begin(self, buffers: Tensors) -> None:
+        """Takes the model as it is for where the run begins, unless it has begun already.
+
+        Where nobody calls this, it begins at the first `before()`, and what changes the weights in the first forward
+        pass is not seen.
+        """
+        if not self.kept.is_known:
+            self.restart(buffers)
+
+    def restart(self, buffers: Tensors) -> None:
+        """Takes the model as it is for what the last step left behind: the next one does not follow from that."""
+        self.kept.restart(buffers)
+        self._last_mark, self._state_versions = None, self._versions_of_state()
+
     def before(self, buffers: Tensors, auxiliary: Mapping[str, Tensors] | None = None) -> None:
         """Takes down where a step begins, right before `optimizer.step()`.
 
@@ -111,20 +127,17 @@ class StepObserver:
         """
         self._take_down_past()
         self._last_validity.over = True
-
-        if self.untouched(buffers):
-            self._before = State(self._before.parameters, buffers)
-        else:
-            self._before = State({name: p.detach().clone() for name, p in self.parameters.items()}, buffers)
-            self._last_mark = None
-
+        if not self.kept.is_known:
+            self.restart(buffers)
+        self.kept.begin_step(buffers)
         self._without_state = {name for name, p, _ in self._members() if not self.optimizer.state.get(p)}
-        self._auxiliary, self._settled = auxiliary or {}, None
+        self._auxiliary = auxiliary or {}
 
-    @property
-    def continues(self) -> bool:
-        """After `before()`: whether the step starts, bit for bit, where the one before it ended."""
-        return self._last_mark is not None
+    def continues(self, changed: State) -> bool:
+        """Whether what the last step left behind, and the optimizer's state of now, follow from the steps before: who
+        changed weights between steps may have changed that state too."""
+        is_state_kept = changed.is_empty or self._versions_of_state() == self._state_versions
+        return self._last_mark is not None and is_state_kept
 
     def after(self, number: int, buffers: Tensors, batches: tuple[Batch, ...] = ()) -> Step:
         """Tells of the step just taken, right after `optimizer.step()`; valid until `settle()` or the next step.
@@ -137,6 +150,7 @@ class StepObserver:
         Raises:
             UnexplainedUpdateError: The optimizer's rule does not explain how a parameter moved.
         """
+        self.kept.pass_step()
         self._last_buffers = buffers
         after = State({name: p.detach() for name, p in self.parameters.items()}, buffers)
         updates = {
@@ -146,56 +160,70 @@ class StepObserver:
         }
         self._prove(updates)
 
-        warm = bool(self.momentum_shares.get("past"))
-        auxiliary = tuple(self._auxiliary)
-        step = Step(number, self._before, after, updates, batches, warm, auxiliary, follows=self._last_mark)
+        outside = self._outside(number, self.kept.start, self.kept.changed)
+        step = Step(
+            number,
+            self.kept.start,
+            after,
+            updates,
+            batches,
+            warm=bool(self.momentum_shares.get("past")),
+            auxiliary=tuple(self._auxiliary),
+            outside=outside,
+            follows=self._last_mark if outside is None else outside.mark,
+            validity=Validity() if outside is None else outside.validity,
+        )
         self._last_mark, self._last_validity = step.mark, step.validity
         return step
 
     def settle(self) -> None:
         """Keeps `θ_{s+1}` in the place of `θ_s`: the step just told of is not valid any more."""
         self._last_validity.over = True
-        for name, parameter in self.parameters.items():
-            self._before.parameters[name].copy_(parameter.detach())
-        self._settled = State(self._before.parameters, _copied_tensors(self._last_buffers))
+        self.kept.end_step(self._last_buffers)
+        self._state_versions = self._versions_of_state()
 
-    def untouched(self, buffers: Tensors) -> bool:
-        """Whether parameters and buffers are, bit for bit, what they were when the last step was settled."""
-        kept = self._settled
-        return kept is not None and (
-            all(same_bits(kept.parameters[name], parameter.detach()) for name, parameter in self.parameters.items())
-            and all(same_bits(kept.buffers[name], buffer.detach()) for name, buffer in buffers.items())
+    def closing(self, number: int, buffers: Tensors) -> Step | None:
+        """Behind the run's last step: what has changed the model since, as a step in which the optimizer does nothing.
+
+        Args:
+            number: That of the step which would come next.
+            buffers: The model's now.
+
+        Returns:
+            The step, valid until the next; None where the model is as the last step has left it.
+        """
+        after = State({name: p.detach() for name, p in self.parameters.items()}, buffers)
+        outside = self._outside(number, after, self.kept.changes(buffers))
+        if outside is None:
+            return None
+        return Step(
+            number,
+            after,
+            after,
+            updates={},
+            outside=outside,
+            closing=True,
+            follows=outside.mark,
+            validity=outside.validity,
         )
+
+    def _outside(self, number: int, after: State, changed: State) -> OutsideChange | None:
+        """What has led from the end of the last step to the state `after`, where the next begins."""
+        if changed.is_empty:
+            return None
+        return OutsideChange(number, self.kept.left, after, changed, follows=self._last_mark)
 
     def lasting(self, step: Step) -> Step:
         """The step just told of, in tensors of its own, which outlast the next one. It shares θ with the lasting step
         that it follows."""
         step.require_valid()
-        last = self._last_lasting
-        follows = last is not None and step.follows is last.mark
-        before = last.after if last is not None and follows else _copied_state(step.before)
-        after = _copied_state(step.after)
-
-        updates = {}
+        rules = {}
         for name, parameter, settings in self._members():
-            if name not in step.updates:
-                continue
-            update = step.updates[name]
-            # The rule holds tensors of the optimizer's state: it is made anew, of copies.
-            state = {key: _copied(value) for key, value in self.optimizer.state[parameter].items()}
-            updates[name] = replace(
-                update,
-                before=before.parameters[name],
-                after=after.parameters[name],
-                gradient=update.gradient.clone(),
-                rule=self._rule(name, dict(settings), state),
-                contributions={
-                    part: Contribution(_copied(given.buffer), _copied(given.gradient))
-                    for part, given in update.contributions.items()
-                },
-            )
-
-        self._last_lasting = replace(step, before=before, after=after, updates=updates, validity=Validity())
+            if name in step.updates:
+                # a rule holds tensors of the optimizer's state: it is made anew, of copies
+                state = {key: _copied(value) for key, value in self.optimizer.state[parameter].items()}
+                rules[name] = self._rule(name, dict(settings), state)
+        self._last_lasting = lasting_copy(step, self._last_lasting, rules)
         return self._last_lasting
 
     # --------------------------------------------------------------- its past
@@ -205,17 +233,23 @@ class StepObserver:
         self.momentum_shares = {part: dict(values) for part, values in momentum_shares.items()}
         self._past_known = True
 
-    def go_on(self, momentum_shares: Mapping[str, Tensors], buffers: Tensors) -> None:
-        """Goes on where another StepObserver has left off, at the parameters of now.
+    def go_on(self, other: "StepObserver", buffers: Tensors) -> None:
+        """Goes on where another StepObserver of the run has left off.
+
+        What has changed the model since then is seen, as if this one had watched all the time.
 
         Args:
-            momentum_shares: The other's; copied.
-            buffers: The model's now; copied.
+            other: The one that has watched, or replayed, the steps so far.
+            buffers: The model's now.
         """
-        self.adopt({part: _copied_tensors(shares) for part, shares in momentum_shares.items()})
-        self._before = State(_copied_tensors(self.parameters), {})
-        self._settled = State(self._before.parameters, _copied_tensors(buffers))
-        self._last_mark = object()  # of the other's last step, which nobody holds any more
+        self.adopt(
+            {
+                part: {name: share.to(self.parameters[name].device, copy=True) for name, share in shares.items()}
+                for part, shares in other.momentum_shares.items()
+            }
+        )
+        self.kept.go_on(other.kept.left, buffers)
+        self._last_mark, self._state_versions = other._last_mark, self._versions_of_state()
 
     def _note_loading(self) -> None:
         self._state_loaded = True
@@ -238,6 +272,12 @@ class StepObserver:
                 buffer = update_rule(self.optimizer, settings, state, False).buffer
                 if buffer is not None and buffer.any():
                     past[name] = buffer.clone()
+
+    def _versions_of_state(self) -> list[tuple[int, int]]:
+        """Of every tensor in the optimizer's state: which it is, and how often it was written to."""
+        states = (self.optimizer.state.get(parameter, {}) for _, parameter, _ in self._members())
+        values = (value for state in states for value in state.values())
+        return [(id(value), value._version) for value in values if isinstance(value, Tensor)]
 
     # ----------------------------------------------------------- its parameters
 
@@ -266,7 +306,7 @@ class StepObserver:
         gradient = cast(Tensor, parameter.grad).detach()
         sign = -1.0 if settings.get("maximize") else 1.0
         rule = self._rule(name, settings, self.optimizer.state[parameter])
-        before = self._before.parameters[name]
+        before = self.kept.start.parameters[name]
 
         # The contributions are put in below, since the way of each into the buffer is the update's to say.
         contributions: dict[str, Contribution] = {}
@@ -338,11 +378,3 @@ def _rest_and_limit(update: Update) -> tuple[Tensor, Tensor]:
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _copied_tensors(tensors: Tensors) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in tensors.items()}
-
-
-def _copied_state(state: State) -> State:
-    return State(_copied_tensors(state.parameters), _copied_tensors(state.buffers))

@@ -1,13 +1,15 @@
 """The step: what one optimizer step did, the type that everything else passes through.
 
 A `Step` holds the model before and after (`State`), the training samples that drove it (`Batch`), and for every
-parameter an `Update`, which splits `θ_s − θ_{s+1}` into the parts of the paper's Theorem 3.1.
+parameter an `Update`, which splits `θ_s − θ_{s+1}` into the parts of the paper's Theorem 3.1. Where something other
+than the optimizer changed the model since the step before, that is an `OutsideChange`, which the step leads on from.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +17,9 @@ from torch import Tensor
 from explaind_track.core.rules import Rule
 from explaind_track.core.tensors import Tensors
 
-PARTS = ("kernel", "regularization", "past", "rounding")
-"""The parts of a step, which add up to `θ_s − θ_{s+1}`; auxiliary losses are parts by their own names beside them."""
+PARTS = ("kernel", "regularization", "past", "outside", "rounding")
+"""The parts of a step; they add up to the way from the end of the step before to its own. Auxiliary losses are parts by
+their own names beside them."""
 
 SHARES = {"momentum": "kernel"}
 """Shares of a part that can be asked for beside it: a share's name, and the part it belongs to."""
@@ -37,6 +40,19 @@ class State:
 
     parameters: Tensors
     buffers: Tensors
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no tensor, as what has changed of a model may."""
+        return not (self.parameters or self.buffers)
+
+    def copy(self) -> "State":
+        """The same numbers in tensors of their own."""
+        parameters, buffers = (
+            {name: value.detach().clone() for name, value in tensors.items()}
+            for tensors in (self.parameters, self.buffers)
+        )
+        return State(parameters, buffers)
 
 
 @dataclass(frozen=True)
@@ -199,20 +215,24 @@ class Update:
         return self.precondition(total)
 
 
-class Part(Mapping[str, Tensor]):
-    """One part of a step by parameter, computed when asked for and not kept."""
+Move = TypeVar("Move")
 
-    def __init__(self, updates: Mapping[str, Update], compute: Callable[[Update], Tensor]) -> None:
-        self._updates, self._compute = updates, compute
+
+class Part(Mapping[str, Tensor], Generic[Move]):
+    """One part of a change by parameter, computed when asked for and not kept."""
+
+    def __init__(self, moves: Mapping[str, Move], compute: Callable[[Move], Tensor]) -> None:
+        """compute: the part, from what moved the parameter."""
+        self._moves, self._compute = moves, compute
 
     def __getitem__(self, parameter: str) -> Tensor:
-        return self._compute(self._updates[parameter])
+        return self._compute(self._moves[parameter])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._updates)
+        return iter(self._moves)
 
     def __len__(self) -> int:
-        return len(self._updates)
+        return len(self._moves)
 
 
 @dataclass
@@ -223,7 +243,72 @@ class Validity:
 
 
 @dataclass(frozen=True)
-class Step:
+class Change(ABC):
+    """The model's way from one state to another, in a straight line, and the parts it is made of.
+
+    Its tensors belong to whoever made it (the training loop, or a trajectory's replay) and hold until that goes on to
+    its next step.
+    """
+
+    number: int
+    """The step's; of a change from outside, that of the step it leads to."""
+    before: State
+    after: State
+    mark: object = field(default_factory=object, kw_only=True)
+    """Stands for this very change, also in its copies; compared by identity."""
+    follows: object = field(default=None, kw_only=True)
+    """The mark of the change whose `after` is, bit for bit, this one's `before`; None where there is none."""
+    validity: Validity = field(default_factory=Validity, kw_only=True)
+
+    @property
+    @abstractmethod
+    def moved(self) -> Collection[str]:
+        """The names of the parameters along whose change it is integrated."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Its parts by name, each by parameter; they add up to `before − after`."""
+
+    def require_valid(self) -> None:
+        """Refuses a change whose tensors hold the numbers of a later step by now.
+
+        Raises:
+            ValueError: They do.
+        """
+        if self.validity.over:
+            raise ValueError(
+                f"step {self.number} is not valid any more: its tensors were written over when the run went on. Steps "
+                "that are held have to last: take them from trajectory.steps(lasting=True), or from "
+                "StepObserver.lasting in a loop of your own, or pass the trajectory itself"
+            )
+
+
+@dataclass(frozen=True)
+class OutsideChange(Change):
+    """What something other than the optimizer did to the model since its last step.
+
+    Weights that are clamped, masked, averaged or copied in, those that another optimizer moves, and buffers that are
+    written between steps.
+    """
+
+    changed: State
+    """Those parameters and buffers of `after` that are not, bit for bit, what they are in `before`."""
+
+    @cached_property
+    def moved(self) -> Collection[str]:
+        """The changed parameters; what is no real number is not integrated, and left to the remainder."""
+        return [name for name, value in self.changed.parameters.items() if value.is_floating_point()]
+
+    @cached_property
+    def parts(self) -> Mapping[str, Part[tuple[Tensor, Tensor]]]:
+        """The part `outside`; none where only buffers changed."""
+        ends = {name: (self.before.parameters[name], self.after.parameters[name]) for name in self.moved}
+        return {"outside": Part(ends, lambda pair: pair[0] - pair[1])} if ends else {}
+
+
+@dataclass(frozen=True)
+class Step(Change):
     """What training step `number` did: `θ_s` → `θ_{s+1}`.
 
     Its tensors belong to whoever made the step (the training loop, or a trajectory's replay) and hold until that
@@ -248,9 +333,6 @@ class Step:
         True
     """
 
-    number: int
-    before: State
-    after: State
     updates: Mapping[str, Update]
     """By parameter; a parameter that the step did not touch (frozen, or without a gradient) has none."""
     batches: tuple[Batch, ...] = ()
@@ -258,28 +340,26 @@ class Step:
     """Whether the optimizer had a past before it was watched, so that there is a part `past`."""
     auxiliary: tuple[str, ...] = ()
     """The auxiliary losses, each a part of its own: terms of the loss that belong to no training sample."""
-    mark: object = field(default_factory=object)
-    """Stands for this very step, also in its copies; compared by identity."""
-    follows: object = None
-    """The mark of the step whose `after` is, bit for bit, this one's `before`; None where there is none."""
-    validity: Validity = field(default_factory=Validity)
+    outside: OutsideChange | None = None
+    """What else changed the model between the end of the step before and `before`; None if nothing did."""
+    closing: bool = False
+    """Whether it is no step of the optimizer, but only brings what changed the model behind the run's last one."""
 
-    def require_valid(self) -> None:
-        """Refuses a step whose tensors hold the numbers of a later step by now.
+    @property
+    def start(self) -> State:
+        """Where the step before ended: `before`, unless something changed the model in between."""
+        return self.before if self.outside is None else self.outside.before
 
-        Raises:
-            ValueError: They do.
-        """
-        if self.validity.over:
-            raise ValueError(
-                f"step {self.number} is not valid any more: its tensors were written over when the run went on. Steps "
-                "that are held have to last: take them from trajectory.steps(lasting=True), or from "
-                "StepObserver.lasting in a loop of your own, or pass the trajectory itself"
-            )
+    @property
+    def moved(self) -> Collection[str]:
+        """The parameters that the optimizer touched."""
+        return self.updates.keys()
 
     @cached_property
-    def parts(self) -> Mapping[str, Part]:
+    def parts(self) -> Mapping[str, Part[Update]]:
         """The parts that add up to `θ_s − θ_{s+1}`, and `SHARES` of them. `past` is there only on a warm start."""
+        if self.closing:
+            return {}
         compute: dict[str, Callable[[Update], Tensor]] = {
             "kernel": Update.kernel,
             "momentum": Update.momentum,

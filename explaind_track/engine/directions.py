@@ -14,7 +14,7 @@ from torch import Tensor
 
 from explaind_track.core.groups import Groups
 from explaind_track.core.queries import Query
-from explaind_track.core.step import SHARES, State, Step
+from explaind_track.core.step import SHARES, Change, State
 from explaind_track.core.tensors import Tensors, size_in_bytes
 from explaind_track.engine.derivatives import vjp_rows
 from explaind_track.engine.functional import Functional
@@ -55,7 +55,7 @@ class Wanted:
         """R, the directions of one group: one for each part, and one more if the rounding is wanted."""
         return len(self.parts) + self.rounding
 
-    def fill(self, step: Step, parameter: str, rows: Sequence[Tensor]) -> None:
+    def fill(self, step: Change, parameter: str, rows: Sequence[Tensor]) -> None:
         """Writes the parts of one parameter's step, and last the rounding if it is wanted, into R rows of its shape."""
         for row, part in zip(rows, self.parts, strict=False):
             row.copy_(step.parts[part][parameter])
@@ -69,7 +69,7 @@ class Wanted:
 
 
 def choose_derivatives(
-    functional: Functional, query: Query, step: Step, wanted: Wanted, outputs: int, memory: int
+    functional: Functional, query: Query, step: Change, wanted: Wanted, outputs: int, memory: int
 ) -> DirectionalDerivatives:
     """The way that costs less. outputs: O, for each query."""
     directions = len(wanted.parts) * len(wanted.groups) + 1
@@ -91,7 +91,7 @@ class ForwardDerivatives:
     parameters only, so what lies before them in the model carries no derivative. The rounding is spread over the
     passes, since only its sum is asked for."""
 
-    def __init__(self, functional: Functional, query: Query, step: Step, wanted: Wanted, memory: int) -> None:
+    def __init__(self, functional: Functional, query: Query, step: Change, wanted: Wanted, memory: int) -> None:
         self._functional, self._query, self._step, self._wanted = functional, query, step, wanted
         self._bundles = self._bundle(memory // 2)
         self.copies = max(map(self._rows, self._bundles))
@@ -106,7 +106,7 @@ class ForwardDerivatives:
         """The groups of each pass, and their parameters that moved; as many as PASS_ROWS and the memory allow."""
         bundles: list[dict[int, list[str]]] = []
         for group, names in enumerate(self._wanted.groups.values()):
-            moving = [name for name in names if name in self._step.updates]
+            moving = [name for name in names if name in self._step.moved]
             if not moving:
                 continue
             larger = {**(bundles[-1] if bundles else {}), group: moving}
@@ -161,10 +161,10 @@ class ForwardDerivatives:
 class ReverseDerivatives:
     """A gradient for each output, of all queries together where they are reduced to one target, else of each."""
 
-    def __init__(self, functional: Functional, query: Query, step: Step, wanted: Wanted, memory: int) -> None:
+    def __init__(self, functional: Functional, query: Query, step: Change, wanted: Wanted, memory: int) -> None:
         self._functional, self._query, self._wanted = functional, query, wanted
         self._directions = {}
-        for name in step.updates:
+        for name in step.moved:
             value = step.before.parameters[name]
             self._directions[name] = value.new_empty(wanted.rows, *value.shape)
             wanted.fill(step, name, list(self._directions[name]))

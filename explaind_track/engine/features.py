@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from explaind_track.core.queries import Query
-from explaind_track.core.step import State, Step
+from explaind_track.core.step import Change, State
 from explaind_track.core.tensors import Tensors, size_in_bytes
 from explaind_track.engine.derivatives import vjp_rows
 from explaind_track.engine.functional import Functional, evaluation
@@ -20,17 +20,17 @@ class Features:
         self._functional, self.query, self._memory = functional, query, memory
         self._chunks = QueryChunks(functional, query, memory)
 
-    def of(self, step: Step, nodes: int) -> dict[str, Tensor]:
+    def of(self, step: Change, nodes: int) -> dict[str, Tensor]:
         """∫₀¹ ∇_θ f_{θ_s(t)}(x)_j dt with respect to the parameters that the step moved."""
         total: dict[str, Tensor] = {}
-        if not step.updates:
+        if not step.moved:
             return total
         device = next(iter(step.before.parameters.values())).device
         with evaluation(self._functional.model):
             for start, chunk in self._chunks.cut(self._chunk_size(step), device):
                 for time, weight in gauss_legendre(nodes):
                     state = interpolate(step, time)
-                    primals = {name: state.parameters[name] for name in step.updates}
+                    primals = {name: state.parameters[name] for name in step.moved}
                     self._add(total, start, self._gradients(chunk, state, primals), weight)
         return total
 
@@ -44,11 +44,11 @@ class Features:
             first = 0 if self.query.reduction else start * outputs
             total[name][first : first + len(rows) * outputs].add_(rows.flatten(0, 1), alpha=weight)
 
-    def _chunk_size(self, step: Step) -> int:
+    def _chunk_size(self, step: Change) -> int:
         """By their activations where one reverse pass serves all of the chunk, else by their gradients."""
         if self.query.reduction:
             return self._chunks.size(step.before, copies=1, held=2 * size_in_bytes(step.before.parameters))
-        moved = {name: step.before.parameters[name] for name in step.updates}
+        moved = {name: step.before.parameters[name] for name in step.moved}
         return max(1, self._memory // max(1, size_in_bytes(moved)))
 
     def _gradients(self, chunk: Query, state: State, primals: dict[str, Tensor]) -> dict[str, Tensor]:

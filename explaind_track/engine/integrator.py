@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from explaind_track.core.groups import Groups
 from explaind_track.core.queries import Query
-from explaind_track.core.step import PARTS, SHARES, State, Step
+from explaind_track.core.step import PARTS, SHARES, Change, State, Step
 from explaind_track.core.tensors import Tensors, size_in_bytes
 from explaind_track.engine.directions import DirectionalDerivatives, Wanted, choose_derivatives
 from explaind_track.engine.functional import Functional, evaluation
@@ -46,39 +46,45 @@ class Integrator:
         self._predictions = _Predictions(self.functional)
 
     def parts(self, step: Step) -> tuple[str, ...]:
-        """The names along the part axis. Raises ValueError for parts that the step does not have."""
-        if self.wanted_parts is None:
-            return tuple(name for name in step.parts if name != "rounding" and name not in SHARES)
-        unknown = set(self.wanted_parts) - {*step.parts, *PARTS}
-        if unknown:
+        """The names along the part axis, of the step and of what led to it from outside. Raises ValueError for parts
+        that the step does not have."""
+        unknown = set(self.wanted_parts or ()) - {*step.parts, *PARTS}
+        if unknown and not step.closing:
             raise ValueError(f"step {step.number} has the parts {tuple(step.parts)}, not {sorted(unknown)}")
-        return tuple(name for name in self.wanted_parts if name in step.parts)
 
-    def nodes(self, step: Step) -> int:
+        own, more = self._parts_of(step), () if step.outside is None else self._parts_of(step.outside)
+        return tuple(name for name in self.wanted_parts or (*own, *more) if name in (*own, *more))
+
+    def _parts_of(self, change: Change) -> tuple[str, ...]:
+        if self.wanted_parts is None:
+            return tuple(name for name in change.parts if name != "rounding" and name not in SHARES)
+        return tuple(name for name in self.wanted_parts if name in change.parts)
+
+    def nodes(self, step: Change) -> int:
         """How many nodes the step needs, found with one direction, that of the whole step."""
         rule = self.quadrature
         nodes = rule.nodes
-        while step.updates and nodes < rule.max_nodes:
+        while step.moved and nodes < rule.max_nodes:
             remainder, change, floor = self._total_residual(step, nodes)
             if remainder <= max(rule.tolerance * change, floor):
                 break
             nodes = min(2 * nodes, rule.max_nodes)
         return nodes
 
-    def _total_residual(self, step: Step, nodes: int) -> tuple[float, float, float]:
+    def _total_residual(self, step: Change, nodes: int) -> tuple[float, float, float]:
         """‖remainder‖₂, ‖change‖₂, and the rounding floor of the first, from the direction of the whole step."""
-        direction = {name: (step.before.parameters[name] - step.after.parameters[name])[None] for name in step.updates}
+        direction = {name: (step.before.parameters[name] - step.after.parameters[name])[None] for name in step.moved}
         squares = torch.zeros(3, dtype=torch.float64)
         with evaluation(self.functional.model):
             size = self._chunks.size(step.before, copies=1, held=2 * size_in_bytes(step.before.parameters))
             for together in self._together(step, size):
-                terms = self._start(step, together, 0, close=False)
+                terms = self._start(step, together, (), close=False)
 
                 # [f(θ_{s+1}) − f(θ_s)] + Σ_t w_t ⟨∇f_{θ_s(t)}, θ_s − θ_{s+1}⟩
                 remainder = terms.change
                 for time, weight in gauss_legendre(nodes):
                     state = interpolate(step, time)
-                    primals = {name: state.parameters[name] for name in step.updates}
+                    primals = {name: state.parameters[name] for name in step.moved}
                     for _, chunk in together:
                         function = self.functional.at(state, target_of(self.query, chunk))
                         remainder = remainder + self.functional.jvp(function, primals, direction)[0] * weight
@@ -88,36 +94,47 @@ class Integrator:
         remainder_norm, change, prediction = squares.sqrt().tolist()
         return remainder_norm, change, 4 * torch.finfo(terms.change.dtype).eps * prediction
 
-    def terms(self, step: Step, nodes: int, close: bool = False) -> Iterator[tuple[int, Terms]]:
-        """The step's influences, chunk by chunk of the queries (always the same chunks): the chunk's first row, and its
-        terms, which add up exactly if `close`. One chunk where the query is reduced to one target."""
-        parts = self.parts(step)
-        owned = [name not in SHARES for name in parts]  # so that no sum counts twice
+    def terms(self, step: Change, nodes: int, close: bool = False) -> Iterator[tuple[int, Terms]]:
+        """The influences of a step, or of a change from outside, chunk by chunk of the queries (always the same
+        chunks): the chunk's first row, and its terms, which add up exactly if `close`. One chunk where the query is
+        reduced to one target."""
+        parts = self._parts_of(step)
         with evaluation(self.functional.model):
             derivatives = self._derivatives(step, parts)
-            if self._terms_chunk is None:
-                copies, held = (derivatives.copies, derivatives.held) if derivatives else (1, 0)
-                self._terms_chunk = self._chunks.size(step.before, copies, held)
-            for together in self._together(step, self._terms_chunk):
-                terms = self._start(step, together, len(parts), close)
+            for together in self._together(step, self._chunk_size(step, derivatives)):
+                terms = self._start(step, together, parts, close)
                 if derivatives is not None:
                     self._integrate(step, derivatives, together, nodes, terms)
-                terms.finish(owned)
+                terms.finish()
                 yield together[0][0], terms
 
-    def _derivatives(self, step: Step, parts: Sequence[str]) -> DirectionalDerivatives | None:
-        """Differentiates the step's targets; None for a step that moved no parameter."""
-        if not step.updates:
+    def fix_chunks(self, step: Step) -> None:
+        """Cuts the query by what the step takes, before what led to it from outside is cut as well."""
+        if self._terms_chunk is None:
+            with evaluation(self.functional.model):
+                self._chunk_size(step, self._derivatives(step, self._parts_of(step)))
+
+    def _chunk_size(self, step: Change, derivatives: DirectionalDerivatives | None) -> int:
+        """Found once: all steps are cut alike."""
+        if self._terms_chunk is None:
+            copies, held = (derivatives.copies, derivatives.held) if derivatives else (1, 0)
+            self._terms_chunk = self._chunks.size(step.before, copies, held)
+        return self._terms_chunk
+
+    def _derivatives(self, step: Change, parts: Sequence[str]) -> DirectionalDerivatives | None:
+        """Differentiates the step's targets; None where it moved no parameter, or nobody wants a part of it."""
+        rounding = self.wanted_parts is None and "rounding" in step.parts
+        if not step.moved or not (parts or rounding):
             return None
         if self._outputs is None:
             first = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
             self._outputs = self.functional.value(step.before, first).shape[1]
-        wanted = Wanted(tuple(parts), self.groups, rounding=self.wanted_parts is None)
+        wanted = Wanted(tuple(parts), self.groups, rounding)
         return choose_derivatives(self.functional, self.query, step, wanted, self._outputs, self.memory)
 
     @staticmethod
     def _integrate(
-        step: Step, derivatives: DirectionalDerivatives, together: Sequence[Chunk], nodes: int, terms: Terms
+        step: Change, derivatives: DirectionalDerivatives, together: Sequence[Chunk], nodes: int, terms: Terms
     ) -> None:
         for time, weight in gauss_legendre(nodes):
             state = interpolate(step, time)
@@ -127,12 +144,12 @@ class Integrator:
                 influence, rounding = influence + more_influence, rounding + more_rounding
             terms.add(influence, rounding, weight)
 
-    def _together(self, step: Step, size: int) -> list[list[Chunk]]:
+    def _together(self, step: Change, size: int) -> list[list[Chunk]]:
         """The query's chunks; all of them together where they are shares of the same targets, else each by itself."""
         chunks = list(self._chunks.cut(size, next(iter(step.before.parameters.values())).device))
         return [chunks] if self.query.reduction else [[chunk] for chunk in chunks]
 
-    def _start(self, step: Step, together: Sequence[Chunk], parts: int, close: bool) -> Terms:
+    def _start(self, step: Change, together: Sequence[Chunk], parts: Sequence[str], close: bool) -> Terms:
         """Terms without influences, for these chunks."""
         predictions = [
             self._predictions.of(step, start, chunk, target_of(self.query, chunk)) for start, chunk in together
@@ -151,7 +168,7 @@ class _Predictions:
         self._now: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._known: dict[tuple[int, int], Tensor] = {}
 
-    def of(self, step: Step, start: int, chunk: Query, target: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...]:
+    def of(self, step: Change, start: int, chunk: Query, target: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...]:
         """f(θ_s, b_s), f(θ_{s+1}, b_s) and f(θ_{s+1}, b_{s+1}) for the chunk of queries from row `start` on."""
         if step.mark is not self._mark:
             follows = step.follows is not None and step.follows is self._mark
@@ -162,12 +179,13 @@ class _Predictions:
         if rows not in self._now:
             value = self._functional.value
             before = self._known.pop(rows) if rows in self._known else value(step.before, target)
-            moved = value(State(step.after.parameters, step.before.buffers), target)
+            stays = step.after is step.before
+            moved = before if stays else value(State(step.after.parameters, step.before.buffers), target)
             self._now[rows] = before, moved, value(step.after, target) if buffers_moved(step) else moved
         return self._now[rows]
 
 
-def buffers_moved(step: Step) -> bool:
+def buffers_moved(step: Change) -> bool:
     """Whether the step changed any of the model's buffers (the running statistics of batch norm, say)."""
     before: Tensors = step.before.buffers
     after: Tensors = step.after.buffers

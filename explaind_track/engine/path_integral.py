@@ -1,6 +1,8 @@
 """The path from θ_s to θ_{s+1}: its nodes, the terms that are integrated along it, and what they leave over.
 
 Ψ_s(part, Θ_g, x)_j = ∫₀¹ ⟨∇_θ f_{θ_s(t)}(x)_j, part restricted to Θ_g⟩ dt,   θ_s(t) = θ_s + t (θ_{s+1} − θ_s)
+
+What something other than the optimizer did between two steps has a straight path of its own, with the part `outside`.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from einops import reduce
 from torch import Tensor
 
 from explaind_track.core.checks import require_int, require_number
-from explaind_track.core.step import State, Step
+from explaind_track.core.step import SHARES, Change, State
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,10 @@ def gauss_legendre(nodes: int) -> tuple[tuple[float, float], ...]:
     return tuple(pairs)
 
 
-def interpolate(step: Step, time: float) -> State:
+def interpolate(step: Change, time: float) -> State:
     """θ_s(t), with the buffers of step s."""
     before, after = step.before.parameters, step.after.parameters
-    moved = {name: torch.lerp(before[name], after[name], time) for name in step.updates}
+    moved = {name: torch.lerp(before[name], after[name], time) for name in step.moved}
     return State({**before, **moved}, step.before.buffers)
 
 
@@ -123,6 +125,8 @@ def interpolate(step: Step, time: float) -> State:
 class Terms:
     """One step's influences on some of the queries (x of them, O outputs each), for P parts and G groups."""
 
+    parts: tuple[str, ...]
+    """The names of the P parts."""
     influence: Tensor
     """Ψ, (P, G, x, O)."""
     rounding: Tensor
@@ -139,12 +143,14 @@ class Terms:
     """What the split leaves over, [f(θ_{s+1}, b_s) − f(θ_s, b_s)] + ΣΨ, before any closing; (x, O)."""
 
     @classmethod
-    def start(cls, before: Tensor, moved: Tensor, after: Tensor, parts: int, groups: int, close: bool) -> "Terms":
+    def start(
+        cls, before: Tensor, moved: Tensor, after: Tensor, parts: Sequence[str], groups: int, close: bool
+    ) -> "Terms":
         """Zero influences, and the changes from the three predictions, (x, O) each. close: whether to close them."""
-        cells = before.new_zeros(parts, groups, *before.shape)
+        cells = before.new_zeros(len(parts), groups, *before.shape)
         zeros = torch.zeros_like(before)
         spread = cells.clone() if close else None
-        return cls(cells, zeros, moved - before, after - moved, after, spread, zeros.clone())
+        return cls(tuple(parts), cells, zeros, moved - before, after - moved, after, spread, zeros.clone())
 
     def add(self, influence: Tensor, rounding: Tensor, weight: float) -> None:
         """Adds one node's directional derivatives, (P, G, x, O) and (x, O), with the node's weight."""
@@ -153,13 +159,14 @@ class Terms:
             self.spread.addcmul_(influence, influence, value=weight)
         self.rounding.add_(rounding, alpha=weight)
 
-    def finish(self, owned: Sequence[bool]) -> None:
-        """Finds the remainder once all nodes are in. owned: True for each of the P parts, False for shares of them.
+    def finish(self) -> None:
+        """Finds the remainder once all nodes are in.
 
         Closing makes the sums exact by sharing the remainder out, per output, in proportion to each term's variance
         over the nodes; where there is none (one node, a linear path), to its size; and where all terms are 0, evenly.
         Shares of parts stay as they are.
         """
+        owned = [name not in SHARES for name in self.parts]  # so that no sum counts twice
         parts = self.influence if all(owned) else self.influence[[place for place, part in enumerate(owned) if part]]
         self.remainder = self.change + parts.sum((0, 1)) + self.rounding
         if self.spread is None:
@@ -180,17 +187,32 @@ class Terms:
         """The same terms with all groups as one."""
         return replace(self, influence=self.influence.sum(1, keepdim=True), spread=None)
 
+    def arranged(self, parts: tuple[str, ...]) -> "Terms":
+        """The same terms with the parts in this order, and zeros for those that there are not."""
+        if parts == self.parts:
+            return self
+        return replace(self, parts=parts, influence=arranged(self.influence, self.parts, parts), spread=None)
+
     def copy(self) -> "Terms":
         """The same terms in tensors of their own, to be added to."""
-        copies = {name: value.clone() for name, value in vars(self).items() if name != "spread"}
-        return Terms(**copies, spread=None)
+        copies = {name: value.clone() for name, value in vars(self).items() if name not in ("parts", "spread")}
+        return Terms(self.parts, **copies, spread=None)
 
     def __iadd__(self, other: "Terms") -> "Terms":
-        """Adds another step's terms; `after` becomes that step's."""
+        """Adds the terms of a step that follows, with the same parts; `after` becomes that step's."""
         for name in ("influence", "rounding", "change", "buffers", "remainder"):
             getattr(self, name).add_(getattr(other, name))
         self.after = other.after
         return self
+
+
+def arranged(values: Tensor, parts: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """Values (P, …) of these parts in the order that is wanted, with zeros for those that there are not."""
+    if tuple(parts) == tuple(wanted):
+        return values
+    result = values.new_zeros(len(wanted), *values.shape[1:])
+    result[[wanted.index(name) for name in parts]] = values
+    return result
 
 
 def _total(terms: Tensor) -> Tensor:

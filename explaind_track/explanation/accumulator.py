@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from explaind_track.core.influence import AXES, Influence
-from explaind_track.engine.path_integral import Terms
+from explaind_track.engine.path_integral import Terms, arranged
 
 Row = dict[str, Tensor]
 """The variables of an `Influence` by name, for one step or for the sum of all."""
@@ -31,11 +31,12 @@ class Sums:
     """All that an Accumulator has taken in; those of neighbouring stretches of steps can be joined."""
 
     parts: tuple[str, ...] = ()
+    """Of all steps; a step that lacks some of them has nothing in these."""
     steps: list[int] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
     """By step: the quadrature nodes it took."""
-    rows: list[Row] = field(default_factory=list)
-    """By step, where the step is kept."""
+    rows: list[tuple[tuple[str, ...], Row]] = field(default_factory=list)
+    """By step, where the step is kept: its parts, and its row."""
     chunks: dict[int, Terms] = field(default_factory=dict)
     """Where the step is not kept: the sums over the steps, by the chunk's first query."""
     initial: dict[int, Tensor] = field(default_factory=dict)
@@ -43,11 +44,29 @@ class Sums:
 
     def extend(self, other: "Sums") -> None:
         """Takes in the sums of the steps that follow."""
+        self.parts = united(self.parts, other.parts)
         self.steps += other.steps
         self.nodes += other.nodes
         self.rows += other.rows
         for start, terms in other.chunks.items():
-            self.chunks[start] += terms
+            self.add(start, terms)
+
+    def add(self, start: int, terms: Terms) -> None:
+        """Adds a step's terms to the sums of its chunk; their parts are among those known."""
+        if start in self.chunks:
+            self.chunks[start] = self.chunks[start].arranged(self.parts)
+            self.chunks[start] += terms.arranged(self.parts)
+        else:
+            self.chunks[start] = terms.copy()
+
+
+def united(parts: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of both, each new one behind the one that it follows among its own."""
+    result = list(parts)
+    for place, name in enumerate(more):
+        if name not in result:
+            result.insert(result.index(more[place - 1]) + 1 if place else 0, name)
+    return tuple(result)
 
 
 class Accumulator:
@@ -62,15 +81,14 @@ class Accumulator:
         self.keep = tuple(axis for axis in AXES if axis in keep)
         self.groups = tuple(groups)
         self.sums = Sums()
+        self._parts: tuple[str, ...] = ()
+        """Of the step that has begun."""
         self._open: list[Reduced] = []
-        """The chunks of the step that has begun."""
+        """Its chunks."""
 
     def begin(self, number: int, nodes: int, parts: tuple[str, ...]) -> None:
-        """Starts a step. Raises ValueError if its parts are not those of the steps before."""
-        known = self.sums.parts
-        if known and parts != known:
-            raise ValueError(f"step {number} has the parts {parts}, the steps before it had {known}")
-        self.sums.parts = parts
+        """Starts a step."""
+        self._parts, self.sums.parts = parts, united(self.sums.parts, parts)
         self.sums.steps.append(number)
         self.sums.nodes.append(nodes)
 
@@ -83,10 +101,8 @@ class Accumulator:
 
         if "step" in self.keep:
             self._open.append(self._reduce(terms))
-        elif start in self.sums.chunks:
-            self.sums.chunks[start] += terms
         else:
-            self.sums.chunks[start] = terms.copy()
+            self.sums.add(start, terms)
 
     def end(self) -> Row:
         """Closes the step and returns its row (empty where steps are summed)."""
@@ -94,7 +110,7 @@ class Accumulator:
             return {}
         row = self._join(self._open)
         self._open = []
-        self.sums.rows.append(row)
+        self.sums.rows.append((self._parts, row))
         return row
 
     def join(self, every: Sequence[Sums]) -> None:
@@ -170,7 +186,7 @@ class Accumulator:
             raise ValueError("there is no step to sum over")
 
         dims, by_step = self.dims(), "step" in self.keep
-        values = self._stacked() if by_step else self._join([self._reduce(sums.chunks[k]) for k in sorted(sums.chunks)])
+        values = self._stacked() if by_step else self._summed()
         variables: dict[str, Any] = {name: (dims[name], value.numpy()) for name, value in values.items()}
         variables["nodes"] = (("step",), np.array(sums.nodes)) if by_step else ((), np.array(max(sums.nodes)))
 
@@ -191,11 +207,18 @@ class Accumulator:
         span = {"first_step": sums.steps[0], "last_step": sums.steps[-1], "steps": len(sums.steps)}
         return Influence(xr.Dataset(variables, labels, {**attrs, **span}))
 
+    def _summed(self) -> Row:
+        """The sums over all steps as one row."""
+        sums = self.sums
+        return self._join([self._reduce(sums.chunks[start].arranged(sums.parts)) for start in sorted(sums.chunks)])
+
     def _stacked(self) -> Row:
         """The rows of all steps as one, with the step axis in its place."""
-        rows = self.sums.rows
-        values = {name: torch.stack([row[name] for row in rows], 0) for name in rows[0]}
+        values: Row = {}
         for name, axes in self.dims().items():
-            if axes and axes[0] == "part":
-                values[name] = values[name].movedim(0, 1)
+            if "part" in axes:
+                rows = [arranged(row[name], parts, self.sums.parts) for parts, row in self.sums.rows]
+                values[name] = torch.stack(rows).movedim(0, 1)
+            else:
+                values[name] = torch.stack([row[name] for _, row in self.sums.rows])
         return values

@@ -93,15 +93,22 @@ class Explainer:
             without the step axis; an empty row for the others.
 
         Raises:
-            ValueError: For a step that is not valid any more, and for one with other parts than those before it.
+            ValueError: For a step that is not valid any more, and for one that lacks the parts that were asked for.
         """
         step.require_valid()
-        nodes, parts = self.integrator.nodes(step), self.integrator.parts(step)
+        parts = self.integrator.parts(step)
+        outside, outside_nodes = self._from_outside(step)
+        nodes = self.integrator.nodes(step)
+        self.nodes, self.metrics = max(nodes, outside_nodes), {}
         for accumulator in self.accumulators:
-            accumulator.begin(step.number, nodes, parts)
+            accumulator.begin(step.number, self.nodes, parts)
 
-        self.nodes, self.metrics = nodes, {}
-        for start, terms in self.integrator.terms(step, nodes, self.close):
+        for start, own_terms in self.integrator.terms(step, nodes, self.close):
+            terms = own_terms.arranged(parts)
+            if start in outside:  # the step leads on from there
+                first = outside.pop(start).arranged(parts)
+                first += terms
+                terms = first
             for name, value in _metrics(self.integrator.query, start, terms).items():
                 self.metrics[name] = self.metrics.get(name, 0.0) + value
             for accumulator in self.accumulators:
@@ -110,6 +117,14 @@ class Explainer:
         rows = [accumulator.end() for accumulator in self.accumulators]
         self.residual = next((float(row["residual"]) for row in rows if row), float("nan"))
         return rows
+
+    def _from_outside(self, step: Step) -> tuple[dict[int, Terms], int]:
+        """The terms of what else changed the model since the step before, by the chunk's first row; and their nodes."""
+        if step.outside is None:
+            return {}, 0
+        self.integrator.fix_chunks(step)
+        nodes = self.integrator.nodes(step.outside)
+        return dict(self.integrator.terms(step.outside, nodes, self.close)), nodes
 
     def results(self) -> list[Influence]:
         """One influence for each choice of kept axes, over the steps so far."""

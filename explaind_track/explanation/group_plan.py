@@ -126,7 +126,7 @@ class GroupPlan(ExplanationPlan):
                 else:
                     explainer = self._make()
                     self._add(explainer, piece, bar)
-                    data = explainer.results()[0].data
+                    data = self._with_all_parts(explainer.results()[0].data)
                     large = [key for key in data.data_vars if data[key].ndim > 1 and "step" in data[key].dims]
                     for key in large:
                         self._write(store, str(key), data[key], piece)
@@ -135,12 +135,20 @@ class GroupPlan(ExplanationPlan):
                 labels.append(Influence.load(path).data)
         return self._together(store, labels)
 
+    def _with_all_parts(self, data: xr.Dataset) -> xr.Dataset:
+        """A piece, with zeros for the part `outside` where only other pieces have it."""
+        if "outside" in data["part"].values or not self._source.has_outside:
+            return data
+        own = tuple(data["part"].values)
+        wanted = self._example.integrator.wanted_parts or (*own, "outside")
+        return data.reindex(part=[name for name in wanted if name in (*own, "outside")], fill_value=0.0)
+
     def _write(self, store: Store, name: str, values: xr.DataArray, piece: slice) -> None:
         """Writes a piece's rows into the whole's array, whatever the place of the step axis."""
         sizes = {str(axis): self.steps if axis == "step" else size for axis, size in values.sizes.items()}
         target = np.moveaxis(store.array(name, sizes, values.dtype), values.dims.index("step"), 0)
-        first = self._source.first
-        target[piece.start - first : piece.stop - first] = values.transpose("step", ...).values
+        start = piece.start - self._source.first
+        target[start : start + values.sizes["step"]] = values.transpose("step", ...).values
 
     def _together(self, store: Store, labels: list[xr.Dataset]) -> Influence:
         """The small variables of all pieces; the prediction before is the first's, that after the last's."""
@@ -150,7 +158,7 @@ class GroupPlan(ExplanationPlan):
         whole = whole.assign({name: labels[0][name] for name in labels[0].data_vars if name not in over_steps})
         if "final" in whole:
             whole["final"] = labels[-1]["final"]
-        whole.attrs |= {"last_step": self._source.last - 1, "steps": self.steps}
+        whole.attrs |= {"last_step": labels[-1].attrs["last_step"], "steps": self.steps}
         return store.complete(whole, {})
 
     def _request(self) -> dict[str, object]:

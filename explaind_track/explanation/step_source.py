@@ -49,7 +49,8 @@ class StepSource(ABC):
         return HeldSteps(steps, window) if isinstance(steps, Sequence) else PassingSteps(steps, window)
 
     def __len__(self) -> int:
-        """The number of steps within the window; 0 where nobody knows."""
+        """The number of steps within the window, with what has changed the model behind the run's last step, where the
+        window reaches to that; 0 where nobody knows."""
         return self.last - self.first
 
     @abstractmethod
@@ -59,7 +60,7 @@ class StepSource(ABC):
 
     @abstractmethod
     def forwards(self, first: int, last: int) -> Iterator[Step]:
-        """Steps first ≤ s < last."""
+        """Steps first ≤ s < last; behind the run's last one what has changed the model since (`Step.closing`)."""
 
     @abstractmethod
     def trial(self) -> tuple[Step, float]:
@@ -69,6 +70,11 @@ class StepSource(ABC):
     def fingerprint(self) -> str:
         """Tells one recorded run from another. Raises ValueError for steps that are not recorded."""
         raise ValueError("out= goes on where it stopped, for which the steps have to be those of a trajectory")
+
+    @property
+    def has_outside(self) -> bool:
+        """Whether any step of the window may have the part `outside`; for recorded steps."""
+        raise NotImplementedError
 
 
 class RepeatableSteps(StepSource):
@@ -110,9 +116,20 @@ class RecordedSteps(RepeatableSteps):
         super().__init__(0, *_within(0, len(trajectory), window))
         self._trajectory = trajectory
 
+    def __len__(self) -> int:
+        end = len(self._trajectory)
+        is_changed = self._trajectory.is_replaced(end) or not self._trajectory.outside(end).is_empty
+        return self.last - self.first + (self.last == end and is_changed)
+
     @property
     def fingerprint(self) -> str:
         return self._trajectory.fingerprint
+
+    @property
+    def has_outside(self) -> bool:
+        recorded = self._trajectory
+        numbers = range(self.first, self.last + (self.last == len(recorded)))
+        return any(recorded.is_replaced(number) or recorded.outside(number).parameters for number in numbers)
 
     def forwards(self, first: int, last: int) -> Iterator[Step]:
         return self._trajectory.steps(first, last)
@@ -144,15 +161,17 @@ class HeldSteps(RepeatableSteps):
         for step in self._steps:
             step.require_valid()
 
-        start, stop = (self._steps[0].number, self._steps[-1].number + 1) if self._steps else (0, 0)
-        first, last = _within(start, stop, window) if self._steps or window else (0, 0)
+        taken = [step.number for step in self._steps if not step.closing]
+        start, self._stop = (taken[0], taken[-1] + 1) if taken else (0, 0)
+        first, last = _within(start, self._stop, window) if taken or window else (0, 0)
         super().__init__(start, first, last)
 
     def __len__(self) -> int:
-        return sum(self.first <= step.number < self.last for step in self._steps)
+        return sum(1 for _ in self.forwards(self.first, self.last))
 
     def forwards(self, first: int, last: int) -> Iterator[Step]:
-        return _in_order(step for step in self._steps if first <= step.number < last)
+        ends = last == self._stop
+        return _in_order(s for s in self._steps if first <= s.number < last or (s.closing and ends))
 
     def backwards(self, last: int, memory: int) -> Iterator[Step]:
         for step in reversed(self._steps):

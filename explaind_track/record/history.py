@@ -2,6 +2,7 @@
 
     train/step                                 the number of the step
     [<query>/]<part>/<group>                   importance Ψ̄ of a part of the step (kernel, reg, past, …) through a group
+    [<query>/]outside/<group>                  the same of what else changed the weights since the step before
     [<query>/]D/<group>                        relative regularization influence: signed kernel minus regularization
     <loss>/<part>/<group>, <loss>/change       how much each changed a query's loss; <loss>: `loss`, or the query's name
     <query>/loss, <query>/accuracy             what the query's predictions are worth after the step
@@ -32,13 +33,14 @@ AXIS = "train/step"
 KERNEL = "kernel"
 REGULARIZATION = "reg"
 PAST = "past"
+OUTSIDE = "outside"
 DIFFERENCE = "D"
 LOSS = "loss"
 RESIDUAL = "residual"
 COST = "cost"
 TRAIN = "train"
 
-SECTIONS = (KERNEL, REGULARIZATION, PAST, DIFFERENCE, RESIDUAL, LOSS, COST, TRAIN)
+SECTIONS = (KERNEL, REGULARIZATION, PAST, OUTSIDE, DIFFERENCE, RESIDUAL, LOSS, COST, TRAIN)
 """The first parts of the keys of numbers; those of a query's own numbers begin with its name."""
 
 TOTAL = "total"

@@ -47,6 +47,14 @@ class Entry:
         return cls(path, first, last, size, sha256)
 
     @property
+    def other_path(self) -> str:
+        """A name for what takes the file's place, beside which it stays until the manifest has changed from one to the
+        other: its number with 9 digits for 8, or with 8 for 9."""
+        folder, _, number = self.path.removesuffix(".safetensors").partition("/")
+        digits = 9 if len(number) == 8 else 8
+        return f"{folder}/{self.first:0{digits}}.safetensors"
+
+    @property
     def is_keyframe(self) -> bool:
         """A checkpoint; otherwise a segment of steps."""
         return self.path.startswith("keyframes/")

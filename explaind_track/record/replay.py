@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.rules import update_rule
-from explaind_track.core.step import Step
+from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import Tensors, same_bits
 from explaind_track.errors import ReplayWarning, TrajectoryError
 from explaind_track.record.schema import Keyframe, StepRecord, checkpoint_tensors, groups_of, qualified, share_tensors
@@ -39,6 +39,14 @@ class Replay:
             self.optimizer.state[self.parameters[name]] = state
         self.observer = StepObserver(self.optimizer, self.parameters)
         self.observer.adopt(keyframe.shares())
+        self.observer.begin(self.buffers)
+
+    @torch.no_grad()
+    def change(self, outside: State) -> None:
+        """Changes the model as something other than the optimizer did, before the next step."""
+        for name, value in outside.parameters.items():
+            self.parameters[name].copy_(value)
+        self.buffers = {**self.buffers, **outside.buffers}
 
     def take(self, record: StepRecord) -> Step:
         """Takes the next step from what the run has recorded of it. The step is valid until `settle`."""
@@ -49,6 +57,8 @@ class Replay:
             group.update(settings)
         for name, parameter in self.parameters.items():
             parameter.grad = record.gradients.get(name)
+
+        self.change(record.outside)
 
         # the buffers move in the forward pass, which is not taken again
         buffers = {**self.buffers, **record.buffers}
@@ -63,6 +73,10 @@ class Replay:
         self.observer.settle()
         self.number += 1
 
+    def closing(self) -> Step | None:
+        """Behind the last step: what has changed the model since, if anything has; valid until the next one."""
+        return self.observer.closing(self.number, self.buffers)
+
     def meet(self, keyframe: Keyframe) -> None:
         """Goes on from the keyframe before the next step. It proves the steps up to here, if it follows from them.
 
@@ -70,8 +84,13 @@ class Replay:
         """
         if keyframe.continues:
             self._prove(keyframe)
-        else:
-            self._start(keyframe)
+            return
+
+        watched = self.observer
+        self._start(keyframe)
+        shares = self.observer.momentum_shares
+        self.observer.go_on(watched, self.buffers)
+        self.observer.adopt(shares)
 
     def _prove(self, keyframe: Keyframe) -> None:
         """Compares everything with the keyframe, bit for bit.
@@ -79,7 +98,7 @@ class Replay:
         Other bits but the same numbers (to `REPLAY_TOLERANCE`, as another machine may give them) are told of by a
         ReplayWarning; other numbers raise TrajectoryError.
         """
-        found = checkpoint_tensors(self.observer, self.buffers) | share_tensors(self.observer)
+        found = checkpoint_tensors(self.observer, State(self.parameters, self.buffers)) | share_tensors(self.observer)
         if keyframe.state_names() != found.keys():
             raise TrajectoryError(f"the replay up to step {self.number} has not the tensors of the keyframe there")
         other: dict[str, Tensor] = {}
@@ -106,6 +125,7 @@ class Replay:
         with torch.no_grad():
             for name, recorded in other.items():
                 found[name].copy_(recorded)
+        self.observer.restart(self.buffers)
 
 
 def _relative_error(found: Tensor, recorded: Tensor) -> float:

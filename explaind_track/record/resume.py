@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.rng import random_state, set_random_state
+from explaind_track.core.step import State
 from explaind_track.core.tensors import same_bits
 from explaind_track.errors import ResumeWarning
 from explaind_track.record.files import Lock
@@ -18,7 +19,7 @@ from explaind_track.record.history import HISTORY, steps_logged
 from explaind_track.record.manifest import MANIFEST, Entry, Manifest
 from explaind_track.record.replay import Replay
 from explaind_track.record.run_directory import FINISHED, TIE
-from explaind_track.record.schema import checkpoint_tensors, head_of, random_tensors
+from explaind_track.record.schema import checkpoint_tensors, head_of, outside_tensors, random_tensors
 from explaind_track.record.trajectory import Trajectory
 
 
@@ -43,19 +44,19 @@ def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Litera
         trajectory = Trajectory.open(directory)
         _check_run(trajectory, directory, head_of(model, observer))
 
+        replay = trajectory.replay(len(trajectory) if at is True else at)
         if at is True:
-            replay = trajectory.replay(len(trajectory))
             _load(replay, model, observer)
             set_random_state(trajectory.random_state())
             _tell_of_lost_steps(directory, len(trajectory))
         else:
-            replay = trajectory.replay(at)
             _compare(replay, model, observer, at)
-            trajectory = _cut(trajectory, at, next(model.parameters()).device)
+
+        observer.go_on(replay.observer, buffers_of(model))
+        if at is not True:
+            trajectory = _cut(trajectory, at, observer.kept.changes(buffers_of(model)), next(model.parameters()).device)
     finally:
         lock.release()
-
-    observer.go_on(replay.observer.momentum_shares, buffers_of(model))
     return trajectory
 
 
@@ -110,11 +111,15 @@ def _place(value: Tensor, parameter: Tensor) -> torch.device:
 
 
 def _compare(replay: Replay, model: nn.Module, observer: StepObserver, at: int) -> None:
-    """Raises ValueError unless model and optimizer are, bit for bit, as they were before step `at`."""
-    found = checkpoint_tensors(observer, buffers_of(model))
-    wanted = checkpoint_tensors(replay.observer, replay.buffers)
-    other = [name for name, value in wanted.items() if name not in found or not _same(found[name], value)]
-    if other:
+    """Raises ValueError unless model and optimizer are, bit for bit, as they were before step `at`: with what was
+    changed from outside since the step before, or as that has left them."""
+    found = checkpoint_tensors(observer, State(observer.parameters, buffers_of(model)))
+    differences = []
+    for state in (State(replay.parameters, replay.buffers), replay.observer.kept.left):
+        wanted = checkpoint_tensors(replay.observer, state)
+        differences.append([name for name, value in wanted.items() if not _same(found.get(name), value)])
+    if all(differences):
+        other = differences[0]
         raise ValueError(
             f"the model and the optimizer are not what the record says they were before step {at}: they differ in "
             f"{', '.join(other[:5])}{' and others' if len(other) > 5 else ''}. Load the checkpoint of that step "
@@ -122,14 +127,15 @@ def _compare(replay: Replay, model: nn.Module, observer: StepObserver, at: int) 
         )
 
 
-def _same(found: Tensor, recorded: Tensor) -> bool:
-    return found.shape == recorded.shape and same_bits(found.to(recorded), recorded)
+def _same(found: Tensor | None, recorded: Tensor) -> bool:
+    return found is not None and found.shape == recorded.shape and same_bits(found.to(recorded), recorded)
 
 
-def _cut(trajectory: Trajectory, at: int, device: torch.device) -> Trajectory:
+def _cut(trajectory: Trajectory, at: int, changed: State, device: torch.device) -> Trajectory:
     """The trajectory without the steps from `at` on, on disk too. What is on disk is a whole one at any moment.
 
-    device: of the model, whose random state is put down as that before step `at`.
+    changed: what was changed from outside since step `at` − 1. device: of the model, whose random state is put down as
+    that before step `at`.
     """
     directory, manifest = trajectory.directory, trajectory.manifest
 
@@ -137,21 +143,14 @@ def _cut(trajectory: Trajectory, at: int, device: torch.device) -> Trajectory:
     for entry in trajectory.segments:
         if entry.first < at < entry.last:
             tensors, header = trajectory.read_segment(entry).before(at)
-            tensors |= random_tensors(random_state(device))
-            kept.append(Entry.write(directory, _other_path(entry), entry.first, at, tensors, header))
+            tensors |= outside_tensors(at, changed) | random_tensors(random_state(device))
+            kept.append(Entry.write(directory, entry.other_path, entry.first, at, tensors, header))
 
     shortened = Manifest(manifest.head, tuple(kept))
     shortened.write(directory)
     for path in {entry.path for entry in manifest.entries} - {entry.path for entry in kept}:
         (directory / path).unlink()
     return Trajectory(directory, shortened)
-
-
-def _other_path(entry: Entry) -> str:
-    """A name for a shorter segment, beside which the longer one stays until the manifest has changed from one to the
-    other: its number with 9 digits for 8, or with 8 for 9."""
-    usual = f"steps/{entry.first:08}.safetensors"
-    return usual if entry.path != usual else f"steps/{entry.first:09}.safetensors"
 
 
 def _tell_of_lost_steps(directory: Path, number: int) -> None:

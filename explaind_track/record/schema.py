@@ -1,17 +1,20 @@
 """The schema of a trajectory's files: every tensor's name and every JSON entry, its encoding beside its decoding.
 
-keyframes/00000100.safetensors    the run right before step 100 (`Keyframe`)
+keyframes/00000100.safetensors    the run behind step 99 (`Keyframe`)
 
-    parameter:NAME                θ_s
+    parameter:NAME                θ_s, as that step has left it
     buffer:NAME                   the model's buffers
     state:KEY:NAME                the optimizer's state, such as its second moments
     share:PART:NAME               what a part other than the kernel has of the momentum buffer
+    outside:STEP:…                as in a segment; STEP is that of the keyframe
     random:DEVICE                 the random generators, where the run could be taken up
     header                        state: of the optimizer's state, by parameter, what is no tensor
                                   settings: the optimizer's groups; continues: see `Keyframe.continues`
 
 steps/00000100.safetensors        the steps from 100 on (`Segment`)
 
+    outside:STEP:parameter:NAME   changed by something other than the optimizer since the step before: as it was right
+    outside:STEP:buffer:NAME      before the optimizer's step; behind the last step, where the run could be taken up
     gradient:STEP:NAME            as the optimizer used it
     auxiliary:STEP:LOSS:NAME      the gradient of an auxiliary loss, which that of the optimizer contains
     buffer:STEP:NAME              the model's buffers after the step, if it moved them
@@ -34,7 +37,7 @@ from torch import Tensor, nn
 
 from explaind_track.core.modules import buffers_of, parameters_of, plain_name, without_wrapper
 from explaind_track.core.observer import StepObserver
-from explaind_track.core.step import Batch
+from explaind_track.core.step import Batch, State
 from explaind_track.core.tensors import Tensors, tree_map
 from explaind_track.record.files import TensorFile
 
@@ -101,10 +104,10 @@ def groups_of(settings: Settings, parameters: Mapping[str, nn.Parameter]) -> lis
     ]
 
 
-def checkpoint_tensors(observer: StepObserver, buffers: Tensors) -> dict[str, Tensor]:
-    """The tensors of model and optimizer, by their names in a keyframe."""
-    tensors = {f"parameter:{name}": value.detach() for name, value in observer.parameters.items()}
-    tensors |= {f"buffer:{name}": value for name, value in buffers.items()}
+def checkpoint_tensors(observer: StepObserver, state: State) -> dict[str, Tensor]:
+    """The tensors of the model in this state, and of the optimizer, by their names in a keyframe."""
+    tensors = {f"parameter:{name}": value.detach() for name, value in state.parameters.items()}
+    tensors |= {f"buffer:{name}": value for name, value in state.buffers.items()}
     for name, parameter in observer.parameters.items():
         for key, value in observer.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -116,6 +119,17 @@ def share_tensors(observer: StepObserver) -> dict[str, Tensor]:
     """The shares of the momentum buffers that belong to parts other than the kernel, by their names in a keyframe."""
     shares = observer.momentum_shares.items()
     return {f"share:{part}:{name}": value for part, held in shares for name, value in held.items()}
+
+
+def outside_tensors(number: int, changed: State) -> dict[str, Tensor]:
+    """What was changed from outside before step `number`, by its names in a file."""
+    tensors = {f"outside:{number}:parameter:{name}": value for name, value in changed.parameters.items()}
+    return tensors | {f"outside:{number}:buffer:{name}": value for name, value in changed.buffers.items()}
+
+
+def outside_in(file: TensorFile, number: int) -> State:
+    """What was changed from outside before step `number`, as far as the file tells."""
+    return State(file.prefixed(f"outside:{number}:parameter:"), file.prefixed(f"outside:{number}:buffer:"))
 
 
 def random_tensors(state: Tensors) -> dict[str, Tensor]:
@@ -147,7 +161,8 @@ class Keyframe:
         self.buffers = file.prefixed("buffer:")
         self.settings: Settings = file.header["settings"]
         self.continues: bool = file.header["continues"]
-        """Whether it follows from the steps before it by the optimizer alone, so that it can prove their replay."""
+        """Whether it follows from the steps before it by the optimizer alone, so that it can prove their replay. One
+        that does not holds another optimizer's state; or, in older records, what the model was changed to since."""
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state by parameter."""
@@ -163,7 +178,11 @@ class Keyframe:
 
     def state_names(self) -> set[str]:
         """The names of the `checkpoint_tensors` and `share_tensors` that were written."""
-        return {name for name in self._file.names if not name.startswith("random:")}
+        return {name for name in self._file.names if not name.startswith(("random:", "outside:"))}
+
+    def outside(self, number: int) -> State:
+        """What was changed from outside before the keyframe's step `number`, where the run could be taken up."""
+        return outside_in(self._file, number)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file[name]
@@ -183,6 +202,8 @@ class StepRecord:
     """A step as a segment holds it."""
 
     settings: Settings
+    outside: State
+    """What something other than the optimizer has changed since the step before, as it was when this one began."""
     gradients: Tensors
     """By parameter, as the optimizer used them; a parameter that had none is left out."""
     auxiliary: Mapping[str, Tensors]
@@ -209,6 +230,8 @@ class SegmentDraft:
         """Adds the next step. Of its tensors, only those that the training loop owns are copied: its batches'."""
         if not self.steps:
             self.first = number
+        for name, value in outside_tensors(number, record.outside).items():
+            self._keep(name, value)
         for name, gradient in record.gradients.items():
             self._keep(f"gradient:{number}:{name}", gradient)
         for loss, gradients in record.auxiliary.items():
@@ -279,7 +302,12 @@ class Segment:
     def _record(self, number: int, entry: Mapping[str, Any], settings: Settings) -> StepRecord:
         gradients, buffers = (self._file.prefixed(f"{kind}:{number}:") for kind in ("gradient", "buffer"))
         auxiliary = {loss: self._file.prefixed(f"auxiliary:{number}:{loss}:") for loss in entry["auxiliary"]}
-        return StepRecord(settings, gradients, auxiliary, buffers, self.batches(number))
+        return StepRecord(settings, self.outside(number), gradients, auxiliary, buffers, self.batches(number))
+
+    def outside(self, number: int) -> State:
+        """What was changed from outside before a step; before the one behind the segment's last, where the run could be
+        taken up."""
+        return outside_in(self._file, number)
 
     def batches(self, number: int) -> tuple[Batch, ...]:
         """The batches of one step."""
@@ -302,7 +330,8 @@ class Segment:
 
     def before(self, stop: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and header of the segment without the steps from `stop` on."""
-        kinds, late = ("gradient", "auxiliary", "buffer", "batch"), range(stop, self._first + len(self._steps))
+        kinds = ("outside", "gradient", "auxiliary", "buffer", "batch")
+        late = range(stop, self._first + len(self._steps) + 1)
         dropped = tuple(f"{kind}:{number}:" for kind in kinds for number in late)
         tensors = {name: self._file[name] for name in self._file.names if not name.startswith(dropped)}
         return tensors, {"steps": self._steps[: stop - self._first]}

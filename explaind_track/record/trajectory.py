@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from explaind_track.core.checks import require_int
 from explaind_track.core.modules import parameters_of
-from explaind_track.core.step import Batch, Step
+from explaind_track.core.step import Batch, State, Step
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import TensorFile
 from explaind_track.record.manifest import Entry, Manifest
@@ -149,7 +149,8 @@ class Trajectory:
             lasting: Whether each step is given in tensors of its own; otherwise it is valid until the next.
 
         Returns:
-            Steps first ≤ s < last. Replayed on the CPU.
+            Steps first ≤ s < last. Replayed on the CPU. Where something has changed the model behind the record's last
+            step, and the window ends there, that comes as a further entry, numbered `len(self)` and `closing`.
 
         Raises:
             ValueError: The window reaches out of the record.
@@ -185,6 +186,12 @@ class Trajectory:
                 if step.number >= first:
                     yield replay.observer.lasting(step) if lasting else step
 
+            if last == len(self):
+                replay.change(self.outside(last))
+                closing = replay.closing()
+                if closing is not None:
+                    yield replay.observer.lasting(closing) if lasting else closing
+
     def steps_back(self, first: int, last: int, memory: int) -> Iterator[Step]:
         """Gives the steps in reverse order, in tensors of their own.
 
@@ -196,7 +203,7 @@ class Trajectory:
             memory: Bytes that the steps held at once may take; one step is held in any case.
 
         Returns:
-            Steps last > s ≥ first.
+            Steps last > s ≥ first, all of them the optimizer's.
         """
         stop = last
         while stop > first:
@@ -204,7 +211,7 @@ class Trajectory:
             each = self._keyframes[start].size * 3 // 2  # with the gradient
             begin = max(start, first, stop - max(1, memory // each))
 
-            held = list(self.steps(begin, stop, lasting=True))
+            held = [step for step in self.steps(begin, stop, lasting=True) if not step.closing]
             while held:
                 yield held.pop()  # so that it is freed once it has served
             stop = begin
@@ -212,6 +219,18 @@ class Trajectory:
     def keyframe(self, step: int) -> int:
         """The last keyframe from which a step can be replayed: the number of the step that it is before."""
         return max(number for number in self._keyframes if number <= step)
+
+    def outside(self, step: int) -> State:
+        """Those parameters and buffers, as they were then, that something other than the optimizer has changed between
+        the step before and this one; behind the last step (`len(self)`), up to where the record ends."""
+        if step == len(self) and step in self._keyframes:
+            return self._keyframe(step).outside(step)
+        at = (entry for entry in self.segments if entry.first <= step < entry.last)
+        return self.read_segment(next(at, self.segments[-1])).outside(step)
+
+    def is_replaced(self, step: int) -> bool:
+        """Whether the run went on to a step from a keyframe that does not follow from the steps before it."""
+        return step > 0 and step in self._keyframes and not self._keyframe(step).continues
 
     def replay(self, number: int) -> Replay:
         """The run as it was before step `number` (after all steps, for `len(self)`), able to take that step.
@@ -226,6 +245,7 @@ class Trajectory:
             replay = self._at_keyframe(number)
             for _ in self._advance(replay, number):
                 pass
+            replay.change(self.outside(number))
             return replay
 
     # ---------------------------------------------------------------------------------- checkpoints and batches
@@ -261,8 +281,8 @@ class Trajectory:
         step = require_int("the step", step, 0)
         self._require(step <= len(self), str(step))
         if step in self._keyframes:
-            keyframe = self._keyframe(step)
-            tensors = {**keyframe.parameters, **keyframe.buffers}
+            keyframe, changed = self._keyframe(step), self.outside(step)
+            tensors = {**keyframe.parameters, **keyframe.buffers, **changed.parameters, **changed.buffers}
         else:
             replay = self.replay(step)
             tensors = {**{name: value.detach() for name, value in replay.parameters.items()}, **replay.buffers}
@@ -345,7 +365,8 @@ class Trajectory:
 
     def _at_keyframe(self, step: int) -> Replay:
         """A replay that is to take step `step`, at the last keyframe before it."""
-        start = self.keyframe(step)
+        # what led to a keyframe from outside shows from the step before
+        start = self.keyframe(step - 1 if self.is_replaced(step) else step)
         return Replay(self.manifest.head["optimizer"], start, self._keyframe(start))
 
     def _advance(self, replay: Replay, last: int) -> Iterator[Step]:

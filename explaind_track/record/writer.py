@@ -9,7 +9,7 @@ from torch import nn
 from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.rng import random_state
-from explaind_track.core.step import Step
+from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import Tensors
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import Lock
@@ -20,6 +20,7 @@ from explaind_track.record.schema import (
     checkpoint_tensors,
     head_of,
     keyframe_header,
+    outside_tensors,
     random_tensors,
     settings_of,
     share_tensors,
@@ -52,12 +53,17 @@ class TrajectoryWriter:
                 "it by Tracker(…, resume=True)"
             )
         self._observer, self._every = observer, keyframe_every
-        self._buffers = buffers_of(model)
+        self._model_buffers = buffers_of(model)
         self._device = next(model.parameters()).device
+
+        # where the run could be taken up
         self._random: Tensors = {}
+        self._buffers: Tensors = self._model_buffers
+        self._changed: State | None = None
+        """What had been changed from outside since the last step; None: what is changed now."""
 
         self._manifest = Manifest(head_of(model, observer), tuple(entries or ()))
-        self._keyframes = {entry.first for entry in self._manifest.entries if entry.is_keyframe}
+        self._keyframes = {entry.first: entry for entry in self._manifest.entries if entry.is_keyframe}
         self._written_once: set[str] = set()
         self._draft = SegmentDraft(self._written_once)
 
@@ -68,18 +74,31 @@ class TrajectoryWriter:
         self._lock = Lock(self.directory)
         self._manifest.write(self.directory)
 
-    def begin(self) -> None:
-        """As the next step begins, before anything random is drawn for it: this is where the run could be taken up."""
-        self._random = random_state(self._device)
+    def begin(self, number: int, buffers: Tensors) -> None:
+        """As step `number` begins, before anything random is drawn for it: this is where the run could be taken up.
 
-    def before(self, number: int, buffers: Tensors) -> None:
-        """Right before the optimizer takes step `number`, with the observer ready: writes a keyframe where one is
-        due, which is also the case where something other than the optimizer has changed the parameters since its last
-        step. buffers: as they were at the start of the step."""
-        continues = self._observer.continues
-        if (number % self._every == 0 or not continues) and number not in self._keyframes:
+        buffers: as they are now; they have to last as long as the step.
+        """
+        self._random, self._buffers, self._changed = random_state(self._device), buffers, None
+
+        # a sweep over the parameters that is paid only where something is written, or something was changed before
+        if self._observer.kept.restless or self._is_due(number):
+            self._changed = self._observer.kept.changes(buffers).copy()
+        if self._draft.size >= SEGMENT_BYTES:
             self.flush()
-            self._write_keyframe(number, buffers, continues)
+
+    def _is_due(self, number: int) -> bool:
+        return number % self._every == 0 and number not in self._keyframes
+
+    def before(self, number: int) -> None:
+        """Right before the optimizer takes step `number`, with the observer ready: writes a keyframe where one is due,
+        or where the optimizer's state may have been changed since its last step."""
+        if self._changed is None:
+            self._changed = self._observer.kept.changed
+        continues = self._observer.continues(self._observer.kept.changed)
+        if self._is_due(number) or (not continues and number not in self._keyframes):
+            self.flush()
+            self._write_keyframe(number, self._changed, continues)
 
     def record(self, step: Step, buffers_moved: bool, auxiliary: Mapping[str, Tensors]) -> None:
         """Takes in the step that was just made. auxiliary: the gradients that went into the StepObserver before it."""
@@ -90,10 +109,12 @@ class TrajectoryWriter:
             gradients[name] = gradient.detach().clone()
         buffers = {name: value.detach().clone() for name, value in step.after.buffers.items()} if buffers_moved else {}
         settings = settings_of(self._observer)
-        self._draft.add(step.number, StepRecord(settings, gradients, auxiliary, buffers, step.batches))
+        outside = State({}, {}) if step.outside is None else step.outside.changed.copy()
+        self._draft.add(step.number, StepRecord(settings, outside, gradients, auxiliary, buffers, step.batches))
 
-        self.begin()
-        if self._draft.size >= SEGMENT_BYTES:
+        # where something else changes the model, the run can be taken up at the beginning of the next step at first
+        self._random, self._buffers, self._changed = random_state(self._device), self._model_buffers, None
+        if self._draft.size >= SEGMENT_BYTES and not self._observer.kept.restless:
             self.flush()
 
     def flush(self) -> None:
@@ -102,30 +123,41 @@ class TrajectoryWriter:
         if not draft.steps:
             return
         first, last = draft.first, draft.first + len(draft.steps)
-        tensors, header = draft.tensors | random_tensors(self._random), {"steps": draft.steps}
+        changed = self._observer.kept.changes(self._buffers) if self._changed is None else self._changed
+        tensors = draft.tensors | outside_tensors(last, changed) | random_tensors(self._random)
+        header = {"steps": draft.steps}
         self._add(Entry.write(self.directory, f"steps/{first:08}.safetensors", first, last, tensors, header))
         self._draft = SegmentDraft(self._written_once)
 
     def close(self, number: int) -> None:
         """Ends the record behind step number − 1, with a keyframe that proves the last steps."""
+        self._buffers, self._changed = self._model_buffers, None
         self.flush()
-        if number not in self._keyframes:
-            continues = self._observer.untouched(self._buffers)
-            self._write_keyframe(number, self._buffers, continues)
+        changed = self._observer.kept.changes(self._buffers)
+        if number not in self._keyframes or not changed.is_empty:
+            self._write_keyframe(number, changed, self._observer.continues(changed))
         self._lock.release()
 
-    def _write_keyframe(self, number: int, buffers: Tensors, continues: bool) -> None:
-        """continues: whether the keyframe follows from the steps before it, so that it can prove their replay."""
+    def _write_keyframe(self, number: int, changed: State, continues: bool) -> None:
+        """changed: from outside, where the run could be taken up. continues: whether the keyframe follows from the
+        steps before it, so that it can prove their replay."""
         tensors = (
-            checkpoint_tensors(self._observer, buffers) | share_tensors(self._observer) | random_tensors(self._random)
+            checkpoint_tensors(self._observer, self._observer.kept.left)
+            | share_tensors(self._observer)
+            | outside_tensors(number, changed)
+            | random_tensors(self._random)
         )
         header = keyframe_header(self._observer, continues)
-        path = f"keyframes/{number:08}.safetensors"
-        self._add(Entry.write(self.directory, path, number, number, tensors, header))
-        self._keyframes.add(number)
+        before = self._keyframes.get(number)
+        path = f"keyframes/{number:08}.safetensors" if before is None else before.other_path
+        entry = Entry.write(self.directory, path, number, number, tensors, header)
+        self._keyframes[number] = entry
+        self._add(entry, before)
+        if before is not None:
+            (self.directory / before.path).unlink()
 
-    def _add(self, entry: Entry) -> None:
+    def _add(self, entry: Entry, instead_of: Entry | None = None) -> None:
         """Enters a file into the manifest; again, if an interruption came before the end of `flush`."""
-        others = (other for other in self._manifest.entries if other.path != entry.path)
+        others = (other for other in self._manifest.entries if other != instead_of and other.path != entry.path)
         self._manifest = Manifest(self._manifest.head, (*others, entry))
         self._manifest.write(self.directory)

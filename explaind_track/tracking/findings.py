@@ -70,8 +70,10 @@ class Findings:
             >>> model, x, y = torch.nn.Linear(4, 3), torch.ones(2, 4), torch.zeros(2, dtype=int)
             >>> queries = {"test": Query.outputs(x), "loss": Query.loss(x, y).mean()}
             >>> tracker = Tracker(model, torch.optim.SGD(model.parameters(), lr=0.1), queries=queries)
-            >>> tracker.parts("test"), tracker.parts("loss")
-            (('kernel', 'regularization', 'past'), ('kernel', 'momentum', 'regularization', 'past'))
+            >>> tracker.parts("test")
+            ('kernel', 'regularization', 'past', 'outside')
+            >>> tracker.parts("loss")
+            ('kernel', 'momentum', 'regularization', 'past', 'outside')
         """
         require_known("query", query, self._live.parts)
         return self._live.parts[query]

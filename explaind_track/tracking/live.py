@@ -31,7 +31,7 @@ def live_parts(query: Query, auxiliary: Sequence[str]) -> tuple[str, ...]:
     is told as well.
     """
     momentum = ("momentum",) if query.is_loss else ()
-    return ("kernel", *momentum, "regularization", *auxiliary, "past")
+    return ("kernel", *momentum, "regularization", *auxiliary, "past", "outside")
 
 
 class Live:

@@ -20,7 +20,7 @@ def importance_row(
 ) -> dict[str, float]:
     """Ψ̄ of every part through every group and all together, and D; row: of an accumulator that keeps step and group.
 
-    query: the query's name, empty for the first.
+    query: the query's name, empty for the first. What has changed the model behind the last step has no D.
     """
     metrics: dict[str, float] = {}
     for part, values, total in zip(parts, row["importance"].tolist(), row["total_importance"].tolist(), strict=True):
@@ -29,6 +29,8 @@ def importance_row(
             metrics[importance_key(section, group, query)] = value
         metrics[importance_key(section, TOTAL, query)] = total
 
+    if "kernel" not in parts:
+        return metrics
     kernel, decay = (row["influence"][parts.index(part)] for part in ("kernel", "regularization"))
     difference = kernel - decay
     for group, value in zip(groups, difference.tolist(), strict=True):

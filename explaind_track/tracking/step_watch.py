@@ -58,15 +58,17 @@ class StepWatch:
         self._buffers: dict[str, Tensor] = {}
         self._auxiliary_gradients: dict[str, dict[str, Tensor]] = {}
 
-    def begin(self) -> None:
-        """Begins to watch a step, before anything random is drawn for it. Raises RuntimeError if one is open."""
+    def begin(self, number: int) -> None:
+        """Begins to watch step `number`, before anything random is drawn for it. Raises RuntimeError if one is open."""
         if self.open:
             raise RuntimeError("tracker.step() is open already; close it before the next step")
         if not self.put_off:
             self._ranks.refuse_uneven_steps()
             self._buffers = {name: buffer.detach().clone() for name, buffer in buffers_of(self._model).items()}
-            if self._writer is not None:
-                self._writer.begin()
+            self._observer.begin(self._buffers)
+            with self._stopwatch.timed("trajectory"):
+                if self._writer is not None:
+                    self._writer.begin(number, self._buffers)
             self.batches = StepBatches()
         self.open, self.taken = True, False
 
@@ -115,7 +117,7 @@ class StepWatch:
         self._observer.before(self._buffers, self._auxiliary_gradients)
         with self._stopwatch.timed("trajectory"):
             if self._writer is not None:
-                self._writer.before(number, self._buffers)
+                self._writer.before(number)
 
     def after(self, number: int) -> Step:
         """Proves and records the step that the optimizer has just taken. It holds until `settle`."""
@@ -130,6 +132,12 @@ class StepWatch:
     def settle(self) -> None:
         """Lets go of the step, which has served."""
         self._observer.settle()
+
+    def closing(self, number: int) -> Step | None:
+        """Finds what has changed the model behind the last step: a step numbered like the one that would follow. None
+        where nothing has, or no step was taken."""
+        buffers = {name: buffer.detach() for name, buffer in buffers_of(self._model).items()}
+        return self._observer.closing(number, buffers) if number else None
 
     def _scaler_found_overflow(self) -> bool:
         """Whether a GradScaler has told a fused optimizer, which unscales by itself, to leave the step out."""

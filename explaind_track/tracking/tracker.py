@@ -192,7 +192,7 @@ class Tracker(StepCalls, Findings):
         history.cut_history(record.directory, self.number)
         written = history.steps_logged(record.directory)
         for step in tqdm(record.steps(), "catch up", len(record), unit="step"):
-            if step.number % self.every == 0 and step.updates:
+            if step.number % self.every == 0 and (step.updates or step.outside) and not step.closing:
                 row, _ = self._live.add(step)
                 if step.number not in written:
                     self._outputs.log(step.number, row)
@@ -224,7 +224,7 @@ class Tracker(StepCalls, Findings):
             >>> tracker.number
             1
         """
-        self._watch.begin()
+        self._watch.begin(self.number)
         try:
             with self._stopwatch.step():
                 yield
@@ -278,6 +278,8 @@ class Tracker(StepCalls, Findings):
         for hook in self._hooks:
             hook.remove()
         self._outputs.call_off_exit()
+        if (closing := self._watch.closing(self.number)) is not None:
+            self._explain(closing)
         if self._row:
             self._outputs.log(self.number, self._row)
         self._outputs.end_rows()
@@ -302,23 +304,23 @@ class Tracker(StepCalls, Findings):
         step = self._watch.after(self.number)
         if self._watch.nonfinite:
             self._row[history.NONFINITE] = len(self._watch.nonfinite)
-        elif self.number % self.every == 0 and step.updates:
-            with self._stopwatch.timed("influence"):
-                self._explain(step)
+        elif self.number % self.every == 0 and (step.updates or step.outside):
+            self._explain(step)
         self._watch.settle()
 
     def _explain(self, step: Step) -> None:
-        if self._ranks.rank == 0:
-            row, doubts = self._live.add(step)
-            self._row |= row
-            for doubt in doubts:
-                self._outputs.panels.alert("Large residual", doubt)
-            if self._audit is not None and self.audit_every and self.number % self.audit_every == 0:
-                self._audit.look(self._observer.lasting(step))
+        with self._stopwatch.timed("influence"):
+            if self._ranks.rank == 0:
+                row, doubts = self._live.add(step)
+                self._row |= row
+                for doubt in doubts:
+                    self._outputs.panels.alert("Large residual", doubt)
+                if self._audit is not None and self.audit_every and self.number % self.audit_every == 0:
+                    self._audit.look(self._observer.lasting(step))
 
-        # every rank has samples of its own
-        if self.samples_due and self._samples is not None and step.batches:
-            shown = self._samples.explain(self._watch.batches, step)
-            self._row[history.SAMPLES_OWN_STEP] = shown.own_step
-            if self._outputs.seen:
-                self._outputs.panels.attempt("draw the samples", lambda: self._row.update(shown.draw()))
+            # every rank has samples of its own
+            if self.samples_due and self._samples is not None and step.batches:
+                shown = self._samples.explain(self._watch.batches, step)
+                self._row[history.SAMPLES_OWN_STEP] = shown.own_step
+                if self._outputs.seen:
+                    self._outputs.panels.attempt("draw the samples", lambda: self._row.update(shown.draw()))

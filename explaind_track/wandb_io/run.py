@@ -23,7 +23,9 @@ SUMMARIES = {
     history.RESIDUAL: "mean,max",
     history.COST: "mean",
     history.TRAIN: "last,min,max",
-    **dict.fromkeys((history.KERNEL, history.REGULARIZATION, history.PAST, history.DIFFERENCE), "mean,last"),
+    **dict.fromkeys(
+        (history.KERNEL, history.REGULARIZATION, history.PAST, history.OUTSIDE, history.DIFFERENCE), "mean,last"
+    ),
     history.LOSS: "last",
 }
 """What W&B's table of runs shows of the metrics of a section; the last value, of those that are not named."""

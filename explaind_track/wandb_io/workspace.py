@@ -9,6 +9,7 @@ from explaind_track.record.history import (
     KERNEL,
     LOSS,
     NONFINITE,
+    OUTSIDE,
     PAST,
     QUERY_COSINES,
     REGULARIZATION,
@@ -33,7 +34,7 @@ def other_than(*words: str) -> str:
     return f"({'|'.join(branches)}){'' if '' in words else '?'}"
 
 
-PARTS = "|".join((KERNEL, REGULARIZATION, PAST))
+PARTS = "|".join((KERNEL, REGULARIZATION, PAST, OUTSIDE))
 GROUP = f"{other_than(TOTAL)}$"
 
 # Patterns of keys, not their list: groups are each run's own, and a project may hold runs of many models. The names in
