@@ -84,7 +84,7 @@ def _measure(loop: Loop, directory: Path) -> Measured:
     live = loop.run(trajectory=directory, quadrature=REFINED, keyframe_every=4)
     by_step, by_output = (live.tracker.influence("query", keep) for keep in (("step", "group"), ("query", "output")))
     floor = 4 * by_step.data["residual_floor"] * (loop.dtype is torch.float32)
-    final = live.query(live.model.eval()).detach()
+    final = live.query.in_precision_of(next(live.model.parameters()))(live.model.eval()).detach()
     if live.query.reduction == "sum":
         final = final.sum(0, keepdim=True)
     missing = (torch.from_numpy(by_output.prediction().values) - final).abs().max() / final.abs().max()
@@ -95,7 +95,9 @@ def _measure(loop: Loop, directory: Path) -> Measured:
     last = trajectory.state_dict(len(trajectory))
     assert all(torch.equal(value, last[name]) for name, value in live.model.state_dict().items())
 
-    def data(index: Tensor) -> Any:
+    def data(index: Tensor | list[str]) -> Any:
+        if isinstance(index, list):  # of words
+            index = torch.tensor([int(name.removeprefix("id")) for name in index])
         return loop.data(live.x[index], live.y[index])
 
     found = audit(trajectory, model, live.query, sample_loss=None if loop.refused else loop.sample_loss, data=data)

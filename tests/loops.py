@@ -1,11 +1,14 @@
 """The training loops and model features that people have, each with a Tracker in it. `test_loops.py` runs them all."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from inputs import columns, encoding, example, of_columns, of_encoding, of_example
 from models import (
     Answer,
     Answers,
@@ -314,6 +317,45 @@ def of_logits(x: Tensor, y: Tensor) -> Query:
     return Query.function((x, x.flip(1)), lambda output: output["logits"])
 
 
+def with_batches(make: Callable[[Tensor, Tensor], Any]) -> Body:
+    def body(run: Run) -> None:
+        for index in batches():
+            with run.tracker.step():
+                run.optimizer.zero_grad()
+                run.backward(index, batch=make(run.x[index], run.y[index]))
+                run.optimizer.step()
+
+    return body
+
+
+def told_by(index_of: Callable[[Tensor], Any], weight_of: Callable[[Tensor], Any]) -> Body:
+    """Indices and weights of other kinds than tensors; the loss is the same weighted sum."""
+
+    def body(run: Run) -> None:
+        for index in batches():
+            weight = torch.rand(8, dtype=run.x.dtype) + 0.1
+            weight = weight if isinstance(weight_of(weight), Sized) else torch.full_like(weight, 0.125)
+            with run.tracker.step():
+                run.optimizer.zero_grad()
+                data = (run.x[index], run.y[index])
+                run.tracker.batch(data, index=index_of(index), weight=weight_of(weight))
+                (run.sample_loss(run.model, data) * weight).sum().backward()
+                run.optimizer.step()
+
+    return body
+
+
+def ids(index: Tensor) -> list[str]:
+    return [f"id{number}" for number in index.tolist()]
+
+
+def in_numpy(run: Run) -> None:
+    """The learning rate is a number of NumPy's, which changes from step to step."""
+    for number, index in enumerate(batches()):
+        run.optimizer.param_groups[0]["lr"] = np.float64(0.01 + 0.002 * number)
+        run.step(index, weight=np.float32(0.125))
+
+
 LOOPS = [
     Loop("batches of one size"),
     Loop("ragged batches", ragged),
@@ -362,5 +404,18 @@ LOOPS = [
          query=lambda x, _: Query.function(x, lambda output: output.logits)),
     Loop("tuple as output", model=lambda: Structured(lambda *both: both), sample_loss=of_pair,
          query=lambda x, _: Query.function(x, lambda output: output[0])),
+    Loop("index as an array of NumPy, weights too",
+         told_by(lambda index: index.numpy(), lambda weight: weight.numpy())),
+    Loop("index as a list, weights too", told_by(lambda index: index.tolist(), lambda weight: weight.tolist())),
+    Loop("index of pandas, a weight of NumPy",
+         told_by(lambda index: pd.Index(index.numpy()), lambda weight: np.float32(0.125))),
+    Loop("samples named by words", told_by(ids, lambda weight: weight)),
+    Loop("samples named by words, in an array", told_by(lambda index: np.array(ids(index)), lambda weight: weight)),
+    Loop("learning rates and weights of NumPy", in_numpy),
+    Loop("encoding as a batch", with_batches(encoding), sample_loss=of_encoding, data=encoding),
+    Loop("read-only mapping as a batch", with_batches(columns), sample_loss=of_columns, data=columns),
+    Loop("dataclass as a batch, with words", with_batches(example), sample_loss=of_example, data=example),
+    Loop("query in another precision", query=lambda x, _: Query.outputs(x.float())),
+    Loop("query as arrays of NumPy", query=lambda x, y: Query.loss(x.numpy(), y.tolist())),
     Loop("float32", dtype=torch.float32),
 ]  # fmt: skip

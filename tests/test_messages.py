@@ -139,6 +139,7 @@ OF_A_STEP: list[tuple[Callable[[Any], Any], str]] = [
     (lambda t: (t.gradient_scaled(float("nan")), t.optimizer.step()), "scaled by nan"),
     (lambda t: (t.optimizer.param_groups[0].update(lr=float("nan")), t.optimizer.step()), "optimizer's lr is nan"),
     (lambda t: (t.optimizer.param_groups[0].update(lr=np.float32("inf")), t.optimizer.step()), "lr is inf"),
+    (lambda t: (t.optimizer.param_groups[0].update(lr=np.float32(0.1)), t.optimizer.step()), r"set lr to float\(lr\)"),
     (lambda t: (t.optimizer.param_groups[0].update(lr=torch.tensor(np.nan)), t.optimizer.step()), "lr is nan"),
     (lambda t: t.log({"kernel/0": 1.0}), "'kernel/0', which is a key of the Tracker's own"),
     (lambda t: t.log({"train/step": 1.0}), "'train/step'"),

@@ -24,8 +24,8 @@ from explaind_track.core.step import Batch, Step
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, require_quadrature
-from explaind_track.engine.targets import check_query
-from explaind_track.explanation.sample_axis import Array, Data, SampleAxis, batches_with_data, choose_indices
+from explaind_track.engine.targets import fitted_query
+from explaind_track.explanation.sample_axis import Array, Data, SampleAxis, batches_with_data, choose_indices, labels_of
 from explaind_track.explanation.sample_plan import SamplePlan
 from explaind_track.explanation.step_source import RepeatableSteps, StepSource, Window
 from explaind_track.record.trajectory import Trajectory
@@ -102,7 +102,7 @@ def kernel_machine(
     groups: GroupSpec = None,
     keep: Sequence[str] = ("query", "output"),
     window: Window | None = None,
-    samples: Iterable[int] | None = None,
+    samples: Iterable[int | str] | None = None,
     quadrature: Quadrature | None = None,
     memory: int = MEMORY,
     progress: bool = True,
@@ -169,7 +169,7 @@ def kernel_machine(
     require_quadrature(quadrature)
     memory = require_int("memory= (bytes)", memory, 1)
     source = StepSource.of(steps, model, window).repeatable()
-    check_query(model, query)
+    query = fitted_query(model, query)
     indices = choose_indices(source, data, samples)
     count = _output_count(source, model, outputs, data)
 
@@ -188,7 +188,9 @@ def kernel_machine(
     resolved = resolve_groups(groups, parameters_of(model))
     plan = SamplePlan(source, model, query, resolved, (*keep, "sample"), axis, quadrature, memory, progress)
     influence = plan.run().data
-    return _labelled(influence, indices, gradients.last(len(indices), count), gradients.spread(len(indices)))
+    return _labelled(
+        influence, list(indices.values()), gradients.last(len(indices), count), gradients.spread(len(indices))
+    )
 
 
 def _output_count(source: RepeatableSteps, model: nn.Module, outputs: Outputs, data: Data | None) -> int:
@@ -210,19 +212,19 @@ def _as_trained(model: nn.Module, step: Step, batch: Batch, outputs: Outputs) ->
     return found
 
 
-def _labelled(influence: xr.Dataset, indices: Sequence[int], gradient: Array, spread: Array) -> xr.Dataset:
+def _labelled(influence: xr.Dataset, names: Sequence[int | str], gradient: Array, spread: Array) -> xr.Dataset:
     """The kernels beside the loss gradients (sample, train_output) and their spread (sample)."""
     values = influence["influence"]
     axes = [axis for axis in values.dims if axis != "sample"]
     kernel = values.transpose(*axes, "sample").values
     variables: dict[str, Any] = {
-        "kernel": ((*axes, "sample", "train_output"), kernel.reshape(*kernel.shape[:-1], len(indices), -1)),
+        "kernel": ((*axes, "sample", "train_output"), kernel.reshape(*kernel.shape[:-1], len(names), -1)),
         "loss_gradient": (("sample", "train_output"), gradient),
         "spread": (("sample",), spread),
         "mismatch": influence["mismatch"],
     }
     labels = {str(axis): influence[axis].values for axis in axes if axis in influence.coords}
-    result = xr.Dataset(variables, {**labels, "sample": np.array(indices)}, influence.attrs)
+    result = xr.Dataset(variables, {**labels, "sample": labels_of(names)}, influence.attrs)
 
     # Σ_k I a_k is all that the samples did if a_k is the same at all steps
     scale = np.nanmax(np.abs(gradient), initial=0.0)

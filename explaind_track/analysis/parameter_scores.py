@@ -16,7 +16,7 @@ from explaind_track.engine.functional import Functional
 from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, require_quadrature
-from explaind_track.engine.targets import check_query, kept_targets, output_count, some_outputs
+from explaind_track.engine.targets import fitted_query, kept_targets, output_count, some_outputs
 from explaind_track.explanation.step_source import StepSource, Window
 from explaind_track.record.trajectory import Trajectory
 
@@ -120,7 +120,7 @@ def parameter_scores(
     require_quadrature(quadrature)
     memory = require_int("memory= (bytes)", memory, 1)
     source = StepSource.of(steps, model, window)
-    check_query(model, query)
+    query = fitted_query(model, query)
     chunks = _target_chunks(model, query, memory) if importance else [query]
     if len(chunks) > 1:
         source = source.repeatable()

@@ -56,7 +56,7 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit
     return figure
 
 
-def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int]) -> "Figure":
+def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int | str]) -> "Figure":
     """Draws how much training samples changed the loss of single queries, as a heat map of changes (queries,
     samples)."""
     figure = _figure(2 + 0.35 * len(samples), 1.5 + 0.3 * len(changes))

@@ -29,7 +29,7 @@ from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, require_quadrature
 from explaind_track.engine.per_sample import PerSampleGradients
-from explaind_track.engine.targets import check_query, output_count, some_outputs
+from explaind_track.engine.targets import fitted_query, output_count, some_outputs
 from explaind_track.explanation.sample_axis import Array, Data, SampleAxis, choose_samples
 from explaind_track.explanation.step_source import RepeatableSteps, StepSource, Window
 from explaind_track.record.trajectory import Trajectory
@@ -44,7 +44,7 @@ def similarity(
     data: Data | None = None,
     groups: GroupSpec = None,
     window: Window | None = None,
-    samples: Iterable[int] | None = None,
+    samples: Iterable[int | str] | None = None,
     quadrature: Quadrature | None = None,
     memory: int = MEMORY,
     progress: bool = True,
@@ -108,7 +108,7 @@ def similarity(
     require_quadrature(quadrature)
     memory = require_int("memory= (bytes)", memory, 1)
     source = StepSource.of(steps, model, window).repeatable()
-    check_query(model, query)
+    query = fitted_query(model, query)
     chosen = choose_samples(source, sample_loss, data, samples)
     resolved = resolve_groups(groups, parameters_of(model))
 

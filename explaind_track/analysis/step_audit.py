@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from explaind_track.analysis import plain_step
 from explaind_track.analysis.parameter_scores import parameter_scores
+from explaind_track.core.checks import require_int
 from explaind_track.core.groups import Groups, GroupSpec, resolve_groups
 from explaind_track.core.queries import Query
-from explaind_track.core.step import Batch, Change, Step
+from explaind_track.core.step import Batch, Change, Step, ids_of
 from explaind_track.core.tensors import tree_map
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.path_integral import Quadrature, gauss_legendre
+from explaind_track.engine.targets import fitted_query
 from explaind_track.explanation.explain import explain
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.explanation.sample_axis import Data
@@ -96,7 +98,9 @@ def audit_step(
 ) -> Audit:
     """Recomputes a step that is at hand, in tensors of its own, and compares; arguments as in `audit`."""
     started = perf_counter()
-    resolved = resolve_groups(groups, step.before.parameters)
+    counts = (("samples=", samples, 0), ("targets=", targets, 1), ("nodes=", nodes, 1))
+    samples, targets, nodes = (require_int(name, value, least) for name, value, least in counts)
+    query, resolved = fitted_query(model, query), resolve_groups(groups, step.before.parameters)
     findings = [*_of_groups(step, model, query, resolved, targets, nodes)]
     findings += _of_parameters(step, model, query, nodes)
     if sample_loss is not None and step.batches:
@@ -214,8 +218,9 @@ def _of_single_samples(
                 plain[place] += sum((slope[n] * d.to(slope[n])).sum().cpu() for n, d in direction.items())
 
     found, largest = torch.from_numpy(ours.values).double(), plain.abs().max()
+    names = ids_of(batches)
     for place, index in enumerate(chosen):
-        yield _finding(f"sample {index}", found[place], plain[place], step, largest)
+        yield _finding(f"sample {names.get(index, index)}", found[place], plain[place], step, largest)
 
 
 def _finding(what: str, ours: Tensor, plain: Tensor, step: Step, largest: Tensor | None = None) -> Finding:
@@ -252,7 +257,7 @@ def _with_data(batch: Batch, step: Step, data: Data | None) -> Batch:
                 f"the record holds the indices of step {step.number}'s samples but not the samples; pass data=, a "
                 "function from an index tensor (N,) to the batch of sample_loss"
             )
-        batch = replace(batch, data=data(batch.index))
+        batch = replace(batch, data=data(batch.index if batch.ids is None else list(batch.ids)))
     return replace(batch, data=tree_map(lambda tensor: tensor.to(device), batch.data))
 
 
@@ -327,7 +332,7 @@ def audit(
     """
     trajectory = run.recorded() if isinstance(run, Recorded) else run
     trajectory.check_model(model)
-    number = len(trajectory) - 1 if step is None else step
+    number = len(trajectory) - 1 if step is None else require_int("step=", step)
     if not 0 <= number < len(trajectory):
         raise ValueError(f"step={step} is not within the run, which has the steps 0 to {len(trajectory) - 1}")
 

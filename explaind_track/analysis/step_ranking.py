@@ -18,7 +18,7 @@ from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.path_integral import Quadrature, require_quadrature
-from explaind_track.engine.targets import target_of
+from explaind_track.engine.targets import fitted_query, target_of
 from explaind_track.explanation.explain import explain
 from explaind_track.explanation.step_source import StepSource, Window
 from explaind_track.record.trajectory import Trajectory
@@ -86,7 +86,7 @@ def step_scores(
         found = explain(steps, model, query, keep=("step",), window=window, quadrature=rule, progress=progress)
         return found.total_importance().sum("part").rename("influence")
     else:
-        score = partial(_change, model=model, query=query)
+        score = partial(_change, model=model, query=fitted_query(model, query))
 
     source = StepSource.of(steps, model, window)
     every = source.forwards(source.first, source.last)

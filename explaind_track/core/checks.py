@@ -168,6 +168,21 @@ def whole_numbers(name: str, values: Any, some: bool = True) -> list[int]:
     return numbers
 
 
+def words(name: str, values: Any) -> tuple[str, ...] | None:
+    """The words of a list, an array or a series of them; None for anything else. Raises TypeError for a mixture."""
+    if values is None or isinstance(values, str | Mapping | Tensor) or not isinstance(values, Iterable):
+        return None
+    kind = getattr(getattr(values, "dtype", None), "kind", "O")
+    if kind in "biufc":
+        return None
+    given = [plain_number(value) for value in values]
+    are_words = [isinstance(value, str) for value in given]
+    if any(are_words) and not all(are_words):
+        odd = given[are_words.index(False)]
+        raise TypeError(f"{name} holds words and other things ({shown(odd)}): name all samples by words, or by numbers")
+    return tuple(str(value) for value in given) if given and all(are_words) else None
+
+
 def as_tensor(name: str, values: Any) -> Tensor:
     """A tensor from a list, an array of NumPy or a series of pandas; a tensor stays what it is."""
     if isinstance(values, Tensor):

@@ -1,18 +1,24 @@
 """Queries: what is explained. Inputs, and a differentiable target on the model's output for them (Cor. 3.3)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from explaind_track.core.checks import require_instance
-from explaind_track.core.tensors import tree_in_dims, tree_map, tree_rows
+from explaind_track.core.checks import as_tensor, plain_number, require_instance
+from explaind_track.core.tensors import tree_has_entries, tree_map, tree_rows, tree_slice, tree_tensors, tree_with
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What the model is called with: one tensor, several positional arguments, or keyword arguments."""
+
+
+def _array_as_tensor(leaf: Any) -> Any:
+    is_numeric = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf"
+    return torch.from_numpy(leaf.copy()) if is_numeric else leaf
 
 
 def _identity(output: Any) -> Tensor:
@@ -56,6 +62,10 @@ class Query:
     """The output scores classes and `labels[0]` holds the right ones: panels show loss and accuracy."""
 
     def __post_init__(self) -> None:
+        """Arrays of NumPy and lists of labels become tensors. Raises ValueError and TypeError for what is none."""
+        arrays = tree_map(lambda tensor: tensor, self.inputs, _array_as_tensor)
+        object.__setattr__(self, "inputs", arrays)
+        object.__setattr__(self, "labels", tuple(as_tensor("a query's labels", one) for one in self.labels))
         try:
             tree_rows((self.inputs, self.labels))
         except ValueError as error:
@@ -115,6 +125,7 @@ class Query:
             tensor([[2.],
                     [3.]])
         """
+        index = plain_number(index)
         if isinstance(index, int):
             return cls(x, lambda output: output[:, index, None])
         return cls(x, lambda output, index: output.gather(1, index[:, None]), (index,))
@@ -161,7 +172,8 @@ class Query:
             tensor([[3.],
                     [7.]])
         """
-        return cls(x, lambda output: output @ matrix.to(output).T)
+        given = as_tensor("matrix", matrix)
+        return cls(x, lambda output: output @ given.to(output).T)
 
     @classmethod
     def entropy(cls, x: Inputs) -> "Query":
@@ -260,24 +272,31 @@ class Query:
             >>> len(Query.outputs(torch.ones(5, 4)).rows(1, 3, torch.device("cpu")))
             2
         """
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[start:stop].to(device)
-
-        return replace(self, inputs=tree_map(cut, self.inputs), labels=tree_map(cut, self.labels))
+        inputs, labels = tree_map(lambda rows: rows.to(device), tree_slice((self.inputs, self.labels), start, stop))
+        return replace(self, inputs=inputs, labels=labels)
 
     @property
-    def in_dims(self) -> tuple[Any, Any]:
-        """For `vmap` over the rows of `(inputs, labels)`: 0 for tensors, None for anything else."""
-        return tree_in_dims(self.inputs), tree_in_dims(self.labels)
+    def tensors(self) -> list[Tensor]:
+        """Those of inputs and labels, each with a row for each input.
 
-    def single(self, inputs: Any, labels: Any) -> "Query":
-        """The same query for one input, given without its row axis (as `vmap` gives it)."""
+        Raises RuntimeError where inputs hold other things for each row, which `vmap` does not know.
+        """
+        if tree_has_entries((self.inputs, self.labels)):
+            raise RuntimeError("the query's inputs hold words or other things that are no tensors for each row")
+        return tree_tensors((self.inputs, self.labels))
 
-        def row(tensor: Tensor) -> Tensor:
-            return tensor.unsqueeze(0)
+    def single(self, tensors: Iterable[Tensor]) -> "Query":
+        """The same query for one input, of which the `tensors` are given without their row axis (as `vmap` does)."""
+        inputs, labels = tree_with((self.inputs, self.labels), (tensor.unsqueeze(0) for tensor in tensors))
+        return replace(self, inputs=inputs, labels=labels)
 
-        return replace(self, inputs=tree_map(row, inputs), labels=tree_map(row, labels))
+    def in_precision_of(self, parameter: Tensor) -> "Query":
+        """The same query with the real numbers of its inputs in the parameter's precision; labels stay."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(parameter.dtype) if tensor.is_floating_point() else tensor
+
+        return replace(self, inputs=tree_map(cast, self.inputs))
 
     def output(self, model: nn.Module) -> Any:
         """The output of the model, or of the submodule that is explained.

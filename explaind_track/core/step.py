@@ -5,8 +5,9 @@ parameter an `Update`, which splits `θ_s − θ_{s+1}` into the parts of the pa
 than the optimizer changed the model since the step before, that is an `OutsideChange`, which the step leads on from.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
@@ -78,12 +79,29 @@ class Batch:
     """The random state before the batch's forward pass, by device; empty where nothing random was drawn."""
     clipped: bool = False
     """Whether the step's gradient was clipped by value: what is left of it is no sum over samples."""
+    ids: tuple[str, ...] | None = None
+    """The samples' names, where the loop has named them by words; `index` then holds the `number_of_id` of each."""
 
     def weights(self, like: Tensor) -> Tensor:
         """`w_{i,k}` for every sample, (N,), of the type and on the device of `like`."""
         if isinstance(self.weight, Tensor):
             return self.weight.to(like)
         return torch.full((self.size,), self.weight, dtype=like.dtype, device=like.device)
+
+
+def number_of_id(name: str) -> int:
+    """The number that stands for a sample's name: the same in every process and run, and no other name's."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
+
+
+def ids_of(batches: Iterable[Batch]) -> dict[int, str]:
+    """The names of samples that are named by words, by the numbers that stand for them."""
+    return {
+        number: name
+        for batch in batches
+        if batch.ids is not None and batch.index is not None
+        for number, name in zip(batch.index.tolist(), batch.ids, strict=True)
+    }
 
 
 @dataclass(frozen=True)

@@ -131,10 +131,10 @@ class Functional:
         self._queries_proven = True
 
     def _vectorized_gradients(self, query: "Query", state: State, primals: Tensors) -> dict[str, Tensor]:
-        def of_one(inputs: object, labels: object) -> dict[str, Tensor]:
-            output, pullback = vjp(self.at(state, query.single(inputs, labels)), dict(primals))[:2]
+        def of_one(tensors: list[Tensor]) -> dict[str, Tensor]:
+            output, pullback = vjp(self.at(state, query.single(tensors)), dict(primals))[:2]
             rows = [pullback(direction)[0] for direction in torch.eye(output.numel()).to(output).unsqueeze(1)]
             return {name: torch.stack([row[name] for row in rows]) for name in primals}
 
-        result: dict[str, Tensor] = vmap(of_one, in_dims=query.in_dims)(query.inputs, query.labels)
+        result: dict[str, Tensor] = vmap(of_one)(query.tensors)
         return result

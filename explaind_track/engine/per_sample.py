@@ -17,7 +17,16 @@ from torch.func import grad_and_value, vmap
 
 from explaind_track.core.groups import Groups
 from explaind_track.core.step import Batch, State
-from explaind_track.core.tensors import Tensors, cuts, size_in_bytes, tree_in_dims, tree_map, tree_slice
+from explaind_track.core.tensors import (
+    Tensors,
+    cuts,
+    size_in_bytes,
+    tree_has_entries,
+    tree_rows,
+    tree_slice,
+    tree_tensors,
+    tree_with,
+)
 from explaind_track.engine.batch_losses import BatchLosses, SampleLoss
 from explaind_track.engine.derivatives import elsewhere, prove_same, tell_of_fallback, vjp_in, vjp_rows
 from explaind_track.engine.functional import Functional, differentiable_attention
@@ -233,20 +242,28 @@ def sample_gradients(
     """The gradient of every sample of `batch` by parameter, (N, *shape) each, and their losses (N,).
 
     The model is called on one sample at a time (a batch of one, under `vmap`), in whatever mode it is in; random
-    operations draw for each sample afresh.
+    operations draw for each sample afresh. Batches that hold more than tensors for each sample (such as words) cannot
+    be vectorized: their samples are taken one after the other.
     """
 
-    def loss_of_one(parameters: Tensors, sample: Any) -> Tensor:
-        single = tree_map(lambda tensor: tensor.unsqueeze(0), sample)
+    def loss_of_one(parameters: Tensors, tensors: list[Tensor]) -> Tensor:
+        return loss_of(parameters, tree_with(batch, (tensor.unsqueeze(0) for tensor in tensors)))
+
+    def loss_of(parameters: Tensors, single: Any) -> Tensor:
         losses: Tensor = functional(State(parameters, state.buffers), lambda model: sample_loss(model, single))
         return losses.reshape(())
 
-    in_dims = (None, tree_in_dims(batch))
+    parameters = dict(state.parameters)
     with differentiable_attention():
-        gradients, losses = vmap(grad_and_value(loss_of_one), in_dims=in_dims, randomness="different")(
-            dict(state.parameters), batch
-        )
-    return gradients, losses
+        if not tree_has_entries(batch):
+            of_each = vmap(grad_and_value(loss_of_one), in_dims=(None, 0), randomness="different")
+            gradients, losses = of_each(parameters, tree_tensors(batch))
+            return gradients, losses
+
+        singles = [tree_slice(batch, row, row + 1) for row in range(tree_rows(batch))]
+        found = [grad_and_value(loss_of)(parameters, single) for single in singles]
+    gradients = {name: torch.stack([gradient[name] for gradient, _ in found]) for name in parameters}
+    return gradients, torch.stack([loss for _, loss in found])
 
 
 def _rows_of(directions: Tensors, rows: slice) -> dict[str, Tensor]:

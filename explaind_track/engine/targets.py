@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track.core.modules import buffers_of, parameters_of
-from explaind_track.core.queries import Query
+from explaind_track.core.queries import Query, require_query
 from explaind_track.core.rng import random_state, replayed_random_state
 from explaind_track.core.step import State
+from explaind_track.core.tensors import tree_tensors
 from explaind_track.engine.derivatives import refuse_reentrant
 from explaind_track.engine.functional import Functional, evaluation, writable
 
@@ -54,6 +55,34 @@ def output_count(model: nn.Module, query: Query) -> int:
     parameters = {name: value.detach() for name, value in parameters_of(model).items()}
     with evaluation(model):
         return Functional(model).value(writable(State(parameters, buffers_of(model))), one).shape[1]
+
+
+def fitted_query(model: nn.Module, query: Query) -> Query:
+    """The query as the model takes it: where that does not take real numbers in the inputs' precision, they are moved
+    into the parameters'.
+
+    Raises TypeError for what is no query; ValueError if it holds NaN, or if its targets are no differentiable function
+    of the model's parameters.
+    """
+    require_query(query)
+    _refuse_nan(query)
+    try:
+        check_query(model, query)
+    except RuntimeError:
+        moved = query.in_precision_of(next(model.parameters()))
+        found, made = (tree_tensors(one.inputs) for one in (query, moved))
+        if all(tensor.dtype == other.dtype for tensor, other in zip(found, made, strict=True)):
+            raise  # so it is not for their precision
+        check_query(model, moved)
+        return moved
+    return query
+
+
+def _refuse_nan(query: Query) -> None:
+    for what, tree in (("inputs", query.inputs), ("labels", query.labels)):
+        bad = sum(int(tensor.isnan().sum()) for tensor in tree_tensors(tree) if tensor.is_floating_point())
+        if bad:
+            raise ValueError(f"the query's {what} hold {bad} number(s) that are NaN, and so would every influence be")
 
 
 def check_query(model: nn.Module, query: Query) -> None:

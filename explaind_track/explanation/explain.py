@@ -16,7 +16,7 @@ from explaind_track.core.step import Step
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, require_quadrature
-from explaind_track.engine.targets import check_query
+from explaind_track.engine.targets import fitted_query
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.explanation.group_plan import GroupPlan
 from explaind_track.explanation.plan import ExplanationPlan
@@ -40,7 +40,7 @@ class ExplainOptions(TypedDict, total=False):
     out: str | PathLike[str] | None
     sample_loss: SampleLoss | None
     data: Data | None
-    samples: Iterable[int] | None
+    samples: Iterable[int | str] | None
     partition: Any
 
 
@@ -140,7 +140,7 @@ def plan_explanation(
     out: str | PathLike[str] | None = None,
     sample_loss: SampleLoss | None = None,
     data: Data | None = None,
-    samples: Iterable[int] | None = None,
+    samples: Iterable[int | str] | None = None,
     partition: Any = None,
 ) -> ExplanationPlan:
     """Plans what `explain` computes at once, with the same arguments.
@@ -191,7 +191,7 @@ def plan_explanation(
     if sample_loss is None:
         raise ValueError("influences of samples need sample_loss=: (model, batch) → unreduced losses (N,)")
     require_callable("sample_loss=", sample_loss, "(model, batch) → unreduced losses (N,)")
-    check_query(model, query)
+    query = fitted_query(model, query)
     whole = source.repeatable()
     chosen = choose_samples(whole, sample_loss, data, samples, partition)
     return SamplePlan(whole, model, query, resolved, keep, chosen, quadrature, memory, progress, out)

@@ -14,7 +14,7 @@ from explaind_track.core.step import Step
 from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, Terms
-from explaind_track.engine.targets import check_query
+from explaind_track.engine.targets import fitted_query
 from explaind_track.explanation.accumulator import Accumulator, Row
 
 
@@ -71,7 +71,7 @@ class Explainer:
         close: bool = False,
         memory: int = MEMORY,
     ) -> None:
-        check_query(model, query)
+        query = fitted_query(model, query)
         if not any("group" in keep for keep in keeps):
             groups = {"all": [name for names in groups.values() for name in names]}
         self.accumulators = [Accumulator(keep, list(groups)) for keep in keeps]

@@ -19,7 +19,7 @@ from torch import Tensor
 from explaind_track.core import distributed
 from explaind_track.core.groups import Groups
 from explaind_track.core.step import Batch, Step, Update
-from explaind_track.core.tensors import Tensors, tree_map
+from explaind_track.core.tensors import Tensors, tree_take
 from explaind_track.engine.features import Features
 from explaind_track.engine.per_sample import PerSampleGradients
 from explaind_track.errors import SampleMismatchWarning
@@ -264,5 +264,5 @@ def _rows(batch: Batch, chosen: Tensor) -> Batch:
     where = chosen.nonzero()[:, 0]
     assert batch.index is not None  # looked at before work started
     weight = batch.weight[where.to(batch.weight.device)] if isinstance(batch.weight, Tensor) else batch.weight
-    data = tree_map(lambda tensor: tensor[where.to(tensor.device)], batch.data)
+    data = tree_take(batch.data, where)
     return Batch(len(where), weight, batch.index[where.to(batch.index.device)], data, batch.random_state)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from explaind_track.core.checks import whole_numbers
-from explaind_track.core.step import Batch, Step
+from explaind_track.core.checks import require_names, whole_numbers, words
+from explaind_track.core.step import Batch, Step, number_of_id
 from explaind_track.core.tensors import tree_map, tree_rows
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.explanation.step_source import RepeatableSteps
@@ -21,8 +21,9 @@ in, through whose gradient it acts then and later."""
 
 Array = np.ndarray[Any, Any]
 
-Data = Callable[[Tensor], Any]
-"""`data(index)` → the batch of the training samples of these indices, as `sample_loss` takes it."""
+Data = Callable[[Any], Any]
+"""`data(index)` → the batch of the training samples of these indices, (N,) int64, as `sample_loss` takes it; where the
+loop has named samples by words, `index` is the list of their names."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def batches_with_data(step: Step, data: Data | None) -> Iterator[Batch]:
     device = next(iter(step.before.parameters.values())).device
     for batch in step.batches:
         assert batch.index is not None  # looked at before work started
-        samples = data(batch.index) if batch.data is None and data is not None else batch.data
+        samples = batch.data
+        if samples is None and data is not None:
+            samples = data(batch.index if batch.ids is None else list(batch.ids))
         samples = tree_map(lambda tensor: tensor.to(device), samples)
         if tree_rows(samples) != batch.size:
             raise ValueError(f"data(index) gave {tree_rows(samples)} samples for {batch.size} indices")
@@ -65,7 +68,7 @@ def choose_samples(
     source: RepeatableSteps,
     loss: SampleLoss,
     data: Data | None,
-    samples: Iterable[int] | None,
+    samples: Iterable[int | str] | None,
     partition: Any = None,
 ) -> SampleAxis:
     """The sample axis: every training index of the steps before the window's end, or those asked for, or a partition's
@@ -73,41 +76,55 @@ def choose_samples(
 
     Raises ValueError for what the record lacks, with the remedy.
     """
-    chosen = choose_indices(source, data, samples)
+    names = choose_indices(source, data, samples)
     if partition is None:
-        return SampleAxis(loss, data, chosen, {index: place for place, index in enumerate(chosen)})
+        return SampleAxis(loss, data, list(names.values()), {index: place for place, index in enumerate(names)})
 
-    label = {index: _label_of(partition, index) for index in chosen}
+    label = {index: _label_of(partition, name) for index, name in names.items()}
     labels = sorted(set(label.values()), key=lambda value: (str(type(value)), value))
     place = {value: place for place, value in enumerate(labels)}
     return SampleAxis(loss, data, labels, {index: place[value] for index, value in label.items()}, partition=True)
 
 
-def choose_indices(source: RepeatableSteps, data: Data | None, samples: Iterable[int] | None) -> list[int]:
-    """The training indices that the steps before the window's end saw, sorted; or those of `samples`, as they come.
+def choose_indices(source: RepeatableSteps, data: Data | None, samples: Iterable[int | str] | None) -> dict[int, Any]:
+    """The training samples that the steps before the window's end saw, sorted; or those of `samples`, as they come. By
+    index, their names: words, where the loop has named them so, or the index.
 
     Raises ValueError for batches without indices or data, and for samples that no step saw.
     """
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}
     for number, batch in source.batches():
         _require_samples(number, batch, data)
         assert batch.index is not None  # has just been looked at
-        seen |= set(batch.index.tolist())
+        index = batch.index.tolist()
+        seen.update(zip(index, index if batch.ids is None else batch.ids, strict=True))
     if not seen:
         raise ValueError(
             "the run has no record of its batches; in training, call tracker.batch(batch, index=…) for each"
         )
 
     if samples is None:
-        return sorted(seen)
+        return dict(sorted(seen.items(), key=lambda item: (isinstance(item[1], str), item[1])))
 
-    wanted = whole_numbers("samples=", samples)
-    if set(wanted) - seen:
+    named, wanted = words("samples=", samples), dict[int, Any]()
+    if named is None:
+        wanted = {index: seen.get(index) for index in whole_numbers("samples=", samples)}
+    else:
+        wanted = {number_of_id(name): name for name in require_names("samples=", named, "sample")}
+    lacking = [index if name is None else name for index, name in wanted.items() if index not in seen]
+    if lacking:
+        of_all = sorted(seen.values(), key=lambda name: (isinstance(name, str), name))
         raise ValueError(
-            f"no step before {source.last} saw the samples {sorted(set(wanted) - seen)[:10]}; those of {len(seen)} "
-            f"indices, {min(seen)} to {max(seen)}, were seen"
+            f"no step before {source.last} saw the samples {lacking[:10]}; those of {len(seen)} "
+            f"indices, {of_all[0]!r} to {of_all[-1]!r}, were seen"
         )
     return wanted
+
+
+def labels_of(names: Sequence[Any]) -> Array:
+    """The labels along the axis: whole numbers, or whatever else the samples or their parts are called."""
+    numeric = all(isinstance(name, int | np.integer) for name in names)
+    return np.array(names, dtype=np.int64 if numeric else object)
 
 
 def _require_samples(number: int, batch: Batch, data: Data | None) -> None:
@@ -131,9 +148,9 @@ def _require_samples(number: int, batch: Batch, data: Data | None) -> None:
         )
 
 
-def _label_of(partition: Any, index: int) -> Any:
+def _label_of(partition: Any, name: int | str) -> Any:
     try:
-        value = partition[index]
-    except LookupError:
-        raise ValueError(f"partition= has no label for the training sample {index}, partition[{index}]") from None
+        value = partition[name]
+    except (LookupError, TypeError):
+        raise ValueError(f"partition= has no label for the training sample {name}, partition[{name!r}]") from None
     return value.item() if isinstance(value, Tensor | np.generic) else value

@@ -29,7 +29,7 @@ from explaind_track.engine.targets import kept_targets, output_count, some_outpu
 from explaind_track.explanation.digests import fingerprint, function_digest, query_digest
 from explaind_track.explanation.plan import ExplanationPlan
 from explaind_track.explanation.reverse_replay import ReverseSweep
-from explaind_track.explanation.sample_axis import SAMPLE_AXES, SampleAxis
+from explaind_track.explanation.sample_axis import SAMPLE_AXES, SampleAxis, labels_of
 from explaind_track.explanation.sample_result import SampleResult
 from explaind_track.explanation.step_source import RepeatableSteps
 from explaind_track.explanation.tiles import Tile, cut_tiles
@@ -222,12 +222,7 @@ class SamplePlan(ExplanationPlan):
         return self._nodes[step.number]
 
     def _labels(self) -> dict[str, Any]:
-        samples = self._samples.labels
-        numeric = all(isinstance(label, int | np.integer) for label in samples)
-        return {
-            "group": np.array(list(self.groups), dtype=object),
-            "sample": np.array(samples, dtype=np.int64 if numeric else object),
-        }
+        return {"group": np.array(list(self.groups), dtype=object), "sample": labels_of(self._samples.labels)}
 
     def _request(self) -> dict[str, Any]:
         """What a directory remembers of what it holds."""

@@ -102,7 +102,7 @@ def is_residual(key: str) -> bool:
 def is_measure(key: str) -> bool:
     """Whether the key is that of a loss or an accuracy, of a query or as the training loop logs them."""
     sections = key.split("/")[:-1]
-    of_groups = {KERNEL, REGULARIZATION, PAST, DIFFERENCE, RESIDUAL}  # and a group may be called `loss`
+    of_groups = {KERNEL, REGULARIZATION, PAST, OUTSIDE, DIFFERENCE, RESIDUAL}  # and a group may be called `loss`
     return key.endswith(("/loss", "/accuracy")) and of_groups.isdisjoint(sections)
 
 

@@ -28,7 +28,10 @@ TAKEN_BY_SECTIONS = {*history.SECTIONS, SECTION_OF_SAMPLES}
 TAKEN_FROM_QUERIES = {*TAKEN_BY_SECTIONS, "nodes", "nonfinite"}
 """`residual/nodes` and `residual/nonfinite` stand beside each query's `residual/<query>`."""
 
-TRACKERS_ALONE = {history.KERNEL, history.REGULARIZATION, history.PAST, history.DIFFERENCE, history.RESIDUAL}
+TRACKERS_ALONE = {
+    *(history.KERNEL, history.REGULARIZATION, history.PAST, history.OUTSIDE),
+    *(history.DIFFERENCE, history.RESIDUAL),
+}
 """Sections of rows that a training loop's metrics are not in."""
 
 TAKEN_FROM_LOSSES = {*TAKEN_BY_SECTIONS, *PARTS, *SHARES}

@@ -60,7 +60,9 @@ class Live:
         }
         self.losses = [name for name, query in queries.items() if query.is_loss]
         self.scores = (
-            None if scores is None else ParameterScores(model, queries[scores], quadrature=quadrature, memory=memory)
+            None
+            if scores is None
+            else ParameterScores(model, self.explainers[scores].integrator.query, quadrature=quadrature, memory=memory)
         )
 
     def add(self, step: Step) -> tuple[dict[str, float], list[str]]:

@@ -43,7 +43,7 @@ class LiveSamples:
         live: Live,
         ranks: Ranks,
         map_queries: int,
-        render: Callable[[int], Any] | None,
+        render: Callable[[Any], Any] | None,
     ) -> None:
         ranks.refuse_common_statistics()
         if map_queries:
@@ -113,14 +113,14 @@ class LiveSamples:
         mine = SampleInfluence.of(self._samples, local, features(query))
         samples = SampleInfluence.together(self._ranks.gather(mine))
         if not self._map_queries:
-            return StepSamples(samples, batches.norms, None, self._render)
+            return StepSamples(samples, batches.norms, batches.ids, None, self._render)
 
         # input by input: the features of several at once would take a copy of the parameters for each
         device = next(iter(step.before.parameters.values())).device
         singles = [query.rows(row, row + 1, device) for row in range(min(self._map_queries, query.size))]
         rows = torch.stack([through_own_step(self._samples, local, features(single)) for single in singles])
         changes = -torch.cat(self._ranks.gather(rows), dim=1)
-        return StepSamples(samples, batches.norms, changes, self._render)
+        return StepSamples(samples, batches.norms, batches.ids, changes, self._render)
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,11 @@ class StepSamples:
     """On the first loss query."""
     norms: Mapping[int, float]
     """By training index: the norms of the samples' gradients, where they are known."""
+    ids: Mapping[int, str]
+    """By training index: the names of samples that the loop names by words."""
     changes: Tensor | None
     """How much the samples changed the losses of single queries, (queries, samples), where a map is wanted."""
-    render: Callable[[int], Any] | None
+    render: Callable[[Any], Any] | None
 
     @property
     def own_step(self) -> float:
@@ -142,12 +144,12 @@ class StepSamples:
 
     def draw(self) -> dict[str, Any]:
         """The panels."""
-        table = sample_panels.sample_table(self.influences, self.norms, self.render)
+        table = sample_panels.sample_table(self.influences, self.norms, self.ids, self.render)
         drawn: dict[str, Any] = {history.SAMPLES: table}
         if self.changes is not None:
             order = sample_panels.most_influential(self.influences)
-            index = self.influences.index[order]
-            drawn[history.SAMPLE_MAP] = sample_panels.sample_map(self.changes[:, order], index)
+            names = [self.ids.get(index, index) for index in self.influences.index[order].tolist()]
+            drawn[history.SAMPLE_MAP] = sample_panels.sample_map(self.changes[:, order], names)
             drawn[history.QUERY_COSINES] = sample_panels.cosine_map(self.changes)
         return drawn
 

@@ -1,7 +1,7 @@
 """The panels of single training samples: a table of the most influential ones, and maps of what they changed."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,17 +23,21 @@ def most_influential(samples: SampleInfluence) -> Tensor:
 
 
 def sample_table(
-    samples: SampleInfluence, norms: Mapping[int, float], render: Callable[[int], Any] | None = None
+    samples: SampleInfluence,
+    norms: Mapping[int, float],
+    ids: Mapping[int, str],
+    render: Callable[[Any], Any] | None = None,
 ) -> Table:
     """The training samples that changed the query's loss most through this step's gradient.
 
-    norms: of their gradients, by index; render: from a sample's index to its image.
+    norms: of their gradients, by index; ids: the samples' names, by index, where these are words; render: from a
+    sample's index or name to its image.
     """
     order = most_influential(samples)
     columns = ["sample", "change of the query's loss", "weight", "loss", "gradient norm"]
     rows: list[list[Any]] = [
         [
-            int(samples.index[place]),
+            ids.get(int(samples.index[place]), int(samples.index[place])),
             -float(samples.influence[place]),
             float(samples.weight[place]),
             float(samples.loss[place]),
@@ -47,14 +51,14 @@ def sample_table(
     return Table(columns, rows)
 
 
-def sample_map(rows: Tensor, index: Tensor) -> bytes:
+def sample_map(rows: Tensor, names: Sequence[int | str]) -> bytes:
     """A PNG of how much the step's most influential samples changed the losses of single queries.
 
-    rows: the changes (queries, samples); index: the samples' (samples,).
+    rows: the changes (queries, samples); names: the samples'.
     """
     from explaind_track.analysis import plots
 
-    return _png(plots.sample_map(rows.numpy(), index.tolist()))
+    return _png(plots.sample_map(rows.numpy(), names))
 
 
 def cosine_map(rows: Tensor) -> bytes:

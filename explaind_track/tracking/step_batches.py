@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from explaind_track.core.checks import as_tensor, plain_number, require_finite, require_number, require_one_of
+from explaind_track.core.checks import as_tensor, plain_number, require_finite, require_number, require_one_of, words
 from explaind_track.core.rng import random_state
-from explaind_track.core.step import Batch
-from explaind_track.core.tensors import tree_map, tree_rows
+from explaind_track.core.step import Batch, ids_of, number_of_id
+from explaind_track.core.tensors import tree_map, tree_rows, tree_tensors
 from explaind_track.tracking.ddp import Ranks
 
 
@@ -27,6 +27,8 @@ class StepBatches:
     """By training index: the norms of the samples' gradients, where these were taken one by one."""
     loss: float | None = None
     """The step's loss, where `Tracker.backward` has computed it; after `exchange`, the mean over the ranks."""
+    ids: dict[int, str] = field(default_factory=dict)
+    """By training index: the names of samples that the loop names by words; after `exchange`, those of all ranks."""
     clip: float = 1.0
     """The factor that the gradient was clipped by."""
 
@@ -50,6 +52,7 @@ class StepBatches:
         self.local = [replace(batch, weight=batch.weight / ranks.count) for batch in self.local]
         self.of_all_ranks = tuple(self.local)
         if ranks.count == 1:
+            self.ids = ids_of(self.of_all_ranks)
             return
 
         gathered = ranks.gather(([_for_others(batch) for batch in self.local], self.norms, self.loss))
@@ -58,6 +61,7 @@ class StepBatches:
             for rank, (batches, *_) in enumerate(gathered)
             for batch in (self.local if rank == ranks.rank else batches)
         )
+        self.ids = ids_of(self.of_all_ranks)
         self.norms = {index: norm for _, norms, _ in gathered for index, norm in norms.items()}
         losses = [loss for *_, loss in gathered if loss is not None]
         self.loss = sum(losses) / len(losses) if losses else None
@@ -84,7 +88,11 @@ def make_batch(data: Any, index: Any, weight: Any, device: torch.device) -> Batc
     names no samples, and for weights that are no numbers.
     """
     size = tree_rows(data)
-    return Batch(size, _weight_of(weight, size), _index_of(index, size), data, random_state(device))
+    if any(tensor.device != device for tensor in tree_tensors(data)):
+        data = tree_map(lambda tensor: tensor.to(device), data)
+    ids = words("index=", index)
+    numbers = index if ids is None else [number_of_id(name) for name in ids]
+    return Batch(size, _weight_of(weight, size), _index_of(numbers, size), data, random_state(device), ids=ids)
 
 
 def _index_of(index: Any, size: int) -> Tensor | None:

@@ -1,16 +1,25 @@
 """The calls that a training loop makes within a step: of its batches, and of what it does to their gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from explaind_track.core.checks import require_positive, require_real
 from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.step import State
+from explaind_track.record.schema import refuse_unrecordable
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live_samples import LiveSamples
 from explaind_track.tracking.step_batches import make_batch
 from explaind_track.tracking.step_watch import StepWatch
+
+Index = Tensor | Sequence[int] | Sequence[str] | np.ndarray[Any, Any]
+"""Whole numbers or words, (N,)."""
+
+Weight = Tensor | float | str | Sequence[float] | np.ndarray[Any, Any]
+"""A number for all samples or (N,) of them; or "mean", "sum"."""
 
 
 class StepCalls:
@@ -28,18 +37,25 @@ class StepCalls:
         """The module that is trained, without a DistributedDataParallel around it."""
         self._ranks, self._samples, self._watch, self._index_needed = ranks, samples, watch, index_needed
 
-    def batch(self, batch: Any, index: Tensor | None = None, weight: Tensor | float | str = "mean") -> None:
+    def batch(self, batch: Any, index: Index | None = None, weight: Weight = "mean") -> None:
         """Tells of the next (micro-)batch of the step, right before its forward pass.
 
         Args:
-            batch: As `sample_loss` takes it; the first axis of its tensors is the samples, N of them.
-            index: Which training samples these are, (N,) int64. Batches without an index are recorded themselves.
+            batch: As `sample_loss` takes it: a tensor, or tuples, lists, mappings and dataclasses of tensors, whose
+                first axis is the samples, N of them. What else has an entry for each sample (a list or an array of
+                NumPy of length N, a tuple of N words) is cut with them; anything else is the same for all samples.
+            index: Which training samples these are: N whole numbers, or N words that name them (a tensor, an array, a
+                list, a range, an index of pandas). Words are the labels of the sample axis, and what `data`, `samples`
+                and `partition` of `explain` are given. Batches without an index are recorded themselves.
             weight: `w_{i,k}`, how each sample's loss enters the step's gradient (with several ranks: that of its own
-                rank's loss): "mean", "sum", a number or (N,).
+                rank's loss): "mean", "sum", a number or N of them.
 
         Raises:
             RuntimeError: Outside of `step`.
-            ValueError: If the parts disagree about N, or if there is no index where `samples_every` needs it.
+            TypeError: For an index or weights of another kind, and for a batch without an index that no record can
+                hold.
+            ValueError: If the parts disagree about N, if a weight is not finite, or if there is no index where
+                `samples_every` needs it.
 
         Example:
             >>> import torch, torch.nn.functional as F
@@ -58,6 +74,8 @@ class StepCalls:
             raise RuntimeError("tracker.batch() belongs inside `with tracker.step():`")
         if index is None and self._index_needed:
             raise ValueError("tables of samples were asked for (samples_every), so every batch needs its index=")
+        if index is None and self._watch.records:
+            refuse_unrecordable(batch)
         device = next(self.model.parameters()).device
         self._watch.batches.local.append(make_batch(batch, index, weight, device))
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -57,6 +58,11 @@ class StepWatch:
         """The parameters whose gradients hold numbers that are not finite."""
         self._buffers: dict[str, Tensor] = {}
         self._auxiliary_gradients: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded."""
+        return self._writer is not None
 
     def begin(self, number: int) -> None:
         """Begins to watch step `number`, before anything random is drawn for it. Raises RuntimeError if one is open."""
@@ -156,6 +162,11 @@ class StepWatch:
                     raise ValueError(
                         f"the optimizer's {key} is {number}; the parameters are still those before the step. See what "
                         "set it, such as a learning-rate schedule"
+                    )
+                if isinstance(value, np.floating) and not isinstance(value, float):
+                    raise TypeError(
+                        f"the optimizer's {key} is {value!r} ({type(value).__name__}), so that the optimizer computes "
+                        f"in that precision, which a record cannot replay: set {key} to float({key})"
                     )
 
     def _gradients(self) -> dict[str, Tensor]:

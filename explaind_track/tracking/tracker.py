@@ -72,7 +72,7 @@ class Tracker(StepCalls, Findings):
         every: int = 1,
         samples_every: int | None = None,
         map_queries: int = 0,
-        render: Callable[[int], Any] | None = None,
+        render: Callable[[Any], Any] | None = None,
         quadrature: Quadrature | None = None,
         keyframe_every: int = KEYFRAME_EVERY,
         memory: int = MEMORY,
@@ -100,7 +100,7 @@ class Tracker(StepCalls, Findings):
             samples_every: Make a table of the most influential samples every n-th step, on the first loss query.
             map_queries: Beside each table, a heat map of the samples' influences on so many single queries, and one of
                 these queries' cosines.
-            render: From a training sample's index to its image (an array or a PIL image), for the tables.
+            render: From a training sample's index, or its name, to its image (an array or a PIL image), for the tables.
             quadrature: None: one node a step, which costs least; the residual tells what it leaves out.
             keyframe_every: A whole checkpoint in the trajectory every n-th step; replays start from these.
             memory: See `explain`.

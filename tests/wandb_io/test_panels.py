@@ -151,7 +151,7 @@ def test_samples_are_shown_with_images_and_a_map(server: Server, tmp_path: Path)
     assert columns[-1] == "image"
 
     assert [tuple(values.shape) for values, _ in maps] == [(3, 8), (3, 5)]
-    assert all(len(set(index.tolist())) == len(index) for _, index in maps)
+    assert all(len(set(names)) == len(names) for _, names in maps)
 
 
 def test_the_map_is_of_single_queries() -> None:
