@@ -50,6 +50,17 @@ REFUSED = {
     "samples in several processes, in a callback that does not see the DistributedDataParallel": (
         "use a Tracker of the DistributedDataParallel in your own loop"
     ),
+    "literal arguments and counts that are none, misspelt words (see test_messages.py)": "every= is at least 1, not 0; …",
+    "float or boolean indices": "index= names the batch's training samples by whole numbers, not by torch.float32",
+    "weights, factors, settings of the optimizer that are NaN or infinite": "weight= is nan: it has to be finite",
+    "settings of the optimizer in NumPy's single precision": "set lr to float(lr)",
+    "names of queries, groups and auxiliary losses that share a key with others": (
+        "a query cannot be called 'kernel': rows have something else of that name"
+    ),
+    "queries with NaN in them": "the query's inputs hold 8 number(s) that are NaN",
+    "masks that are not boolean": "masks are boolean tensors, True for what is kept",
+    "batches without an index that no record can hold": "pass index=, the numbers or names of its samples",
+    "tracker.backward() where samples' gradients cannot be taken one by one": "use loss.backward() in its place",
 }
 REFINED = Quadrature(tolerance=1e-9, nodes=4, max_nodes=64)
 TWO = {"quadrature": Quadrature.fixed(2), "progress": False}
