@@ -50,7 +50,7 @@ REFUSED = {
     "samples in several processes, in a callback that does not see the DistributedDataParallel": (
         "use a Tracker of the DistributedDataParallel in your own loop"
     ),
-    "literal arguments and counts that are none, misspelt words (see test_messages.py)": "every= is at least 1, not 0; …",
+    "arguments that are no numbers or words that there are (see test_messages.py)": "every= is at least 1, not 0; …",
     "float or boolean indices": "index= names the batch's training samples by whole numbers, not by torch.float32",
     "weights, factors, settings of the optimizer that are NaN or infinite": "weight= is nan: it has to be finite",
     "settings of the optimizer in NumPy's single precision": "set lr to float(lr)",

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from inputs import columns, encoding, example, of_columns, of_encoding, of_example
+from losses import answered, autocast_loss, cross_entropy, masked_tokens, of_answer, of_logits, of_pair, smoothed
 from models import (
     Answer,
     Answers,
@@ -31,10 +31,6 @@ from explaind_track import Query, Tracker
 
 STEPS = 6
 Loss = Callable[[nn.Module, Any], Tensor]
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -173,17 +169,6 @@ def class_weighted(run: Run) -> None:
         run.step(index, weight=weight / weight.sum())
 
 
-def smoothed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none", label_smoothing=0.1)
-
-
-def masked_tokens(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The next tokens' losses summed over each sequence, but for those at the padding 0."""
-    tokens = batch[0]
-    losses = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none", ignore_index=0)
-    return losses.sum(1)
-
-
 def token_mean(run: Run) -> None:
     for index in batches():
         run.step(index, weight=1.0 / int((run.x[index][:, 1:] != 0).sum()))
@@ -259,11 +244,6 @@ def second_layer(model: nn.Module) -> torch.optim.Optimizer:
 # ------------------------------------------------------------- precision, and steps that are not taken
 
 
-def autocast_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
 def scaled(run: Run) -> None:
     """With a GradScaler, whose second step overflows and is skipped."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
@@ -292,29 +272,12 @@ def left_out(run: Run) -> None:
 # ------------------------------------------------------------- inputs and outputs that are no tensors
 
 
-def answered(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(batch["one"], batch["two"])["logits"]
-    return F.cross_entropy(logits, batch["label"], reduction="none")
-
-
 def with_mappings(run: Run) -> None:
     for index in batches():
         with run.tracker.step():
             run.optimizer.zero_grad()
             run.backward(index, batch={"one": run.x[index], "two": run.x[index].flip(1), "label": run.y[index]})
             run.optimizer.step()
-
-
-def of_answer(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]).logits, batch[1], reduction="none")
-
-
-def of_pair(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0])[0], batch[1], reduction="none")
-
-
-def of_logits(x: Tensor, y: Tensor) -> Query:
-    return Query.function((x, x.flip(1)), lambda output: output["logits"])
 
 
 def with_batches(make: Callable[[Tensor, Tensor], Any]) -> Body:

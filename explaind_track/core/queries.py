@@ -277,9 +277,16 @@ class Query:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those of inputs and labels, each with a row for each input.
+        """The tensors of inputs and labels, each with a row for each input, as `vmap` takes them.
 
-        Raises RuntimeError where inputs hold other things for each row, which `vmap` does not know.
+        Raises:
+            RuntimeError: Inputs hold other things for each row, such as words.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> [tuple(tensor.shape) for tensor in Query.loss(torch.ones(5, 4), torch.zeros(5)).tensors]
+            [(5, 4), (5,)]
         """
         if tree_has_entries((self.inputs, self.labels)):
             raise RuntimeError("the query's inputs hold words or other things that are no tensors for each row")

@@ -28,9 +28,8 @@ steps/00000100.safetensors        the steps from 100 on (`Segment`)
 
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -38,11 +37,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from explaind_track.core.checks import shown
 from explaind_track.core.modules import buffers_of, parameters_of, plain_name, without_wrapper
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.step import Batch, State
 from explaind_track.core.tensors import Tensors
+from explaind_track.record.batch_json import Fields, as_bytes, as_json, words_of
 from explaind_track.record.files import TensorFile
 
 FORMAT = "explaind_track trajectory 2"
@@ -220,65 +219,6 @@ class StepRecord:
     batches: tuple[Batch, ...]
 
 
-class Fields(dict[str, Any]):
-    """A recorded batch whose parts have names: they are had by `batch["x"]` and by `batch.x`, whichever it was."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the recorded batch has no {name!r}, but {', '.join(self)}") from None
-
-
-def _as_json(tree: Any, put: Callable[[Tensor], Any]) -> Any:
-    """A batch as JSON has it; `put` keeps a tensor and gives its place. See `refuse_unrecordable`."""
-    if isinstance(tree, Tensor):
-        return put(tree)
-    if is_dataclass(tree):
-        tree = {field.name: getattr(tree, field.name) for field in fields(tree)}
-    if isinstance(tree, Mapping):
-        return {key: _as_json(item, put) for key, item in tree.items()}
-    if isinstance(tree, tuple | list):
-        return [_as_json(item, put) for item in tree]
-    return tree.tolist() if isinstance(tree, np.ndarray | np.generic) else tree
-
-
-def refuse_unrecordable(tree: Any, name: str = "the batch") -> None:
-    """Raises TypeError for a batch that no file can hold as it is: with other things in it than tensors, numbers and
-    words, or with names that are no words."""
-    if is_dataclass(tree):
-        tree = {field.name: getattr(tree, field.name) for field in fields(tree)}
-    if isinstance(tree, Mapping):
-        parts = [(f"{name}[{key!r}]", item, isinstance(key, str)) for key, item in tree.items()]
-    elif isinstance(tree, tuple | list):
-        parts = [(f"{name}[{place}]", item, True) for place, item in enumerate(tree)]
-    else:
-        parts = []
-        is_array = isinstance(tree, np.ndarray) and tree.dtype.kind in "biufU"
-        if not (is_array or tree is None or isinstance(tree, Tensor | str | int | float | np.generic)):
-            raise TypeError(_unrecordable(name, tree))
-
-    for part, item, is_named in parts:
-        if not is_named:
-            raise TypeError(_unrecordable(part, "a name that is no word"))
-        refuse_unrecordable(item, part)
-
-
-def _unrecordable(name: str, value: Any) -> str:
-    return (
-        f"a batch without index= is recorded itself, but {name} is {shown(value)}, which no record can hold: pass "
-        "index=, the numbers or names of its samples, or leave that out of the batch"
-    )
-
-
-def _as_bytes(names: Sequence[str]) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
-
-
-def _words_of(content: Tensor) -> tuple[str, ...]:
-    return tuple(json.loads(content.numpy().tobytes()))
-
-
 class SegmentDraft:
     """Steps that wait in memory to be written as one segment."""
 
@@ -329,8 +269,8 @@ class SegmentDraft:
             "size": batch.size,
             "weight": self._once("weight", batch.weight) if isinstance(batch.weight, Tensor) else batch.weight,
             "index": None if batch.index is None else self._once("index", batch.index),
-            **({} if batch.ids is None else {"ids": self._once("ids", _as_bytes(batch.ids))}),
-            "data": _as_json(batch.data, put) if batch.index is None else None,
+            **({} if batch.ids is None else {"ids": self._once("ids", as_bytes(batch.ids))}),
+            "data": as_json(batch.data, put) if batch.index is None else None,
             "clipped": batch.clipped,
             "random": {device: f"{name}:random:{device}" for device in batch.random_state},
         }
@@ -385,7 +325,7 @@ class Segment:
             self._find(value) if isinstance(value, str) else value for value in (entry["weight"], entry["index"])
         )
         random = {device: self._file[name] for device, name in entry["random"].items()}
-        ids = _words_of(self._find(entry["ids"])) if "ids" in entry else None
+        ids = words_of(self._find(entry["ids"])) if "ids" in entry else None
         return Batch(entry["size"], weight, index, self._data(entry["data"]), random, entry["clipped"], ids)
 
     def _data(self, tree: Any) -> Any:

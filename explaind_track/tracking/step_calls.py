@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from explaind_track.core.checks import require_positive, require_real
 from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.step import State
-from explaind_track.record.schema import refuse_unrecordable
+from explaind_track.record.batch_json import refuse_unrecordable
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live_samples import LiveSamples
 from explaind_track.tracking.step_batches import make_batch
