@@ -283,6 +283,12 @@ def test_of_what_is_explained(recorded: Any) -> None:
             action()
 
 
+def test_a_part_that_the_run_does_not_have_scores_nothing(recorded: Any) -> None:
+    job, trajectory = recorded
+    scores = parameter_scores(trajectory, job.model, job.queries["query"], part="past", progress=False)
+    assert not any(bool(score.any()) for score in scores.values())
+
+
 @pytest.mark.parametrize("step", [99, -1, STEPS + 1, 4.0, True, "4", None])
 def test_steps_that_there_are_not(recorded: Any, step: Any) -> None:
     _, trajectory = recorded
