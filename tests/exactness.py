@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from cases import CASES, OPTIMIZERS, Case
 from helpers import AXES, SAMPLE_AXES, of_samples, run, wanted_influence, wanted_samples
 from loops import LOOPS, Loop
+from low_precision_loops import LOW_PRECISION_LOOPS
 from models import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from explaind_track import Quadrature, Trajectory, audit, explain
 from explaind_track.errors import ForwardModeFallbackWarning, SampleMismatchWarning
@@ -41,6 +43,8 @@ REFUSED = {
     "activation checkpointing with use_reentrant=True": "use use_reentrant=False (torch recommends it; …)",
     "a model that draws random numbers in eval mode": "its prediction is no function of its parameters",
     "a model that writes to its tensors in eval mode": "what it says depends on how often it was asked",
+    "float16 weights with a fused Adam, whose second moments vanish": "squared gradients below 6e-8 vanish …",
+    "bfloat16 weights, where the model casts to bfloat16 by name": "let it cast to that of the parameters",
     "samples of a step clipped by value": "what is left of it is no sum over samples",
     "FSDP, tensor parallelism": "parameters are in pieces …; train with DistributedDataParallel instead",
     "DistributedDataParallel.join()": "give all ranks as many batches (a DistributedSampler does), of any size",
@@ -83,6 +87,12 @@ class Measured:
     refusal: str = ""
 
 
+def explained(model: nn.Module) -> nn.Module:
+    """The model in the precision that it is explained in."""
+    is_low = any(value.dtype in (torch.bfloat16, torch.float16) for value in model.parameters())
+    return deepcopy(model).float() if is_low else model
+
+
 def measure(loop: Loop, directory: Path) -> Measured:
     """Trains and takes apart; whatever else warns is an error in the tests."""
     with warnings.catch_warnings():
@@ -94,13 +104,14 @@ def measure(loop: Loop, directory: Path) -> Measured:
 def _measure(loop: Loop, directory: Path) -> Measured:
     live = loop.run(trajectory=directory, quadrature=REFINED, keyframe_every=4)
     by_step, by_output = (live.tracker.influence("query", keep) for keep in (("step", "group"), ("query", "output")))
-    floor = 4 * by_step.data["residual_floor"] * (loop.dtype is torch.float32)
-    final = live.query.in_precision_of(next(live.model.parameters()))(live.model.eval()).detach()
+    floor = 4 * by_step.data["residual_floor"] * (loop.dtype is not torch.float64)
+    query = live.query.in_precision_of(next(live.model.parameters()))
+    final = query(explained(live.model.eval())).detach()
     if live.query.reduction == "sum":
         final = final.sum(0, keepdim=True)
     missing = (torch.from_numpy(by_output.prediction().values) - final).abs().max() / final.abs().max()
 
-    trajectory, model = Trajectory.open(directory), loop.model().to(loop.dtype)
+    trajectory, model = Trajectory.open(directory), loop.make()
     parts = live.tracker.parts("query")
     offline = explain(trajectory, model, live.query, parts=parts, quadrature=REFINED, progress=False)
     last = trajectory.state_dict(len(trajectory))
@@ -168,11 +179,13 @@ def model_rows() -> Iterator[str]:
 
 
 def loop_rows() -> Iterator[str]:
-    for loop in LOOPS:
+    for loop in (*LOOPS, *LOW_PRECISION_LOOPS):
         with tempfile.TemporaryDirectory() as directory:
             found = measure(loop, Path(directory) / "t")
         kind = "exact" if loop.dtype is torch.float64 else "float32"
         samples = f"refused: {loop.refused}" if loop.refused else f"{kind}, {found.samples:.0e}"
+        if loop.is_low_precision:
+            samples = f"float32; {found.samples:.0e} of it is training's rounding"
         if loop.rounded:
             samples = f"bfloat16, {found.samples:.0e}, with a warning"
         yield f"| {loop.id} | {kind}, {found.prediction:.0e} | {samples} | {found.residual:.0e} |"
@@ -194,6 +207,8 @@ def page() -> str:
         "\nReLU and max-pooling keep a residual at 64 nodes: the derivative jumps along the path.",
         table("loop or feature", "group sums: error of f₀ − ΣΨ", "sample sums: error of Σ_k Ψ", "residual"),
         *loop_rows(),
+        "\nbfloat16 and float16 weights are explained in float32: the parts, rounding among them, add up to the change "
+        "of the upcast model; samples are those of gradients in float32, and miss what training rounded of them.",
         table("refused", "with the message"),
         *(f"| {what} | {message} |" for what, message in REFUSED.items()),
     ]

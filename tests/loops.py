@@ -108,13 +108,22 @@ class Loop:
     """Whether its arithmetic is so coarse that samples miss their sum, which a warning tells."""
     slower: bool = False
     """Whether a ForwardModeFallbackWarning tells that a slower way is taken."""
+    mixed: bool = False
+    """Whether the model has types of its own; `dtype` is that of the inputs then."""
     refused: str = ""
     """Why influences of single samples are, if they are."""
+
+    @property
+    def is_low_precision(self) -> bool:
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    def make(self) -> nn.Module:
+        return self.model() if self.mixed else self.model().to(self.dtype)
 
     def run(self, **options: Any) -> Run:
         """Trains; options: more of the Tracker's."""
         torch.manual_seed(0)
-        model = self.model().to(self.dtype)
+        model = self.make()
         x, y = self.inputs(), torch.randint(0, 3, (24,))
         x = x.to(self.dtype) if x.is_floating_point() else x
         optimizer = self.optimizer(model)

@@ -10,7 +10,7 @@ from explaind_track.core.checks import require_int
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query, require_query
 from explaind_track.core.step import Step
-from explaind_track.core.tensors import cuts, size_in_bytes
+from explaind_track.core.tensors import cuts, explained_bytes, upcast
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.integrator import Integrator
@@ -127,7 +127,7 @@ def parameter_scores(
     if len(chunks) > 1:
         source = source.repeatable()
 
-    total = {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters_of(model).items()}
+    total = {name: torch.zeros_like(upcast(value.detach())) for name, value in parameters_of(model).items()}
     count = len(source) * len(chunks) or None
     with tqdm(desc="scores", unit="step", total=count, disable=not progress) as bar:
         for chunk in chunks:
@@ -144,7 +144,7 @@ def _target_chunks(model: nn.Module, query: Query, memory: int) -> list[Query]:
     """The query's targets, as many at a time as may be kept apart."""
     parameters = parameters_of(model)
     device = next(iter(parameters.values())).device
-    copies = max(1, memory // (2 * size_in_bytes(parameters)))
+    copies = max(1, memory // (2 * explained_bytes(parameters)))
     outputs = output_count(model, query)
 
     # all outputs of some rows where they fit, else some outputs of one row; a reduced query has one row

@@ -21,7 +21,7 @@ from explaind_track.core.groups import Groups, GroupSpec, resolve_groups
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query, require_query
 from explaind_track.core.step import Step, Update
-from explaind_track.core.tensors import Tensors, cuts, size_in_bytes
+from explaind_track.core.tensors import Tensors, cuts, explained_bytes
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
@@ -113,7 +113,7 @@ def similarity(
     resolved = resolve_groups(groups, parameters_of(model))
 
     # as many samples, outputs and steps at a time as the memory holds
-    bytes_each = size_in_bytes(parameters_of(model))
+    bytes_each = explained_bytes(parameters_of(model))
     at_once = max(1, memory // (4 * bytes_each))
     outputs = output_count(model, query)
     each = max(1, min(outputs, memory // (3 * query.size * bytes_each)))

@@ -19,7 +19,7 @@ from explaind_track.core.groups import Groups, GroupSpec, resolve_groups
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Batch, Change, Step, ids_of
 from explaind_track.core.tensors import tree_map
-from explaind_track.engine.batch_losses import SampleLoss
+from explaind_track.engine.batch_losses import SampleLoss, upcast_batch
 from explaind_track.engine.path_integral import Quadrature, gauss_legendre
 from explaind_track.engine.targets import fitted_query
 from explaind_track.explanation.explain import explain
@@ -174,7 +174,8 @@ def _of_samples(
             total += slope[name].to(total) * step.updates[name].sign
 
     seen = {name: update.kernel_gradient().double() for name, update in step.updates.items()}
-    yield _finding("gradient of the batches", _flat(seen), _flat(whole), step)
+    rounded = 0.0 if step.precision is None else torch.finfo(step.precision).eps ** 0.4  # by training, of its gradient
+    yield _finding("gradient of the batches", _flat(seen), _flat(whole), step, rounded=rounded)
 
     named = all(batch.index is not None for batch in batches)
     if named and not any(batch.clipped for batch in batches):
@@ -223,10 +224,14 @@ def _of_single_samples(
         yield _finding(f"sample {names.get(index, index)}", found[place], plain[place], step, largest)
 
 
-def _finding(what: str, ours: Tensor, plain: Tensor, step: Step, largest: Tensor | None = None) -> Finding:
-    """largest: the number that the difference is relative to; None: the largest of `plain`."""
+def _finding(
+    what: str, ours: Tensor, plain: Tensor, step: Step, largest: Tensor | None = None, rounded: float = 0.0
+) -> Finding:
+    """largest: the number that the difference is relative to; None: the largest of `plain`. rounded: so much is allowed
+    in any case."""
     ours, plain = ours.reshape(-1).double().cpu(), plain.reshape(-1).double().cpu()
     allowed = max(TOLERANCE.get(update.before.dtype, 2e-3) for update in step.updates.values()) if step.updates else 0.0
+    allowed = max(allowed, rounded)
 
     size = max(float(plain.abs().max() if largest is None else largest), 1e-300)
     place = int((ours - plain).abs().argmax())
@@ -258,7 +263,8 @@ def _with_data(batch: Batch, step: Step, data: Data | None) -> Batch:
                 "function from an index tensor (N,) to the batch of sample_loss"
             )
         batch = replace(batch, data=data(batch.index if batch.ids is None else list(batch.ids)))
-    return replace(batch, data=tree_map(lambda tensor: tensor.to(device), batch.data))
+    batch = replace(batch, data=tree_map(lambda tensor: tensor.to(device), batch.data))
+    return batch if step.precision is None else upcast_batch(batch)
 
 
 def _weights(batch: Batch) -> Tensor:

@@ -34,7 +34,8 @@ def _start(change: Change, last: Step | None) -> State:
 def _copied_change(change: OutsideChange, last: Step | None, validity: Validity) -> OutsideChange:
     """What it did not change, its end shares with its beginning."""
     before, changed = _start(change, last), change.changed.copy()
-    after = State({**before.parameters, **changed.parameters}, {**before.buffers, **changed.buffers})
+    new = changed.upcast()
+    after = State({**before.parameters, **new.parameters}, {**before.buffers, **new.buffers})
     return replace(change, before=before, after=after, changed=changed, validity=validity)
 
 

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from explaind_track.core.checks import as_tensor, plain_number, require_instance
-from explaind_track.core.tensors import tree_has_entries, tree_map, tree_rows, tree_slice, tree_tensors, tree_with
+from explaind_track.core.tensors import (
+    explained_type,
+    tree_has_entries,
+    tree_map,
+    tree_rows,
+    tree_slice,
+    tree_tensors,
+    tree_with,
+    upcast,
+)
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What the model is called with: one tensor, several positional arguments, or keyword arguments."""
@@ -264,7 +273,7 @@ class Query:
         return 1 if self.reduction else self.size
 
     def rows(self, start: int, stop: int, device: torch.device) -> "Query":
-        """The same query for the inputs `[start:stop]` alone, on `device`.
+        """The same query for the inputs `[start:stop]` alone, on `device`; bfloat16 and float16 in float32.
 
         Example:
             >>> import torch
@@ -272,7 +281,9 @@ class Query:
             >>> len(Query.outputs(torch.ones(5, 4)).rows(1, 3, torch.device("cpu")))
             2
         """
-        inputs, labels = tree_map(lambda rows: rows.to(device), tree_slice((self.inputs, self.labels), start, stop))
+        inputs, labels = tree_map(
+            lambda rows: upcast(rows.to(device)), tree_slice((self.inputs, self.labels), start, stop)
+        )
         return replace(self, inputs=inputs, labels=labels)
 
     @property
@@ -298,10 +309,10 @@ class Query:
         return replace(self, inputs=inputs, labels=labels)
 
     def in_precision_of(self, parameter: Tensor) -> "Query":
-        """The same query with the real numbers of its inputs in the parameter's precision; labels stay."""
+        """The same query, its inputs' real numbers in the precision that the parameter is explained in; labels stay."""
 
         def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(parameter.dtype) if tensor.is_floating_point() else tensor
+            return tensor.to(explained_type(parameter.dtype)) if tensor.is_floating_point() else tensor
 
         return replace(self, inputs=tree_map(cast, self.inputs))
 
@@ -344,6 +355,9 @@ class Query:
             model: The model.
             output: Its output for these inputs, if that is known already.
 
+        Returns:
+            The targets; in float32 where the model says them in bfloat16 or float16.
+
         Raises:
             ValueError: The target does not return one row for each input.
         """
@@ -354,7 +368,7 @@ class Query:
                 f"a query's target must return a tensor with one row for each of its {self.size} inputs, not {shape}; "
                 "for a scalar over all inputs return the rows and use Query.mean() or Query.sum()"
             )
-        return value.reshape(self.size, -1)
+        return upcast(value.reshape(self.size, -1))
 
 
 def require_query(query: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from explaind_track.core.rules import Rule
-from explaind_track.core.tensors import Tensors
+from explaind_track.core.tensors import Tensors, upcast_all
 
 PARTS = ("kernel", "regularization", "past", "outside", "rounding")
 """The parts of a step; they add up to the way from the end of the step before to its own. Auxiliary losses are parts by
@@ -54,6 +54,12 @@ class State:
             for tensors in (self.parameters, self.buffers)
         )
         return State(parameters, buffers)
+
+    def upcast(self) -> "State":
+        """The same numbers with bfloat16 and float16 in float32; the state itself where there are none."""
+        parameters, buffers = upcast_all(self.parameters), upcast_all(self.buffers)
+        is_same = parameters is self.parameters and buffers is self.buffers
+        return self if is_same else State(parameters, buffers)
 
 
 @dataclass(frozen=True)
@@ -311,7 +317,8 @@ class OutsideChange(Change):
     """
 
     changed: State
-    """Those parameters and buffers of `after` that are not, bit for bit, what they are in `before`."""
+    """Those parameters and buffers of `after` that are not, bit for bit, what they are in `before`; in training's own
+    types."""
 
     @cached_property
     def moved(self) -> Collection[str]:
@@ -358,6 +365,9 @@ class Step(Change):
     """Whether the optimizer had a past before it was watched, so that there is a part `past`."""
     auxiliary: tuple[str, ...] = ()
     """The auxiliary losses, each a part of its own: terms of the loss that belong to no training sample."""
+    precision: torch.dtype | None = None
+    """The coarsest type of the model's parameters in training, if that is bfloat16 or float16: what is of these types
+    then is in float32 here."""
     outside: OutsideChange | None = None
     """What else changed the model between the end of the step before and `before`; None if nothing did."""
     closing: bool = False

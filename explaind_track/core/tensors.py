@@ -18,6 +18,32 @@ def size_in_bytes(tensors: Tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def explained_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that numbers of a type are explained in: float32 for bfloat16 and float16, for all others their own."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def upcast(tensor: Tensor) -> Tensor:
+    """The tensor in the type that it is explained in: the tensor itself, unless it is of a lower precision."""
+    return tensor.to(explained_type(tensor.dtype))
+
+
+def upcast_all(tensors: Tensors) -> Tensors:
+    """Each of them upcast; the same mapping where none is of a lower precision."""
+    return tensors if low_precision(tensors) is None else {name: upcast(value) for name, value in tensors.items()}
+
+
+def low_precision(tensors: Tensors) -> torch.dtype | None:
+    """The coarsest of the tensors' types that are explained in a finer one; None where there is none."""
+    low = {tensor.dtype for tensor in tensors.values() if explained_type(tensor.dtype) is not tensor.dtype}
+    return max(low, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
+def explained_bytes(tensors: Tensors) -> int:
+    """The memory that the tensors take in the types that they are explained in."""
+    return sum(tensor.numel() * explained_type(tensor.dtype).itemsize for tensor in tensors.values())
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape and type are the same, bit for bit (NaN included)."""
     return torch.equal(_bits(one), _bits(other))

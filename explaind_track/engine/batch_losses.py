@@ -1,6 +1,7 @@
 """The losses of a batch's samples, as training computed them: same mode, same random numbers, same buffers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,12 +9,17 @@ from torch import Tensor, nn
 
 from explaind_track.core.rng import random_state, replayed_random_state
 from explaind_track.core.step import Batch, State
-from explaind_track.core.tensors import Tensors, tree_slice
+from explaind_track.core.tensors import Tensors, tree_map, tree_slice, upcast
 from explaind_track.engine.derivatives import PointFunction, Result, refuse_reentrant
 from explaind_track.engine.functional import Functional, writable
 
 SampleLoss = Callable[[nn.Module, Any], Tensor]
 """`sample_loss(model, batch)` → the unreduced loss of every sample, (N,)."""
+
+
+def upcast_batch(batch: Batch) -> Batch:
+    """The same samples with bfloat16 and float16 in float32, as models of these are explained."""
+    return replace(batch, data=tree_map(upcast, batch.data))
 
 
 class BatchLosses:
@@ -79,4 +85,4 @@ def _one_for_each(losses: Tensor, size: int) -> Tensor:
             f"sample_loss must return the unreduced losses of its {size} samples, ({size},), "
             f'not {tuple(losses.shape)}; use reduction="none", and a mean over all but the first axis'
         )
-    return losses
+    return upcast(losses)

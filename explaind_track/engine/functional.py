@@ -9,15 +9,22 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from explaind_track.core.modules import uncompiled
+from explaind_track.core.modules import parameters_of, uncompiled
 from explaind_track.core.rng import replayed_random_state
 from explaind_track.core.step import State
-from explaind_track.core.tensors import Tensors
+from explaind_track.core.tensors import Tensors, low_precision
 from explaind_track.engine.derivatives import Jvp, PointFunction, elsewhere, prove_same, tell_of_fallback, vjp_rows
 from explaind_track.engine.renormalizing import renormalizing, written_to_nothing
 
 if TYPE_CHECKING:
     from explaind_track.core.queries import Query
+
+
+CAST_BY_NAME = (
+    "Parameters in bfloat16 or float16 are explained in float32, and so are queries and batches: where the model, the "
+    "query or sample_loss casts to a type by its name, as x.bfloat16() does, let it cast to that of the parameters, "
+    "x.to(next(model.parameters()).dtype)"
+)
 
 
 @contextmanager
@@ -72,6 +79,7 @@ class Functional:
         """Finds, for this model, the fastest way to derivatives in some directions."""
         self._holder = self._Holder(model)
         self._renormalizing = renormalizing(model)
+        self._is_low_precision = low_precision(parameters_of(model)) is not None
         self._vectorized_queries = True
         self._queries_proven = False
 
@@ -79,7 +87,12 @@ class Functional:
         """`function(model)` with the parameters and buffers of `state`; those it lacks stay the model's own."""
         swapped = {f"model.{name}": value for name, value in (*state.buffers.items(), *state.parameters.items())}
         with uncompiled(self.model), written_to_nothing(self._renormalizing):
-            return functional_call(self._holder, swapped, (function,))
+            try:
+                return functional_call(self._holder, swapped, (function,))
+            except RuntimeError as error:
+                if self._is_low_precision and "dtype" in str(error) and not getattr(error, "__notes__", ()):
+                    error.add_note(CAST_BY_NAME)
+                raise
 
     def at(self, state: State, function: Callable[[nn.Module], Tensor]) -> PointFunction:
         """`function(model)` as a function of some of the parameters, the others as in `state`."""

@@ -26,6 +26,7 @@ from explaind_track.core.tensors import (
     tree_slice,
     tree_tensors,
     tree_with,
+    upcast,
 )
 from explaind_track.engine.batch_losses import BatchLosses, SampleLoss
 from explaind_track.engine.derivatives import elsewhere, prove_same, tell_of_fallback, vjp_in, vjp_rows
@@ -251,7 +252,7 @@ def sample_gradients(
 
     def loss_of(parameters: Tensors, single: Any) -> Tensor:
         losses: Tensor = functional(State(parameters, state.buffers), lambda model: sample_loss(model, single))
-        return losses.reshape(())
+        return upcast(losses.reshape(()))
 
     parameters = dict(state.parameters)
     with differentiable_attention():

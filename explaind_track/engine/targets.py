@@ -11,7 +11,7 @@ from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query, require_query
 from explaind_track.core.rng import random_state, replayed_random_state
 from explaind_track.core.step import State
-from explaind_track.core.tensors import tree_tensors
+from explaind_track.core.tensors import tree_tensors, upcast
 from explaind_track.engine.derivatives import refuse_reentrant
 from explaind_track.engine.functional import Functional, evaluation, writable
 
@@ -31,7 +31,7 @@ def kept_targets(query: Query, keep: Sequence[str]) -> Query:
         target = query.target
 
         def over_outputs(output: Any, *labels: Tensor) -> Tensor:
-            value = target(output, *labels)
+            value = upcast(target(output, *labels))
             return value.reshape(value.shape[0], -1).sum(1)
 
         query = replace(query, target=over_outputs, is_classified=False)
@@ -53,8 +53,9 @@ def output_count(model: nn.Module, query: Query) -> int:
     """O, the targets of one input."""
     one = query.rows(0, 1, next(model.parameters()).device)
     parameters = {name: value.detach() for name, value in parameters_of(model).items()}
+    state = State(parameters, buffers_of(model)).upcast()
     with evaluation(model):
-        return Functional(model).value(writable(State(parameters, buffers_of(model))), one).shape[1]
+        return Functional(model).value(writable(state), one).shape[1]
 
 
 def fitted_query(model: nn.Module, query: Query) -> Query:
@@ -87,8 +88,10 @@ def _refuse_nan(query: Query) -> None:
 
 def check_query(model: nn.Module, query: Query) -> None:
     """Raises ValueError if the query's targets are no differentiable function of the model's parameters."""
-    parameters = {name: value.detach().clone().requires_grad_() for name, value in parameters_of(model).items()}
-    state = writable(State(parameters, buffers_of(model)))
+    parameters = {name: value.detach().clone() for name, value in parameters_of(model).items()}
+    state = writable(State(parameters, buffers_of(model)).upcast())
+    for parameter in state.parameters.values():
+        parameter.requires_grad_()
     device = next(iter(parameters.values())).device
     one = query.rows(0, 1, device)
 

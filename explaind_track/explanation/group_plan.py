@@ -11,7 +11,7 @@ from tqdm import tqdm
 from explaind_track.core import distributed
 from explaind_track.core.influence import Influence
 from explaind_track.core.modules import parameters_of
-from explaind_track.core.tensors import cuts, size_in_bytes
+from explaind_track.core.tensors import cuts, explained_bytes, explained_type
 from explaind_track.engine.targets import output_count
 from explaind_track.explanation.digests import query_digest
 from explaind_track.explanation.explainer import Explainer
@@ -56,11 +56,11 @@ class GroupPlan(ExplanationPlan):
     @property
     def result_bytes(self) -> int:
         model = self._example.integrator.functional.model
-        return math.prod(self.shape.values()) * max(parameter.dtype.itemsize for parameter in model.parameters())
+        return math.prod(self.shape.values()) * max(explained_type(p.dtype).itemsize for p in model.parameters())
 
     @property
     def working_bytes(self) -> int:
-        return self._memory + 5 * size_in_bytes(parameters_of(self._example.integrator.functional.model))
+        return self._memory + 5 * explained_bytes(parameters_of(self._example.integrator.functional.model))
 
     @property
     def passes(self) -> int:

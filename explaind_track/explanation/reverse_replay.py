@@ -182,8 +182,9 @@ class ReverseSweep:
         expected = inner(directions, gradient)
         norms = torch.stack([value.square().sum() for value in directions.values()]).sum()
         squares = sum(float(value.square().sum()) for value in gradient.values())
-        eps = torch.finfo(expected.dtype).eps
-        floor = 8 * eps * (float(norms) * squares) ** 0.5
+        eps = torch.finfo(step.precision or expected.dtype).eps
+        units = 8 if step.precision is None else 1  # a quarter of an eps is what is seen in bfloat16
+        floor = units * eps * (float(norms) * squares) ** 0.5
 
         for name, direction in directions.items():
             if step.updates[name].sign < 0:
@@ -246,7 +247,8 @@ class ReverseSweep:
             for name, value in self._gradients.gradient(step.before, batch, share, rest).items():
                 rest[name] = rest[name] - value
         off = sum(float(value.square().sum()) for value in rest.values()) ** 0.5
-        self.mismatch.note(step.number, off, size, torch.finfo(next(iter(rest.values())).dtype).eps)
+        eps = torch.finfo(step.precision or next(iter(rest.values())).dtype).eps
+        self.mismatch.note(step.number, off, size, eps)
 
 
 CHECK_EVERY = 50

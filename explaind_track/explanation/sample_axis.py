@@ -11,7 +11,7 @@ from torch import Tensor
 from explaind_track.core.checks import require_names, whole_numbers, words
 from explaind_track.core.step import Batch, Step, number_of_id
 from explaind_track.core.tensors import tree_map, tree_rows
-from explaind_track.engine.batch_losses import SampleLoss
+from explaind_track.engine.batch_losses import SampleLoss, upcast_batch
 from explaind_track.explanation.step_source import RepeatableSteps
 
 SAMPLE_AXES = ("step", "seen", "group", "query", "output", "sample")
@@ -51,7 +51,7 @@ class SampleAxis:
 
 
 def batches_with_data(step: Step, data: Data | None) -> Iterator[Batch]:
-    """The step's batches, each with its samples on the device of the parameters."""
+    """The step's batches, each with its samples on the device of the parameters, and in float32 where the step is."""
     device = next(iter(step.before.parameters.values())).device
     for batch in step.batches:
         assert batch.index is not None  # looked at before work started
@@ -61,7 +61,8 @@ def batches_with_data(step: Step, data: Data | None) -> Iterator[Batch]:
         samples = tree_map(lambda tensor: tensor.to(device), samples)
         if tree_rows(samples) != batch.size:
             raise ValueError(f"data(index) gave {tree_rows(samples)} samples for {batch.size} indices")
-        yield replace(batch, data=samples)
+        found = replace(batch, data=samples)
+        yield found if step.precision is None else upcast_batch(found)
 
 
 def choose_samples(

@@ -19,7 +19,7 @@ from explaind_track.core.influence import Influence
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
-from explaind_track.core.tensors import size_in_bytes
+from explaind_track.core.tensors import explained_bytes
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.integrator import Integrator
@@ -100,7 +100,7 @@ class SamplePlan(ExplanationPlan):
 
     @property
     def _parameter_bytes(self) -> int:
-        return size_in_bytes(parameters_of(self._model))
+        return explained_bytes(parameters_of(self._model))
 
     @property
     def working_bytes(self) -> int:

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.rules import update_rule
 from explaind_track.core.step import State, Step
-from explaind_track.core.tensors import Tensors, same_bits
+from explaind_track.core.tensors import Tensors, low_precision, same_bits, upcast
 from explaind_track.errors import ReplayWarning, TrajectoryError
 from explaind_track.record.schema import Keyframe, StepRecord, checkpoint_tensors, groups_of, qualified, share_tensors
 
 REPLAY_TOLERANCE = 1e-4
+"""What other bits may differ by, of the norm; in bfloat16 and float16 an eps of theirs, by which a number moves where
+it is rounded to the other side."""
 
 
 class Replay:
@@ -110,7 +112,8 @@ class Replay:
             return
 
         error = max(_relative_error(found[name], recorded) for name, recorded in other.items())
-        if not error <= REPLAY_TOLERANCE:
+        coarsest = low_precision(other)
+        if not error <= (REPLAY_TOLERANCE if coarsest is None else torch.finfo(coarsest).eps):
             raise TrajectoryError(
                 f"the replay up to step {self.number} is off by {error:.1e} (of the norm) from the keyframe there, in "
                 f"{', '.join(sorted(other)[:5])}; the run must have done something between its steps that was not "
@@ -129,6 +132,7 @@ class Replay:
 
 
 def _relative_error(found: Tensor, recorded: Tensor) -> float:
+    found, recorded = upcast(found), upcast(recorded)
     return float((found - recorded).norm() / recorded.norm().clamp(min=1e-30))
 
 

@@ -28,7 +28,7 @@ steps/00000100.safetensors        the steps from 100 on (`Segment`)
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -50,6 +50,9 @@ Settings = list[dict[str, Any]]
 """An optimizer's groups as JSON has them: numbers and words, and the names of the group's parameters as `params`."""
 
 
+LOW_PRECISION = ("bfloat16", "float16")
+
+
 def qualified(cls: type) -> str:
     """A class by the module that defines it."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -58,6 +61,20 @@ def qualified(cls: type) -> str:
 def signature(tensors: Tensors) -> dict[str, list[Any]]:
     """Shape and type of every tensor, as JSON has them."""
     return {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+
+
+def stands_for(found: Sequence[Any] | None, recorded: Sequence[Any] | None) -> bool:
+    """Whether a tensor of this shape and type may be put in the place of the one recorded; by `signature`."""
+    if found is None or recorded is None:
+        return False
+    (shape, dtype), (recorded_shape, recorded_dtype) = found, recorded
+    is_upcast = recorded_dtype in LOW_PRECISION and dtype == "float32"
+    return bool(shape == recorded_shape) and (dtype == recorded_dtype or is_upcast)
+
+
+def is_low_precision(signatures: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether any of these tensors is explained in float32, which it was not trained in; by `signature`."""
+    return any(dtype in LOW_PRECISION for _, dtype in signatures.values())
 
 
 def head_of(model: nn.Module, observer: StepObserver) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from explaind_track.record.manifest import Entry, Manifest
 from explaind_track.record.remote import PREFIX, RemoteArtifact
 from explaind_track.record.replay import Replay
 from explaind_track.record.run_directory import trajectory_directory
-from explaind_track.record.schema import Keyframe, Segment, random_state_in, signature
+from explaind_track.record.schema import Keyframe, Segment, is_low_precision, random_state_in, signature, stands_for
 
 
 class Trajectory:
@@ -126,15 +126,15 @@ class Trajectory:
         return hashlib.sha256("".join(entry.sha256 for entry in self.manifest.entries).encode()).hexdigest()[:32]
 
     def check_model(self, model: nn.Module) -> None:
-        """Compares a model with the one that was trained.
+        """Compares a model with the one that was trained; in float32 it may be what was trained in bfloat16 or float16.
 
         Raises:
             ValueError: Its parameters differ from the recorded ones in name, shape or type.
         """
         expected, found = self.manifest.head["parameters"], signature(parameters_of(model))
-        if expected == found:
+        names = sorted(name for name in {*expected, *found} if not stands_for(found.get(name), expected.get(name)))
+        if not names:
             return
-        names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         detail = "; ".join(f"{n}: recorded {expected.get(n)}, model {found.get(n)}" for n in names[:5])
         raise ValueError(f"the model is not the one that {self.directory} records: pass that one. {detail}")
 
@@ -208,7 +208,8 @@ class Trajectory:
         stop = last
         while stop > first:
             start = self.keyframe(stop - 1)
-            each = self._keyframes[start].size * 3 // 2  # with the gradient
+            factor = 2 if is_low_precision(self.manifest.head["parameters"]) else 1  # a step is told in float32
+            each = self._keyframes[start].size * 3 // 2 * factor  # with the gradient
             begin = max(start, first, stop - max(1, memory // each))
 
             held = [step for step in self.steps(begin, stop, lasting=True) if not step.closing]

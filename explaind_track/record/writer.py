@@ -107,7 +107,7 @@ class TrajectoryWriter:
             gradient = self._observer.parameters[name].grad
             assert gradient is not None  # it has an update, so it had a gradient
             gradients[name] = gradient.detach().clone()
-        buffers = {name: value.detach().clone() for name, value in step.after.buffers.items()} if buffers_moved else {}
+        buffers = State({}, self._model_buffers if buffers_moved else {}).copy().buffers
         settings = settings_of(self._observer)
         outside = State({}, {}) if step.outside is None else step.outside.changed.copy()
         self._draft.add(step.number, StepRecord(settings, outside, gradients, auxiliary, buffers, step.batches))

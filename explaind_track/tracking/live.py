@@ -9,8 +9,10 @@ from explaind_track.analysis.parameter_scores import ParameterScores
 from explaind_track.core.checks import require_known
 from explaind_track.core.groups import Groups
 from explaind_track.core.influence import Influence
+from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
+from explaind_track.core.tensors import low_precision, upcast
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.record import history
@@ -23,15 +25,16 @@ RESIDUAL_LIMIT = 0.5
 counts instead."""
 
 
-def live_parts(query: Query, auxiliary: Sequence[str]) -> tuple[str, ...]:
+def live_parts(query: Query, auxiliary: Sequence[str], is_low_precision: bool) -> tuple[str, ...]:
     """The names of the parts that a step is split into on the query.
 
     The rounding is left to the remainder, which it cannot be told from (both are of the size of float rounding), and a
     live step costs a tenth less. A loss is cheap to split (one gradient serves every part), so there the momentum share
-    is told as well.
+    is told as well. In bfloat16 and float16 the rounding may be as large as the step, and is told.
     """
     momentum = ("momentum",) if query.is_loss else ()
-    return ("kernel", *momentum, "regularization", *auxiliary, "past", "outside")
+    rounding = ("rounding",) if is_low_precision else ()
+    return ("kernel", *momentum, "regularization", *auxiliary, "past", "outside", *rounding)
 
 
 class Live:
@@ -52,7 +55,8 @@ class Live:
         Raises ValueError for queries that cannot be differentiated.
         """
         self.groups, self._quadrature = groups, quadrature
-        self.parts = {name: live_parts(query, auxiliary) for name, query in queries.items()}
+        is_low_precision = low_precision(parameters_of(model)) is not None
+        self.parts = {name: live_parts(query, auxiliary, is_low_precision) for name, query in queries.items()}
         """By query: the names of the parts that a step is split into."""
         self.explainers = {
             name: Explainer(model, query, groups, LIVE_AXES, self.parts[name], quadrature, memory=memory)
@@ -127,6 +131,6 @@ class Live:
             raise ValueError("parameter scores were not asked for: pass scores= and a query's name to the Tracker")
         rows = self.scores.rows
         return {
-            name: rows[name][0].clone() if name in rows else torch.zeros_like(parameter)
+            name: rows[name][0].clone() if name in rows else torch.zeros_like(upcast(parameter.detach()))
             for name, parameter in parameters.items()
         }

@@ -4,7 +4,7 @@ Every rank does its own samples.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track.core.queries import Query
-from explaind_track.core.step import State, Step
-from explaind_track.core.tensors import Tensors
-from explaind_track.engine.batch_losses import SampleLoss
+from explaind_track.core.step import Batch, State, Step
+from explaind_track.core.tensors import Tensors, low_precision, upcast
+from explaind_track.engine.batch_losses import SampleLoss, upcast_batch
 from explaind_track.engine.features import Features
 from explaind_track.engine.per_sample import PerSampleGradients
 from explaind_track.engine.sample_influence import SampleInfluence, through_own_step
@@ -31,6 +31,23 @@ CHECK_EVERY = 500
 
 MISMATCH = 1e-3
 """The share of its norm by which the samples' gradients may miss the step's gradient before it is said, in float32."""
+
+SAME_PRECISION = 0.6
+"""In bfloat16 and float16, eps to this power (5% and 1.6%), for gradients of samples in training's own arithmetic."""
+
+OTHER_PRECISION = 0.4
+"""The same (14% and 6%) for gradients in float32, as samples are explained, which miss what training rounded."""
+
+ADVICE = (
+    "Influences of samples are wrong until they do (those of groups are not). Tell tracker.batch of every batch of the "
+    "step, with the weights of its samples in the loss (`weight=`; the mean if not given), and return unreduced losses "
+    "in sample_loss"
+)
+
+LOW_PRECISION_ADVICE = (
+    "They do in the precision of training, but not in float32, as samples are explained, so that influences of samples "
+    "are coarse (those of groups are not). Train float32 parameters under autocast instead, or explain groups only"
+)
 
 
 class LiveSamples:
@@ -58,12 +75,14 @@ class LiveSamples:
         The loss and the norms of the samples' gradients are noted in `batches`.
         """
         batch = batches.local[-1]
+        explained = state.upcast()
+        whole = batch if explained is state else upcast_batch(batch)
         try:
-            gradient, losses, norms = self._samples.gradient_and_norms(state, batch)
+            gradient, losses, norms = self._samples.gradient_and_norms(explained, whole)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
-            self._samples.losses(state, batch)  # where this fails too, it says what is wrong with sample_loss
+            self._samples.losses(explained, whole)  # where this fails too, it says what is wrong with sample_loss
             raise RuntimeError(
                 "tracker.backward() takes the gradient of every sample by itself, which an operation of the model does "
                 "not allow (some recurrent layers and activation checkpointing are such): use loss.backward() in its "
@@ -81,28 +100,57 @@ class LiveSamples:
     ) -> None:
         """Compares, now and then, the sum of the samples' gradients with the step's, less the auxiliary losses'.
 
-        Warns with SampleMismatchWarning. Every rank calls it.
+        In bfloat16 and float16 twice: in training's own arithmetic, which tells whether the batches are what the loop
+        says, and in float32, as samples are explained. Warns with SampleMismatchWarning. Every rank calls it.
         """
         due = number < CHECKED_STEPS or number % CHECK_EVERY == 0
         if not due or not batches.of_all_ranks or any(batch.clipped for batch in batches.of_all_ranks):
             return
 
-        rest = {name: value.clone() for name, value in gradients.items()}
+        rest = {name: upcast(value).clone() for name, value in gradients.items()}
         for part in auxiliary.values():
             for name, value in part.items():
                 rest[name] -= value
 
-        total = {name: torch.zeros_like(value) for name, value in rest.items()}
-        for batch in batches.local:
-            for name, value in self._samples.gradient(state, batch, 1.0, rest).items():
+        precision = low_precision(state.parameters)
+        off = self._miss(state, batches.local, rest)
+        if precision is None:
+            self._warn(number, off, MISMATCH, ADVICE)
+            return
+
+        eps = torch.finfo(precision).eps
+        off_upcast = self._miss(state.upcast(), [upcast_batch(batch) for batch in batches.local], rest)
+        if not self._warn(number, off, eps**SAME_PRECISION, ADVICE):
+            self._warn(number, off_upcast, eps**OTHER_PRECISION, LOW_PRECISION_ADVICE)
+
+    def _miss(self, state: State, local: Sequence[Batch], gradients: Tensors) -> float:
+        """By how much `Σ_k w_k ∇L_k` misses the gradients that the optimizer is to use, relative to their norm."""
+        total = {name: torch.zeros_like(value) for name, value in gradients.items()}
+        for batch in local:
+            for name, value in self._samples.gradient(state, batch, 1.0, gradients).items():
                 total[name] += value
         self._ranks.add_up(total.values())
-        if self._ranks.rank == 0:
-            _compare(total, rest, number)
+
+        off = sum(float((total[name] - gradient).square().sum()) for name, gradient in gradients.items()) ** 0.5
+        norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
+        return off / max(norm, 1e-30) if off else 0.0
+
+    def _warn(self, number: int, off: float, limit: float, advice: str) -> bool:
+        """Warns where more than `limit` is missed; returns whether it is."""
+        wrong = not off <= limit  # also where it is NaN
+        if wrong and self._ranks.rank == 0:
+            warnings.warn(
+                f"at step {number}, the per-sample losses do not add up to the gradient that the optimizer saw: they "
+                f"miss it by {off:.2g} of its norm. {advice}",
+                SampleMismatchWarning,
+                stacklevel=3,
+            )
+        return wrong
 
     def explain(self, batches: StepBatches, step: Step) -> "StepSamples":
         """The influences of all ranks' samples on the first loss query; every rank calls it."""
-        local = replace(step, batches=tuple(batches.local))
+        mine = batches.local if step.precision is None else [upcast_batch(batch) for batch in batches.local]
+        local = replace(step, batches=tuple(mine))
         integrator = self._live.explainers[self._live.losses[0]].integrator
         query, nodes = integrator.query, integrator.nodes(step)
 
@@ -110,8 +158,9 @@ class LiveSamples:
             mean = Features(integrator.functional, replace(query, reduction="mean"), integrator.memory)
             return {name: rows.sum(0) for name, rows in mean.of(step, nodes).items()}
 
-        mine = SampleInfluence.of(self._samples, local, features(query))
-        samples = SampleInfluence.together(self._ranks.gather(mine))
+        samples = SampleInfluence.together(
+            self._ranks.gather(SampleInfluence.of(self._samples, local, features(query)))
+        )
         if not self._map_queries:
             return StepSamples(samples, batches.norms, batches.ids, None, self._render)
 
@@ -152,18 +201,3 @@ class StepSamples:
             drawn[history.SAMPLE_MAP] = sample_panels.sample_map(self.changes[:, order], names)
             drawn[history.QUERY_COSINES] = sample_panels.cosine_map(self.changes)
         return drawn
-
-
-def _compare(total: Tensors, gradients: Tensors, number: int) -> None:
-    """Warns where `total`, `Σ_k w_k ∇L_k`, is not the gradients that the optimizer is about to use."""
-    off = sum(float((total[name] - gradient).square().sum()) for name, gradient in gradients.items()) ** 0.5
-    norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
-    if not off <= MISMATCH * norm:  # nor is it where it is NaN
-        warnings.warn(
-            f"at step {number}, the per-sample losses do not add up to the gradient that the optimizer saw: they "
-            f"miss it by {off / max(norm, 1e-30):.2g} of its norm. Influences of samples are wrong until they do "
-            "(those of groups are not). Tell tracker.batch of every batch of the step, with the weights of its "
-            "samples in the loss (`weight=`; the mean if not given), and return unreduced losses in sample_loss",
-            SampleMismatchWarning,
-            stacklevel=2,
-        )

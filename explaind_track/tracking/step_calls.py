@@ -83,7 +83,8 @@ class StepCalls:
         """Adds the gradient of the last batch, from per-sample gradients, to the parameters' `.grad`.
 
         In the place of `loss.backward()`, for steps whose samples are shown (`samples_due`): it notes the norms of the
-        samples' gradients. Averages over the ranks where DistributedDataParallel would.
+        samples' gradients. Averages over the ranks where DistributedDataParallel would. Of bfloat16 and float16
+        parameters, the gradients are computed in float32 and rounded then.
 
         Returns:
             The batch's loss `Σ_k w_k L_k`, a scalar.
@@ -112,12 +113,15 @@ class StepCalls:
         """
         if self._samples is None or not self._watch.batches.local:
             raise ValueError("tracker.backward() needs the Tracker's sample_loss=, and tracker.batch(…) before it")
-        trained = {name: p for name, p in parameters_of(self.model).items() if p.requires_grad}
-        state = State({name: p.detach() for name, p in trained.items()}, buffers_of(self.model))
+        parameters = parameters_of(self.model)
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        state = State({name: p.detach() for name, p in trained.items()}, {**buffers_of(self.model), **frozen})
         gradient, loss = self._samples.gradient(state, self._watch.batches)
 
         for name, parameter in trained.items():
-            parameter.grad = gradient[name] if parameter.grad is None else parameter.grad + gradient[name]
+            own = gradient[name].to(parameter.dtype)
+            parameter.grad = own if parameter.grad is None else parameter.grad + own
         self._ranks.average([parameter.grad for parameter in trained.values() if parameter.grad is not None])
         return loss
 

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 class Tracker(StepCalls, Findings):
     """Watches an optimizer's steps: explains each on the given queries, shows it and records it.
 
+    Parameters in bfloat16 or float16 are explained in float32, and recorded as they are; what their arithmetic did to a
+    step is its part `rounding`, which panels show beside the others.
+
     Example:
         >>> import torch, torch.nn.functional as F
         >>> from explaind_track import Query, Tracker

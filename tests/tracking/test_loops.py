@@ -9,13 +9,14 @@ from cases import OPTIMIZERS
 from exactness import measure
 from jobs import TESTS
 from loops import LOOPS, Loop
+from low_precision_loops import LOW_PRECISION_LOOPS
 from models import MODELS
 from torch import nn
 
 from explaind_track import Query, Tracker
 
 
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.id)
+@pytest.mark.parametrize("loop", [*LOOPS, *LOW_PRECISION_LOOPS], ids=lambda loop: loop.id)
 def test_a_loop_is_explained_exactly(loop: Loop, tmp_path: Path) -> None:
     """Every warning is an error here, that of samples that do not add up to the step's gradient too."""
     found = measure(loop, tmp_path / "t")
@@ -27,12 +28,12 @@ def test_a_loop_is_explained_exactly(loop: Loop, tmp_path: Path) -> None:
     if loop.refused:
         assert loop.refused in found.refusal
     else:
-        assert found.samples <= (1e-9 if exact else 0.1 if loop.rounded else 1e-4)
+        assert found.samples <= (1e-9 if exact else 0.1 if loop.rounded or loop.is_low_precision else 1e-4)
 
 
 def test_the_page_tells_of_all_that_is_tested() -> None:
     page = (TESTS / "README.md").read_text()
-    for name in (*OPTIMIZERS, *MODELS, *(loop.id for loop in LOOPS)):
+    for name in (*OPTIMIZERS, *MODELS, *(loop.id for loop in (*LOOPS, *LOW_PRECISION_LOOPS))):
         assert f"| {name} |" in page, "run `python tests/exactness.py`"
 
 
