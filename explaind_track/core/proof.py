@@ -31,7 +31,7 @@ def require_explained(optimizer: str, updates: Mapping[str, Update], types: Mapp
         return  # whatever is not finite was so before the step
     raise UnexplainedUpdateError(
         f"the rule for {optimizer} does not explain how it changed '{name}': "
-        f"{excess[name]:.0f} times what float rounding allows. Either something else "
+        f"{excess[name]:.3g} times what float rounding allows. Either something else "
         f"changed the parameter between {optimizer}.step()'s start and end, or this class needs a rule of its "
         f"own: register one with @explaind_track.update_rule.register{_float16_advice(types[name])}"
     )
@@ -72,6 +72,7 @@ def _float16_advice(dtype: torch.dtype) -> str:
     if dtype is not torch.float16:
         return ""
     return (
-        ". In float16, squared gradients below 6e-8 vanish from the optimizer's state, so that the step of a fused one "
-        "does not follow from what it keeps: train float32 parameters under autocast, or pass foreach=True"
+        ". In float16, squared gradients below 6e-8 vanish from the optimizer's state and an eps below 6e-8 is 0, so that "
+        "a step may divide by 0, and that of a fused optimizer does not follow from what it keeps: train float32 "
+        "parameters under autocast, or pass eps=1e-4 and foreach=True"
     )
