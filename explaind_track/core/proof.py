@@ -72,7 +72,7 @@ def _float16_advice(dtype: torch.dtype) -> str:
     if dtype is not torch.float16:
         return ""
     return (
-        ". In float16, squared gradients below 6e-8 vanish from the optimizer's state and an eps below 6e-8 is 0, so that "
-        "a step may divide by 0, and that of a fused optimizer does not follow from what it keeps: train float32 "
+        ". In float16, squared gradients below 6e-8 vanish from the optimizer's state and an eps of 1e-8 is 0, so "
+        "that a step may divide by 0, and that of a fused optimizer does not follow from what it keeps: train float32 "
         "parameters under autocast, or pass eps=1e-4 and foreach=True"
     )
