@@ -19,6 +19,7 @@ from helpers import AXES, SAMPLE_AXES, of_samples, run, wanted_influence, wanted
 from loops import LOOPS, Loop
 from low_precision_loops import LOW_PRECISION_LOOPS
 from models import MODELS
+from outside_loops import OUTSIDE_LOOPS
 from torch import Tensor, nn
 
 from explaind_track import Quadrature, Trajectory, audit, explain
@@ -50,6 +51,10 @@ REFUSED = {
     "DistributedDataParallel.join()": "give all ranks as many batches (a DistributedSampler does), of any size",
     "DistributedDataParallel of some of the processes": "a Tracker needs a DistributedDataParallel of all of them",
     "samples under SyncBatchNorm": "leave sample_loss= out, or use BatchNorm without convert_sync_batchnorm",
+    "samples across moments of the optimizer that were reset": (
+        "a warning: something other than its steps has changed that state; explain a window= before that, or one so "
+        "long after it that momentum has forgotten it"
+    ),
     "resume=True in several processes": "load your own checkpoint in every process, and pass the number of its step",
     "samples in several processes, in a callback that does not see the DistributedDataParallel": (
         "use a Tracker of the DistributedDataParallel in your own loop"
@@ -104,6 +109,7 @@ def measure(loop: Loop, directory: Path) -> Measured:
 def _measure(loop: Loop, directory: Path) -> Measured:
     live = loop.run(trajectory=directory, quadrature=REFINED, keyframe_every=4)
     by_step, by_output = (live.tracker.influence("query", keep) for keep in (("step", "group"), ("query", "output")))
+    trained = {name: value.clone() for name, value in live.model.state_dict().items()}  # max_norm writes when it is run
     floor = 4 * by_step.data["residual_floor"] * (loop.dtype is not torch.float64)
     query = live.query.in_precision_of(next(live.model.parameters()))
     final = query(explained(live.model.eval())).detach()
@@ -115,7 +121,8 @@ def _measure(loop: Loop, directory: Path) -> Measured:
     parts = live.tracker.parts("query")
     offline = explain(trajectory, model, live.query, parts=parts, quadrature=REFINED, progress=False)
     last = trajectory.state_dict(len(trajectory))
-    assert all(torch.equal(value, last[name]) for name, value in live.model.state_dict().items())
+    assert all(torch.equal(value, last[name]) for name, value in trained.items())
+    assert offline.data["influence"].sizes == by_step.data["influence"].sizes
 
     def data(index: Tensor | list[str]) -> Any:
         if isinstance(index, list):  # of words
@@ -179,7 +186,7 @@ def model_rows() -> Iterator[str]:
 
 
 def loop_rows() -> Iterator[str]:
-    for loop in (*LOOPS, *LOW_PRECISION_LOOPS):
+    for loop in (*LOOPS, *LOW_PRECISION_LOOPS, *OUTSIDE_LOOPS):
         with tempfile.TemporaryDirectory() as directory:
             found = measure(loop, Path(directory) / "t")
         kind = "exact" if loop.dtype is torch.float64 else "float32"
@@ -188,7 +195,8 @@ def loop_rows() -> Iterator[str]:
             samples = f"float32; {found.samples:.0e} of it is training's rounding"
         if loop.rounded:
             samples = f"bfloat16, {found.samples:.0e}, with a warning"
-        yield f"| {loop.id} | {kind}, {found.prediction:.0e} | {samples} | {found.residual:.0e} |"
+        whole = "to its residual (the derivative jumps)" if loop.jumps else kind
+        yield f"| {loop.id} | {whole}, {found.prediction:.0e} | {samples} | {found.residual:.0e} |"
 
 
 def table(*columns: str) -> str:

@@ -1,11 +1,13 @@
 """What tests train: a small job, in this process or in several; and one short run of the main recipe."""
 
+import atexit
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,27 @@ def in_ranks(script: str, directory: Path, count: int) -> None:
 
         for rank, process in enumerate(running):
             assert process.poll() in (0, None), (directory / f"{rank}.txt").read_text()[-3000:]
+
+
+def in_child(action: Callable[[], Any]) -> int:
+    """Runs the action in a process of its own, with the handlers of an exit that are its own; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        atexit._clear()  # neither this nor the run of the handlers below has a public name
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(60)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        with suppress(SystemExit):
+            action()
+        code = 0
+    finally:  # never back into the test, whatever happens
+        try:
+            atexit._run_exitfuncs()
+        finally:
+            os._exit(code)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ class Loop:
     """Whether a ForwardModeFallbackWarning tells that a slower way is taken."""
     mixed: bool = False
     """Whether the model has types of its own; `dtype` is that of the inputs then."""
+    jumps: bool = False
+    """Whether its derivative jumps along the path, so that a residual stays, and plain autograd has another one."""
     refused: str = ""
     """Why influences of single samples are, if they are."""
 

@@ -30,6 +30,8 @@ class Reduced:
 class Sums:
     """All that an Accumulator has taken in; those of neighbouring stretches of steps can be joined."""
 
+    order: tuple[str, ...] = ()
+    """Of the parts, where it was asked for; else in that in which they come."""
     parts: tuple[str, ...] = ()
     """Of all steps; a step that lacks some of them has nothing in these."""
     steps: list[int] = field(default_factory=list)
@@ -44,12 +46,17 @@ class Sums:
 
     def extend(self, other: "Sums") -> None:
         """Takes in the sums of the steps that follow."""
-        self.parts = united(self.parts, other.parts)
+        self.include(other.parts)
         self.steps += other.steps
         self.nodes += other.nodes
         self.rows += other.rows
         for start, terms in other.chunks.items():
             self.add(start, terms)
+
+    def include(self, parts: Sequence[str]) -> None:
+        """Gives the parts that are new a place among those known."""
+        known = dict.fromkeys((*self.parts, *parts))
+        self.parts = tuple(sorted(known, key=self.order.index) if self.order else known)
 
     def add(self, start: int, terms: Terms) -> None:
         """Adds a step's terms to the sums of its chunk; their parts are among those known."""
@@ -60,27 +67,18 @@ class Sums:
             self.chunks[start] = terms.copy()
 
 
-def united(parts: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of both, each new one behind the one that it follows among its own."""
-    result = list(parts)
-    for place, name in enumerate(more):
-        if name not in result:
-            result.insert(result.index(more[place - 1]) + 1 if place else 0, name)
-    return tuple(result)
-
-
 class Accumulator:
     """Sums the terms of steps into an `Influence` that keeps some axes. Where it does not keep the step, it holds the
     sum over steps for every group, query and output, since the importance takes absolute values only then."""
 
-    def __init__(self, keep: Sequence[str], groups: Sequence[str]) -> None:
-        """Raises ValueError for axes that there are not."""
+    def __init__(self, keep: Sequence[str], groups: Sequence[str], parts: Sequence[str] | None = None) -> None:
+        """parts: in the order asked for; None: as they come. Raises ValueError for axes that there are not."""
         unknown = set(keep) - set(AXES)
         if unknown:
             raise ValueError(f"keep takes some of {AXES}, got {tuple(keep)}")
         self.keep = tuple(axis for axis in AXES if axis in keep)
         self.groups = tuple(groups)
-        self.sums = Sums()
+        self.sums = Sums(tuple(parts or ()))
         self._parts: tuple[str, ...] = ()
         """Of the step that has begun."""
         self._open: list[Reduced] = []
@@ -88,7 +86,8 @@ class Accumulator:
 
     def begin(self, number: int, nodes: int, parts: tuple[str, ...]) -> None:
         """Starts a step."""
-        self._parts, self.sums.parts = parts, united(self.sums.parts, parts)
+        self._parts = parts
+        self.sums.include(parts)
         self.sums.steps.append(number)
         self.sums.nodes.append(nodes)
 

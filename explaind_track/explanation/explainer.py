@@ -74,7 +74,7 @@ class Explainer:
         query = fitted_query(model, query)
         if not any("group" in keep for keep in keeps):
             groups = {"all": [name for names in groups.values() for name in names]}
-        self.accumulators = [Accumulator(keep, list(groups)) for keep in keeps]
+        self.accumulators = [Accumulator(keep, list(groups), parts) for keep in keeps]
         self.integrator = Integrator(model, query, groups, parts, quadrature, memory)
         self.close = close
 

@@ -101,16 +101,43 @@ class Mismatch:
         """Relative to its size; NaN where nobody looked."""
         self.wrong: list[int] = []
         """The steps at which it is more than rounding."""
+        self.lost = 0.0
+        """The share of the kernel part that no sample has, though each step's samples make up its gradient."""
+        self._size = self._allowed = 0.0
+        self._left_over = torch.zeros(())
 
     def note(self, number: int, off: float, size: float, eps: float, floor: float = 0.0) -> None:
         """Notes that at step `number`, what is of this size in arithmetic of this precision is missed by `off`.
         floor: so much may be off however small it is."""
-        if not off <= eps**0.4 * size + floor:  # NaN too
+        allowed = eps**0.4 * size + floor
+        if not off <= allowed:  # NaN too
             self.wrong.append(number)
         self.by_step[number] = off / size if size else off
+        self._size, self._allowed = self._size + size, self._allowed + allowed
+
+    def leave(self, kernel: Tensor | float, samples: Tensor | float) -> None:
+        """Takes what a step's kernel part and what its samples are to all targets, (R,), in that step and later."""
+        self._left_over = self._left_over + kernel - samples
+
+    def look_at_sum(self) -> None:
+        """Once all is in: compares what all samples did with what the optimizer's own state says of them."""
+        off = float(self._left_over.double().norm())
+        if not self.wrong and not off <= self._allowed:
+            self.lost = off / self._size if self._size else off
 
     def warn(self) -> None:
-        """Warns of the steps that are wrong."""
+        """Warns of the steps that are wrong, or of a sum that is."""
+        if not self.wrong:
+            warnings.warn(
+                f"the influences of samples miss {self.lost:.2g} of what the optimizer's own state says of them all, "
+                "though each step's samples make up its gradient: something other than its steps has changed that "
+                "state (moments that were reset or replaced), and what momentum carries on from before then is wrong. "
+                "Those of groups are not; for samples, explain a window= before that, or one so long after it that "
+                "momentum has forgotten it",
+                SampleMismatchWarning,
+                stacklevel=5,
+            )
+            return
         worst = max(self.wrong, key=self.by_step.__getitem__)
         warnings.warn(
             f"at {len(self.wrong)} of {len(self.by_step)} steps, the samples' influences do not add up to that of the "
@@ -141,6 +168,10 @@ class ReverseSweep:
         self._tile, self._groups, self._samples, self._shared = tile, groups, samples, shared
         self._features, self._gradients, self._nodes = features, gradients, nodes
         self._adjoint = Adjoint(tile.slots)
+        self._complete = True
+        """Whether every sample of the steps so far is asked for."""
+        self._begun = False
+        """Whether the run's first step was reached."""
         self.mismatch = Mismatch()
 
     def run(self, steps: Iterable[Step], target: Array, kernel: Array, bar: Any) -> None:
@@ -156,13 +187,20 @@ class ReverseSweep:
             slot = step.number - first if acts and self._tile.slots > 1 else 0
             features = self._features.of(step, self._nodes(step)) if acts and step.updates else None
             if features and not (self._shared and distributed.rank()):
-                kernel[slot] += self._kernel(step, features).reshape(kernel.shape[1:]).numpy()
+                found = self._kernel(step, features)
+                kernel[slot] += found.reshape(kernel.shape[1:]).numpy()
+                self.mismatch.leave(found.sum(0), 0.0)
 
             directions = self._adjoint.back(step, features, slot)
             if directions:
                 seen = step.number if target.shape[1] > 1 else 0
                 self._add(step, directions, torch.from_numpy(target[:, seen]))
+            self._begun = step.number == 0
             bar.update()
+
+        # of steps that do not go back to the first, momentum carries more than their samples' gradients
+        if self._complete and (self._begun or self._adjoint.spent) and not (self._shared and distributed.rank()):
+            self.mismatch.look_at_sum()
 
     def _kernel(self, step: Step, features: Mapping[str, Tensor]) -> Tensor:
         """⟨φ^test, u_s⟩ by group, (G, R)."""
@@ -203,11 +241,13 @@ class ReverseSweep:
                 batch, places = _rows(batch, chosen), places[chosen]
             total += self._add_batch(step, batch, places, share, directions, target)
 
+        self._complete &= complete
         if complete:
             if self._shared:
                 distributed.add_up(total)
             off, norm = float((total - expected).norm()), float(expected.norm())
             self.mismatch.note(step.number, off, norm, eps, floor)
+            self.mismatch.leave(0.0, total.unflatten(0, (self._tile.slots, -1)).sum(0).cpu())
         elif not self.mismatch.by_step or step.number % CHECK_EVERY == 0:
             self._compare_gradients(step, gradient)
         else:

@@ -200,7 +200,7 @@ class SamplePlan(ExplanationPlan):
                 steps = self._source.backwards(tile.steps.stop, self._memory)
                 sweep.run(steps, *result.cells(tile, self._source.first), bar)
                 result.done(tile, sweep.mismatch)
-                if sweep.mismatch.wrong and not warned:
+                if (sweep.mismatch.wrong or sweep.mismatch.lost) and not warned:
                     warned = True
                     sweep.mismatch.warn()
         return result.finish(self._labels(), (self._source.first, self._source.last))

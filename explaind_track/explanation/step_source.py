@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from functools import cached_property
 from os import PathLike
 
 import torch
@@ -125,11 +126,13 @@ class RecordedSteps(RepeatableSteps):
     def fingerprint(self) -> str:
         return self._trajectory.fingerprint
 
-    @property
+    @cached_property
     def has_outside(self) -> bool:
         recorded = self._trajectory
         numbers = range(self.first, self.last + (self.last == len(recorded)))
-        return any(recorded.is_replaced(number) or recorded.outside(number).parameters for number in numbers)
+        opened = (recorded.read_segment(entry) for entry in recorded.segments if entry.last >= self.first)
+        told = (number in numbers for segment in opened for number in segment.changed_from_outside())
+        return any(map(recorded.is_replaced, numbers)) or bool(recorded.outside(numbers[-1]).parameters) or any(told)
 
     def forwards(self, first: int, last: int) -> Iterator[Step]:
         return self._trajectory.steps(first, last)

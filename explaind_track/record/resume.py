@@ -18,8 +18,14 @@ from explaind_track.record.files import Lock
 from explaind_track.record.history import HISTORY, steps_logged
 from explaind_track.record.manifest import MANIFEST, Entry, Manifest
 from explaind_track.record.replay import Replay
-from explaind_track.record.run_directory import FINISHED, TIE
-from explaind_track.record.schema import checkpoint_tensors, head_of, outside_tensors, random_tensors
+from explaind_track.record.run_directory import FINISHED, TIE, is_finished
+from explaind_track.record.schema import (
+    checkpoint_tensors,
+    head_of,
+    model_tensors,
+    outside_tensors,
+    random_tensors,
+)
 from explaind_track.record.trajectory import Trajectory
 
 
@@ -111,15 +117,15 @@ def _place(value: Tensor, parameter: Tensor) -> torch.device:
 
 
 def _compare(replay: Replay, model: nn.Module, observer: StepObserver, at: int) -> None:
-    """Raises ValueError unless model and optimizer are, bit for bit, as they were before step `at`: with what was
-    changed from outside since the step before, or as that has left them."""
+    """Raises ValueError unless model and optimizer are, bit for bit, as they were before step `at`.
+
+    What was changed from outside since the step before may have been so in part, or not yet: it is told as it is.
+    """
     found = checkpoint_tensors(observer, State(observer.parameters, buffers_of(model)))
-    differences = []
-    for state in (State(replay.parameters, replay.buffers), replay.observer.kept.left):
-        wanted = checkpoint_tensors(replay.observer, state)
-        differences.append([name for name, value in wanted.items() if not _same(found.get(name), value)])
-    if all(differences):
-        other = differences[0]
+    wanted = checkpoint_tensors(replay.observer, replay.observer.kept.left)
+    changed = model_tensors(replay.observer.kept.changes(replay.buffers))
+    other = [name for name, value in wanted.items() if name not in changed and not _same(found.get(name), value)]
+    if other:
         raise ValueError(
             f"the model and the optimizer are not what the record says they were before step {at}: they differ in "
             f"{', '.join(other[:5])}{' and others' if len(other) > 5 else ''}. Load the checkpoint of that step "
@@ -155,6 +161,8 @@ def _cut(trajectory: Trajectory, at: int, changed: State, device: torch.device) 
 
 def _tell_of_lost_steps(directory: Path, number: int) -> None:
     reached = max(steps_logged(directory), default=-1)
+    if reached == number and is_finished(directory, number):
+        return  # that is the row of what came behind the last step
     if reached >= number:
         warnings.warn(
             f"steps {number} to {reached} were trained before the run ended, but had not been written to {directory}; "

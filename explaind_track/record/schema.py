@@ -127,10 +127,15 @@ def groups_of(settings: Settings, parameters: Mapping[str, nn.Parameter]) -> lis
     ]
 
 
+def model_tensors(state: State) -> dict[str, Tensor]:
+    """The tensors of the model, by their names in a keyframe."""
+    tensors = {f"parameter:{name}": value.detach() for name, value in state.parameters.items()}
+    return tensors | {f"buffer:{name}": value for name, value in state.buffers.items()}
+
+
 def checkpoint_tensors(observer: StepObserver, state: State) -> dict[str, Tensor]:
     """The tensors of the model in this state, and of the optimizer, by their names in a keyframe."""
-    tensors = {f"parameter:{name}": value.detach() for name, value in state.parameters.items()}
-    tensors |= {f"buffer:{name}": value for name, value in state.buffers.items()}
+    tensors = model_tensors(state)
     for name, parameter in observer.parameters.items():
         for key, value in observer.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -272,6 +277,16 @@ class SegmentDraft:
         self._settings = record.settings
         self.steps.append(entry)
 
+    def extend(self, other: "SegmentDraft") -> None:
+        """Takes in the steps of a draft that follows."""
+        if not self.steps:
+            self.first = other.first
+        if other.steps:
+            self._settings = other._settings
+        self.steps += other.steps
+        self.tensors |= other.tensors
+        self.size += other.size
+
     def _batch(self, name: str, batch: Batch) -> dict[str, Any]:
         numbers = itertools.count(1)
 
@@ -332,6 +347,10 @@ class Segment:
         """What was changed from outside before a step; before the one behind the segment's last, where the run could be
         taken up."""
         return outside_in(self._file, number)
+
+    def changed_from_outside(self) -> set[int]:
+        """The steps before which parameters were changed from outside."""
+        return {int(name.split(":")[0]) for name in self._file.prefixed("outside:") if ":parameter:" in name}
 
     def batches(self, number: int) -> tuple[Batch, ...]:
         """The batches of one step."""

@@ -66,6 +66,9 @@ class TrajectoryWriter:
         self._keyframes = {entry.first: entry for entry in self._manifest.entries if entry.is_keyframe}
         self._written_once: set[str] = set()
         self._draft = SegmentDraft(self._written_once)
+        self._last = SegmentDraft(self._written_once)
+        """The last step, where something else may change the model behind it: the run can be taken up before that step
+        until the next one begins."""
 
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -79,13 +82,19 @@ class TrajectoryWriter:
 
         buffers: as they are now; they have to last as long as the step.
         """
-        self._random, self._buffers, self._changed = random_state(self._device), buffers, None
+        self._take_up_at(buffers)
 
         # a sweep over the parameters that is paid only where something is written, or something was changed before
         if self._observer.kept.restless or self._is_due(number):
             self._changed = self._observer.kept.changes(buffers).copy()
         if self._draft.size >= SEGMENT_BYTES:
-            self.flush()
+            self._write_segment()
+
+    def _take_up_at(self, buffers: Tensors) -> None:
+        """Lets the run be taken up here, behind all steps so far."""
+        self._draft.extend(self._last)
+        self._last = SegmentDraft(self._written_once)
+        self._random, self._buffers, self._changed = random_state(self._device), buffers, None
 
     def _is_due(self, number: int) -> bool:
         return number % self._every == 0 and number not in self._keyframes
@@ -97,7 +106,7 @@ class TrajectoryWriter:
             self._changed = self._observer.kept.changed
         continues = self._observer.continues(self._observer.kept.changed)
         if self._is_due(number) or (not continues and number not in self._keyframes):
-            self.flush()
+            self._write_segment()
             self._write_keyframe(number, self._changed, continues)
 
     def record(self, step: Step, buffers_moved: bool, auxiliary: Mapping[str, Tensors]) -> None:
@@ -110,15 +119,31 @@ class TrajectoryWriter:
         buffers = State({}, self._model_buffers if buffers_moved else {}).copy().buffers
         settings = settings_of(self._observer)
         outside = State({}, {}) if step.outside is None else step.outside.changed.copy()
-        self._draft.add(step.number, StepRecord(settings, outside, gradients, auxiliary, buffers, step.batches))
+        record = StepRecord(settings, outside, gradients, auxiliary, buffers, step.batches)
+        if self._observer.kept.restless:
+            self._last.add(step.number, record)
+            return
 
-        # where something else changes the model, the run can be taken up at the beginning of the next step at first
-        self._random, self._buffers, self._changed = random_state(self._device), self._model_buffers, None
-        if self._draft.size >= SEGMENT_BYTES and not self._observer.kept.restless:
-            self.flush()
+        self._draft.add(step.number, record)
+        self._take_up_at(self._model_buffers)
+        if self._draft.size >= SEGMENT_BYTES:
+            self._write_segment()
 
     def flush(self) -> None:
         """Writes what is pending; after it, nothing of the steps so far can be lost."""
+        if self._last.steps:
+            self._take_up_at(self._model_buffers)
+        self._write_segment()
+
+    def leave(self) -> None:
+        """As the process goes: writes all that the run can be taken up behind.
+
+        Where something else changes the model between steps, the last step is not written before the next begins: what
+        would have changed the model behind it may not have come to it.
+        """
+        self._write_segment()
+
+    def _write_segment(self) -> None:
         draft = self._draft
         if not draft.steps:
             return

@@ -103,7 +103,7 @@ class Outputs:
     def _leave(self) -> None:
         """Saves what can be saved as the process goes."""
         if self.writer is not None:
-            self.writer.flush()
+            self.writer.leave()
         self.panels.close()
 
 

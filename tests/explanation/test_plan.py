@@ -11,7 +11,16 @@ import torch
 import xarray as xr
 from jobs import KEEPS, Job, child_environment, make_job, options_of
 
-from explaind_track import Influence, Query, Trajectory, explain, open_influence, plan_explanation
+from explaind_track import (
+    Explainer,
+    Influence,
+    Quadrature,
+    Query,
+    Trajectory,
+    explain,
+    open_influence,
+    plan_explanation,
+)
 from explaind_track.explanation import plan
 from explaind_track.explanation.digests import query_digest
 
@@ -137,6 +146,44 @@ def test_two_processes_find_what_one_does(recorded: tuple[Job, Path], tmp_path: 
             for rank in range(2):
                 found = Influence.load(tmp_path / f"{place}-{name}-{rank}.safetensors").data
                 xr.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_pieces_and_processes_agree_on_parts_that_only_some_have(tmp_path: Path) -> None:
+    """Weights are changed from outside before a single step, and behind the last one."""
+    job = make_job()
+    tracker = job.tracker(trajectory=tmp_path / "t", keyframe_every=4)
+    for steps in (6, 4):
+        job.run(tracker, steps)
+        with torch.no_grad():
+            job.model[0].weight.mul_(0.9)
+    tracker.finish()
+    trajectory, query = Trajectory.open(tmp_path / "t"), job.queries["query"]
+    keep = ("step", "group", "query", "output")
+    more: dict[str, Any] = {"keep": keep, "quadrature": Quadrature.fixed(1), "progress": False}
+    for parts in (None, ("outside", "kernel", "regularization")):
+        wanted = explain(trajectory, job.model, query, parts=parts, **more).data
+        assert wanted["part"].values.tolist() == list(parts or ("kernel", "regularization", "outside"))
+        assert wanted["step"].values.tolist() == list(range(11))
+
+        # each step a piece of its own
+        out = tmp_path / f"{parts}"
+        found = explain(trajectory, job.model, query, parts=parts, memory=2000, out=out, **more).data
+        xr.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-13)
+        assert {name: found.attrs[name] for name in ("steps", "last_step")} == {"steps": 11, "last_step": 10}
+
+        # the sums of two stretches of steps, as two processes have them
+        stretches = [Explainer(job.model, query, tracker.groups, [keep, ("query", "output")], parts) for _ in range(2)]
+        for step in trajectory.steps():
+            stretches[step.number >= 5].add(step)
+        one, other = stretches
+        for first, second in zip(one.accumulators, other.accumulators, strict=True):
+            first.join([first.sums, second.sums])
+        whole = explain(trajectory, job.model, query, parts=parts, keep=keep, progress=False).data
+        xr.testing.assert_allclose(one.results()[0].data, whole, rtol=1e-12, atol=1e-14)
+        summed = one.results()[1]
+        torch.testing.assert_close(
+            torch.from_numpy(summed.prediction().values), query(job.model).detach(), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_queries_are_told_apart_by_what_they_compute() -> None:

@@ -1,6 +1,5 @@
 """A run that dies and is taken up again is, bit for bit, the run that never died."""
 
-import atexit
 import copy
 import json
 import os
@@ -11,14 +10,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import xarray as xr
-from jobs import make_job, sample_loss
+from jobs import in_child, make_job, sample_loss
 from torch import nn
 
 from explaind_track import Influence, Query, Tracker, Trajectory
@@ -109,27 +107,6 @@ def resumed(directory: Path) -> Tracker:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResumeWarning)
         return job(directory, resume=True)
-
-
-def in_child(action: Callable[[], Any]) -> int:
-    """Runs the action in a process of its own, with the handlers of an exit that are its own; returns its number."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        atexit._clear()  # neither this nor the run of the handlers below has a public name
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(60)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        with suppress(SystemExit):
-            action()
-        code = 0
-    finally:  # never back into the test, whatever happens
-        try:
-            atexit._run_exitfuncs()
-        finally:
-            os._exit(code)
 
 
 def full_disk(directory: Path, size: int) -> None:

@@ -11,20 +11,21 @@ from jobs import TESTS
 from loops import LOOPS, Loop
 from low_precision_loops import LOW_PRECISION_LOOPS
 from models import MODELS
+from outside_loops import OUTSIDE_LOOPS
 from torch import nn
 
 from explaind_track import Query, Tracker
 
 
-@pytest.mark.parametrize("loop", [*LOOPS, *LOW_PRECISION_LOOPS], ids=lambda loop: loop.id)
+@pytest.mark.parametrize("loop", [*LOOPS, *LOW_PRECISION_LOOPS, *OUTSIDE_LOOPS], ids=lambda loop: loop.id)
 def test_a_loop_is_explained_exactly(loop: Loop, tmp_path: Path) -> None:
     """Every warning is an error here, that of samples that do not add up to the step's gradient too."""
     found = measure(loop, tmp_path / "t")
     exact = loop.dtype is torch.float64
-    assert found.residual <= (1e-6 if exact else 1e-4)
-    assert found.prediction <= (1e-8 if exact else 1e-4)
+    assert found.residual <= (1e-3 if loop.jumps else 1e-6 if exact else 1e-4)
+    assert found.prediction <= (1e-8 if exact and not loop.jumps else 1e-4)
     assert found.offline == 0
-    assert loop.rounded or not found.audit
+    assert loop.rounded or loop.jumps or not found.audit
     if loop.refused:
         assert loop.refused in found.refusal
     else:
@@ -33,7 +34,7 @@ def test_a_loop_is_explained_exactly(loop: Loop, tmp_path: Path) -> None:
 
 def test_the_page_tells_of_all_that_is_tested() -> None:
     page = (TESTS / "README.md").read_text()
-    for name in (*OPTIMIZERS, *MODELS, *(loop.id for loop in (*LOOPS, *LOW_PRECISION_LOOPS))):
+    for name in (*OPTIMIZERS, *MODELS, *(loop.id for loop in (*LOOPS, *LOW_PRECISION_LOOPS, *OUTSIDE_LOOPS))):
         assert f"| {name} |" in page, "run `python tests/exactness.py`"
 
 
