@@ -1,6 +1,7 @@
 """The training loops and model features that people have, each with a Tracker in it. `test_loops.py` runs them all."""
 
 from collections.abc import Callable, Iterator, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +88,28 @@ def plain(run: Run) -> None:
         run.step(index)
 
 
+class NoTracker:
+    """Stands where a Tracker would, and does what its author would do without one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def step(self) -> Any:
+        return nullcontext()
+
+    def batch(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def clip_grad_norm_(self, limit: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def clip_grad_value_(self, limit: float) -> None:
+        nn.utils.clip_grad_value_(self.model.parameters(), limit)
+
+
 @dataclass
 class Loop:
     """A training of six steps with a Tracker in it; `id` is its name in tests/README.md."""
@@ -122,7 +145,8 @@ class Loop:
     def make(self) -> nn.Module:
         return self.model() if self.mixed else self.model().to(self.dtype)
 
-    def run(self, **options: Any) -> Run:
+    def run(self, tracked: bool = True, **options: Any) -> Run:
+        """tracked: with a Tracker; without, the loop does what its author would do."""
         """Trains; options: more of the Tracker's."""
         torch.manual_seed(0)
         model = self.make()
@@ -136,7 +160,7 @@ class Loop:
 
         query = self.query(x[:5], y[:5])
         options = {"queries": {"query": query}, "sample_loss": self.sample_loss, **self.options, **options}
-        tracker = Tracker(model, optimizer, **options)
+        tracker: Any = Tracker(model, optimizer, **options) if tracked else NoTracker(model)
         run = Run(model, optimizer, self.sample_loss, x, y, tracker, query)
         self.body(run)
         tracker.finish()
@@ -238,6 +262,16 @@ def thawed(run: Run) -> None:
     for number, index in enumerate(batches()):
         run.model[0].requires_grad_(number >= 3)
         run.step(index)
+
+
+def frozen_with_zeros(run: Run) -> None:
+    """The first layer is frozen after three steps, and its gradients are kept as zeros."""
+    for number, index in enumerate(batches()):
+        run.model[0].requires_grad_(number < 3)
+        with run.tracker.step():
+            run.optimizer.zero_grad(set_to_none=False)
+            run.backward(index)
+            run.optimizer.step()
 
 
 def joined(run: Run) -> None:
@@ -354,6 +388,7 @@ LOOPS = [
     Loop("warm start", warm=3),
     Loop("warm start, Nesterov", warm=3, optimizer=nesterov),
     Loop("frozen, thawed later", thawed),
+    Loop("frozen later, zero gradients kept", frozen_with_zeros),
     Loop("parameter group added later", joined, optimizer=second_layer),
     Loop("maximize", optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, maximize=True)),
     Loop("bfloat16 autocast", sample_loss=autocast_loss, dtype=torch.float32, rounded=True),

@@ -199,6 +199,8 @@ def _own_gradients(step: Step, samples: SampleAxis, chunk: slice, per_sample: Pe
             here = mine[rows].nonzero()[:, 0]
             where = places[rows][here] - chunk.start
             for name, total in result.items():
+                if step.updates[name].frozen:
+                    continue
                 weight = batch.weights(total)[rows][here] * step.updates[name].sign
                 total.index_add_(0, where, gradients[name][here] * weight.reshape(-1, *[1] * (total.ndim - 1)))
     return result

@@ -59,7 +59,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """The findings of one step; `str()` is a table."""
+    """The findings of one step; `str()` is a table.
+
+    Example:
+        >>> from explaind_track.analysis import Audit
+        >>> from explaind_track.analysis.step_audit import Finding
+        >>> audit = Audit(7, (Finding("kernel through head", 0.5, 0.4, 0.25, 2e-3),), 1.2)
+        >>> audit.ok, [finding.what for finding in audit.wrong]
+        (False, ['kernel through head'])
+        >>> print(audit)
+        step 7, recomputed in 1.2 s: 1 of 1 are wrong
+        WRONG kernel through head  ours +5.000000e-01  plain +4.000000e-01  differ by 2.5e-01 (allowed 2e-03)
+    """
 
     step: int
     findings: tuple[Finding, ...]
@@ -67,10 +78,12 @@ class Audit:
 
     @property
     def ok(self) -> bool:
+        """Whether every number differs by no more than is allowed."""
         return all(finding.ok for finding in self.findings)
 
     @property
     def wrong(self) -> tuple[Finding, ...]:
+        """The findings that differ by more."""
         return tuple(finding for finding in self.findings if not finding.ok)
 
     def __str__(self) -> str:
@@ -171,7 +184,8 @@ def _of_samples(
             model, step.before.parameters, step.before.buffers, loss, batch.data, weight, batch.random_state
         )
         for name, total in whole.items():
-            total += slope[name].to(total) * step.updates[name].sign
+            if not step.updates[name].frozen:
+                total += slope[name].to(total) * step.updates[name].sign
 
     seen = {name: update.kernel_gradient().double() for name, update in step.updates.items()}
     rounded = 0.0 if step.precision is None else torch.finfo(step.precision).eps ** 0.4  # by training, of its gradient
@@ -197,6 +211,7 @@ def _of_single_samples(
     direction = {
         name: update.adjoint(phi[name].to(update.before)).double() * update.sign
         for name, update in step.updates.items()
+        if not update.frozen
     }
 
     indices = torch.cat([batch.index for batch in batches if batch.index is not None])

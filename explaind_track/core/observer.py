@@ -319,7 +319,9 @@ class StepObserver:
 
         # The contributions are put in below, since the way of each into the buffer is the update's to say.
         contributions: dict[str, Contribution] = {}
-        update = Update(before, after, gradient if sign > 0 else -gradient, rule, contributions, sign)
+        frozen = not parameter.requires_grad and not bool(gradient.any())
+        turned = gradient if sign > 0 else -gradient
+        update = Update(before, after, turned, rule, contributions, sign, frozen)
 
         for part in dict.fromkeys(("regularization", *self._auxiliary, *self.momentum_shares)):
             auxiliary = self._auxiliary.get(part, {}).get(name)

@@ -150,6 +150,9 @@ class Update:
     the auxiliary losses."""
     sign: float = 1.0
     """−1 where the optimizer maximizes: the samples' gradients enter with it."""
+    frozen: bool = False
+    """Whether it learned nothing: it requires no gradient, and its zeros were kept (`zero_grad(set_to_none=False)`).
+    No sample acts through this step's gradient of it, though decay and momentum move it."""
 
     # ------------------------------------------------- the parts, which add up
 

@@ -46,7 +46,9 @@ def through_own_step(samples: PerSampleGradients, step: Step, features: Tensors)
     """The influences alone, (N,) over all the step's batches."""
     # φ → (b Q e + d) P φ, whose product with w_k ∇L_k it is; −1 where the optimizer maximizes
     directions = {
-        name: step.updates[name].adjoint(feature)[None] * step.updates[name].sign for name, feature in features.items()
+        name: step.updates[name].adjoint(feature)[None] * step.updates[name].sign
+        for name, feature in features.items()
+        if not step.updates[name].frozen
     }
     if not directions:
         return torch.zeros(sum(batch.size for batch in step.batches))

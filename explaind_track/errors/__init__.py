@@ -7,7 +7,9 @@ FileExistsError, as everywhere in Python. Each message says what to do.
 """
 
 __all__ = [
+    "AuditWarning",
     "ForwardModeFallbackWarning",
+    "GradientMismatchWarning",
     "LoggingWarning",
     "NonFiniteError",
     "ReplayWarning",
@@ -85,6 +87,15 @@ class AuditWarning(UserWarning):
     Given by a Tracker with `audit_every=`; the message names the numbers. Do not believe them, look at the whole table
     with `audit(tracker, model, query, step=…)`, and tell us of the model: the engine computes something else for it
     than ordinary autograd does.
+    """
+
+
+class GradientMismatchWarning(UserWarning):
+    """The gradients of a query's targets are not the derivative that forward mode gives.
+
+    Some backward pass of the model is not the derivative of its forward pass: a gradient reversed, scaled or clipped on
+    its way, a straight-through estimate. Influences of single samples and parameters are along the model's gradients,
+    and do not add up to the change of the prediction; of groups, the residual tells.
     """
 
 

@@ -56,7 +56,7 @@ class Adjoint:
                 if direction is None:
                     direction = preconditioned.new_zeros(self._acting, *preconditioned.shape)
                 direction[slot].add_(preconditioned, alpha=update.rule.d)
-            if direction is not None:
+            if direction is not None and not update.frozen:
                 directions[name] = direction.flatten(0, 1)
         return directions
 

@@ -59,6 +59,7 @@ class Replay:
             group.update(settings)
         for name, parameter in self.parameters.items():
             parameter.grad = record.gradients.get(name)
+            parameter.requires_grad_(name not in record.frozen)
 
         self.change(record.outside)
 

@@ -239,6 +239,8 @@ class StepRecord:
     buffers: Tensors
     """The model's after the step, if it moved them; none otherwise."""
     batches: tuple[Batch, ...]
+    frozen: tuple[str, ...] = ()
+    """The parameters that learned nothing, with gradients that are kept zeros."""
 
 
 class SegmentDraft:
@@ -274,6 +276,8 @@ class SegmentDraft:
             "auxiliary": list(record.auxiliary),
             "batches": [self._batch(f"batch:{number}:{place}", batch) for place, batch in enumerate(record.batches)],
         }
+        if record.frozen:
+            entry["frozen"] = list(record.frozen)
         self._settings = record.settings
         self.steps.append(entry)
 
@@ -341,7 +345,8 @@ class Segment:
     def _record(self, number: int, entry: Mapping[str, Any], settings: Settings) -> StepRecord:
         gradients, buffers = (self._file.prefixed(f"{kind}:{number}:") for kind in ("gradient", "buffer"))
         auxiliary = {loss: self._file.prefixed(f"auxiliary:{number}:{loss}:") for loss in entry["auxiliary"]}
-        return StepRecord(settings, self.outside(number), gradients, auxiliary, buffers, self.batches(number))
+        frozen = tuple(entry.get("frozen", ()))
+        return StepRecord(settings, self.outside(number), gradients, auxiliary, buffers, self.batches(number), frozen)
 
     def outside(self, number: int) -> State:
         """What was changed from outside before a step; before the one behind the segment's last, where the run could be

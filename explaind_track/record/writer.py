@@ -119,7 +119,8 @@ class TrajectoryWriter:
         buffers = State({}, self._model_buffers if buffers_moved else {}).copy().buffers
         settings = settings_of(self._observer)
         outside = State({}, {}) if step.outside is None else step.outside.changed.copy()
-        record = StepRecord(settings, outside, gradients, auxiliary, buffers, step.batches)
+        frozen = tuple(name for name, update in step.updates.items() if update.frozen)
+        record = StepRecord(settings, outside, gradients, auxiliary, buffers, step.batches, frozen)
         if self._observer.kept.restless:
             self._last.add(step.number, record)
             return

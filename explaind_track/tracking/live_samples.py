@@ -4,7 +4,7 @@ Every rank does its own samples.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -96,18 +96,27 @@ class LiveSamples:
         return gradient, loss
 
     def check(
-        self, batches: StepBatches, number: int, state: State, gradients: Tensors, auxiliary: Mapping[str, Tensors]
+        self,
+        batches: StepBatches,
+        number: int,
+        state: State,
+        gradients: Tensors,
+        auxiliary: Mapping[str, Tensors],
+        trained: Collection[str],
     ) -> None:
         """Compares, now and then, the sum of the samples' gradients with the step's, less the auxiliary losses'.
 
         In bfloat16 and float16 twice: in training's own arithmetic, which tells whether the batches are what the loop
-        says, and in float32, as samples are explained. Warns with SampleMismatchWarning. Every rank calls it.
+        says, and in float32, as samples are explained. trained: the parameters that require gradients. Warns with
+        SampleMismatchWarning. Every rank calls it.
         """
         due = number < CHECKED_STEPS or number % CHECK_EVERY == 0
         if not due or not batches.of_all_ranks or any(batch.clipped for batch in batches.of_all_ranks):
             return
 
-        rest = {name: upcast(value).clone() for name, value in gradients.items()}
+        # zeros that are kept of a frozen parameter are no sample's
+        learning = {name: value for name, value in gradients.items() if name in trained or bool(value.any())}
+        rest = {name: upcast(value).clone() for name, value in learning.items()}
         for part in auxiliary.values():
             for name, value in part.items():
                 rest[name] -= value

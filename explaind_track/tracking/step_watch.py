@@ -117,7 +117,8 @@ class StepWatch:
         self._auxiliary_gradients = self._differentiate_auxiliary(gradients)
         if self._samples is not None and not self.nonfinite:
             state = State({name: p.detach() for name, p in self._observer.parameters.items()}, self._buffers)
-            self._samples.check(self.batches, number, state, gradients, self._auxiliary_gradients)
+            trained = {name for name, p in self._observer.parameters.items() if p.requires_grad}
+            self._samples.check(self.batches, number, state, gradients, self._auxiliary_gradients, trained)
 
         # what the step starts from
         self._observer.before(self._buffers, self._auxiliary_gradients)

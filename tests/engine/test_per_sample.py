@@ -1,5 +1,6 @@
 """A batch's losses, gradients and influences, as training ran it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,14 @@ from helpers import check
 from torch import Tensor, nn
 
 from explaind_track import Batch, State, Step, StepObserver
+from explaind_track.analysis.parameter_scores import parameter_scores
+from explaind_track.core.queries import Query
 from explaind_track.core.rng import random_state
 from explaind_track.engine.per_sample import PerSampleGradients
 from explaind_track.engine.sample_influence import SampleInfluence, through_own_step
+from explaind_track.errors import ForwardModeFallbackWarning, GradientMismatchWarning
+from explaind_track.record.trajectory import Trajectory
+from explaind_track.tracking.tracker import Tracker
 
 
 class Dropped(nn.Module):
@@ -102,3 +108,46 @@ def test_batch_statistics_leave_no_gradient_to_a_sample() -> None:
     batch = Batch(2, 0.5, None, (torch.randn(2, 3).double(), torch.zeros(2, dtype=torch.int64)))
     with pytest.raises(ValueError, match="'norm' normalises with the statistics of its batch"):
         PerSampleGradients(model, sample_loss).gradient_and_norms(state, batch)
+
+
+class Reversed(torch.autograd.Function):
+    """Does nothing ahead, and turns the gradient around."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
+class Adversarial(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(Reversed.apply(self.first(x))))
+
+
+def test_gradients_that_are_no_derivative_are_told_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Adversarial().double(), torch.randn(8, 4).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = Tracker(model, optimizer, queries={}, trajectory=tmp_path / "t")
+    with tracker.step():
+        model(x).square().mean().backward()
+        optimizer.step()
+    tracker.finish()
+    slower = pytest.warns(ForwardModeFallbackWarning)
+    with slower, pytest.warns(GradientMismatchWarning, match="is not the derivative of its forward pass"):
+        parameter_scores(Trajectory.open(tmp_path / "t"), model, Query.outputs(x), progress=False)
