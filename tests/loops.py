@@ -1,7 +1,6 @@
 """The training loops and model features that people have, each with a Tracker in it. `test_loops.py` runs them all."""
 
 from collections.abc import Callable, Iterator, Sized
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,20 +25,14 @@ from models import (
     frozen_norm,
     mlp,
 )
+from optimizers import adamw, nesterov
 from torch import Tensor, nn
+from untracked import NoTracker
 
 from explaind_track import Query, Tracker
 
 STEPS = 6
 Loss = Callable[[nn.Module, Any], Tensor]
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
-
-
-def nesterov(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.05)
 
 
 @dataclass
@@ -88,28 +81,6 @@ def plain(run: Run) -> None:
         run.step(index)
 
 
-class NoTracker:
-    """Stands where a Tracker would, and does what its author would do without one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def step(self) -> Any:
-        return nullcontext()
-
-    def batch(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def clip_grad_norm_(self, limit: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-
-    def clip_grad_value_(self, limit: float) -> None:
-        nn.utils.clip_grad_value_(self.model.parameters(), limit)
-
-
 @dataclass
 class Loop:
     """A training of six steps with a Tracker in it; `id` is its name in tests/README.md."""
@@ -146,8 +117,7 @@ class Loop:
         return self.model() if self.mixed else self.model().to(self.dtype)
 
     def run(self, tracked: bool = True, **options: Any) -> Run:
-        """tracked: with a Tracker; without, the loop does what its author would do."""
-        """Trains; options: more of the Tracker's."""
+        """Trains; tracked: with a Tracker, or else as the loop's author would; options: more of the Tracker's."""
         torch.manual_seed(0)
         model = self.make()
         x, y = self.inputs(), torch.randint(0, 3, (24,))
@@ -264,14 +234,12 @@ def thawed(run: Run) -> None:
         run.step(index)
 
 
-def frozen_with_zeros(run: Run) -> None:
-    """The first layer is frozen after three steps, and its gradients are kept as zeros."""
+def zeros_kept(run: Run) -> None:
+    clear = run.optimizer.zero_grad
+    run.optimizer.zero_grad = lambda: clear(set_to_none=False)  # type: ignore[method-assign]
     for number, index in enumerate(batches()):
         run.model[0].requires_grad_(number < 3)
-        with run.tracker.step():
-            run.optimizer.zero_grad(set_to_none=False)
-            run.backward(index)
-            run.optimizer.step()
+        run.step(index)
 
 
 def joined(run: Run) -> None:
@@ -388,7 +356,7 @@ LOOPS = [
     Loop("warm start", warm=3),
     Loop("warm start, Nesterov", warm=3, optimizer=nesterov),
     Loop("frozen, thawed later", thawed),
-    Loop("frozen later, zero gradients kept", frozen_with_zeros),
+    Loop("frozen later, zero gradients kept", zeros_kept),
     Loop("parameter group added later", joined, optimizer=second_layer),
     Loop("maximize", optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, maximize=True)),
     Loop("bfloat16 autocast", sample_loss=autocast_loss, dtype=torch.float32, rounded=True),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from explaind_track import Rule, update_rule
 
@@ -42,3 +42,11 @@ def _lion(optimizer: Lion, settings: Mapping[str, Any], state: Mapping[str, Any]
     return Rule(
         held, beta2, b=1 - beta2, e=rate * own, d=rate * new, precondition=precondition, decoupled=decay
     )  # fmt: skip
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+
+
+def nesterov(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.05)

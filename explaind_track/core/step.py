@@ -136,8 +136,6 @@ class Update:
         >>> update = Update(before, after, gradient, rule, contributions={})
         >>> update.kernel(), update.regularization()
         (tensor([ 0.3000, -0.1000]), tensor([0.0100, 0.0200]))
-        >>> bool(update.rounding().abs().max() < 1e-6)
-        True
     """
 
     before: Tensor
@@ -151,8 +149,7 @@ class Update:
     sign: float = 1.0
     """−1 where the optimizer maximizes: the samples' gradients enter with it."""
     frozen: bool = False
-    """Whether it learned nothing: it requires no gradient, and its zeros were kept (`zero_grad(set_to_none=False)`).
-    No sample acts through this step's gradient of it, though decay and momentum move it."""
+    """Whether it is frozen, with a kept zero for a gradient: no sample acts through that."""
 
     # ------------------------------------------------- the parts, which add up
 
