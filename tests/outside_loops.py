@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from loops import Body, Loop, Run, batches, nesterov
+from loops import Body, Loop, Run, batches, nesterov, second_layer
 from models import batch_norm, mlp
 from torch import Tensor, nn
 
@@ -91,6 +91,18 @@ def of_the_same(run: Run) -> None:
     other_optimizer(run, list(run.model.parameters()))
 
 
+def behind_one_backward(run: Run) -> None:
+    """Another optimizer has the first layer, and takes its step behind the same backward pass, before this one's."""
+    other = torch.optim.SGD(run.model[0].parameters(), lr=0.1)
+    for index in batches():
+        with run.tracker.step():
+            other.zero_grad()
+            run.optimizer.zero_grad()
+            run.backward(index)
+            other.step()
+            run.optimizer.step()
+
+
 def averaged(run: Run) -> None:
     """The mean of the weights is copied in at the end."""
     mean = torch.optim.swa_utils.AveragedModel(run.model)
@@ -160,10 +172,12 @@ OUTSIDE_LOOPS = [
     Loop("target network copied every other step", target_copied, OnlineAndTarget, online_adamw),
     Loop("second optimizer on other parameters", of_the_target, OnlineAndTarget, online_adamw),
     Loop("second optimizer on the same parameters", of_the_same),
+    Loop("second optimizer behind the same backward pass", behind_one_backward, optimizer=second_layer),
     Loop("averaged weights copied in at the end", averaged),
     Loop("pruning masks", masked),
     Loop("batch-norm statistics reset", statistics_reset, batch_norm, nesterov),
     Loop("weights swapped for others and restored", swapped_and_restored),
+    Loop("bfloat16 weights clamped between steps", between(clamp), optimizer=nesterov, dtype=torch.bfloat16),
     Loop("embedding with max_norm", model=words(0.5), inputs=lambda: torch.randint(0, 7, (24, 4)),
          query=lambda x, _: Query.outputs(x), jumps=True),
 ]  # fmt: skip

@@ -32,7 +32,8 @@ class Influence:
     - `remainder` (step, query, output): change + ΣΨ, signed, as it was before any closing;
     - `initial`, `final` (query, output): the prediction before and after, if both axes are kept.
 
-    Parts are `kernel`, `regularization` (and `past`); `momentum` is a share of the kernel, in no sum.
+    Parts are `kernel`, `regularization` (and `past`, and `outside`: what something other than the optimizer did to the
+    weights since the step before); `momentum` is a share of the kernel, in no sum.
 
     Example:
         >>> import torch

@@ -1,5 +1,7 @@
 """The model as the last step has left it, kept to tell what anything but the optimizer changes before the next one."""
 
+from collections.abc import Collection
+
 from torch import Tensor
 
 from explaind_track.core.step import State
@@ -22,6 +24,10 @@ class KeptState:
         """What of `start` is not as the last step has left it."""
         self.restless = False
         """Whether anything but the optimizer has ever changed the model between its steps."""
+        self._seen: dict[str, Tensor] | None = None
+        """What was changed already as the step's first forward pass began; None: nobody looked."""
+        self._late: list[str] = []
+        """The parameters that were changed between that and the optimizer's step."""
         self._left: State | None = None
         self._passed = False
         """Whether the optimizer has taken a step since, after which nothing was kept."""
@@ -53,12 +59,44 @@ class KeptState:
             return State({}, {})
         return State(_changed(self.parameters, self._left.parameters), _changed(buffers, self._left.buffers))
 
-    def begin_step(self, buffers: Tensors) -> None:
-        """Takes down where a step begins. buffers: see `start`; they have to last as long as the step."""
-        changes = self.changes(buffers)
-        self.changed = State({name: value.clone() for name, value in changes.parameters.items()}, changes.buffers)
+    def look_before_forward(self) -> None:
+        """Takes down what is changed already as the step's first forward pass begins."""
+        self._seen = {name: value.clone() for name, value in self.changes({}).parameters.items()}
+
+    def forget_forward(self) -> None:
+        """Forgets the forward pass of a step that was not taken."""
+        self._seen = None
+
+    def begin_step(self, buffers: Tensors, moving: Collection[str]) -> None:
+        """Takes down where a step begins.
+
+        A parameter that was changed between the step's forward pass and the optimizer's step, as another optimizer does
+        after a backward pass for both, is left as the forward pass saw it where this optimizer does not move it: so the
+        samples' gradients are taken where training took them, and the change comes behind this step.
+
+        Args:
+            buffers: See `start`; they have to last as long as the step.
+            moving: The parameters that the optimizer is about to move.
+        """
+        changes, seen = self.changes(buffers), self._seen
+        self._late = []
+        if seen is not None:
+            still = [name for name in {**changes.parameters, **seen} if name not in moving]
+            self._late = [name for name in still if self._differs(name, seen.get(name, self.left.parameters[name]))]
+
+        now = {name: value.clone() for name, value in changes.parameters.items() if name not in self._late}
+        before = {name: value for name, value in (seen or {}).items() if name in self._late}
+        self.changed = State({**now, **before}, changes.buffers)
         self.start = State({**self.left.parameters, **self.changed.parameters}, buffers)
         self.restless |= not changes.is_empty
+
+    def _differs(self, name: str, value: Tensor) -> bool:
+        return not same_bits(self.parameters[name].detach(), value)
+
+    def now(self) -> dict[str, Tensor]:
+        """The parameters behind the optimizer's step, without what was changed from outside since the forward pass."""
+        kept = self.start.parameters
+        return {name: kept[name] if name in self._late else value.detach() for name, value in self.parameters.items()}
 
     def pass_step(self) -> None:
         """Takes note that the optimizer has taken the step."""
@@ -67,7 +105,8 @@ class KeptState:
     def end_step(self, buffers: Tensors) -> None:
         """Keeps the model of now as the step's end, in the place of its beginning. buffers: the model's."""
         for name, parameter in self.parameters.items():
-            self.start.parameters[name].copy_(parameter.detach())
+            if name not in self._late:
+                self.start.parameters[name].copy_(parameter.detach())
         self._left = State(self.start.parameters, State({}, buffers).copy().buffers)
         self._passed = False
 

@@ -135,7 +135,7 @@ class StepObserver:
         self._last_validity.over = True
         if not self.kept.is_known:
             self.restart(buffers)
-        self.kept.begin_step(buffers)
+        self.kept.begin_step(buffers, [name for name, p, _ in self._members() if p.grad is not None])
         self._without_state = {name for name, p, _ in self._members() if not self.optimizer.state.get(p)}
         self._auxiliary = auxiliary or {}
 
@@ -159,7 +159,7 @@ class StepObserver:
         self.kept.pass_step()
         self._last_buffers = buffers
         before = self.kept.start.upcast()
-        after = State({name: p.detach() for name, p in self.parameters.items()}, buffers).upcast()
+        after = State(self.kept.now(), buffers).upcast()
         updates = {
             name: self._update(name, parameter, settings, before.parameters[name], after.parameters[name])
             for name, parameter, settings in self._members()

@@ -63,8 +63,10 @@ def explain(
             axis beside "step": "step" is the step at which the influence acts, "seen" the one whose batch the sample
             was in.
         parts: Of the steps, one row each; what is not asked for is left to the remainder. None: all, the rounding
-            summed over the groups. "momentum" is a share of "kernel".
-        window: `(first, last)`, steps first ≤ s < last; None: all.
+            summed over the groups. "momentum" is a share of "kernel"; "outside" is what something other than the
+            optimizer did to the weights since the step before (clamps, masks, copies, another optimizer).
+        window: `(first, last)`, steps first ≤ s < last; None: all. What changed the model behind the run's last step is
+            an entry of its own, numbered like the step that would follow, in windows that end there.
         quadrature: How each step is integrated; None: until the residual is at most 1e-3, with at most 64 nodes.
         close: Share the remainder out over parts and groups, so that sums are exact; `residual` stays as it was.
         memory: Bytes one pass may take (2**28 if not given): a guide by which queries and directions are cut into

@@ -144,7 +144,8 @@ class Mismatch:
             f"gradient which the optimizer saw (at step {worst} they miss it by {self.by_step[worst]:.2g} of its "
             "size), and are wrong there. Tell tracker.batch of every batch with the weights of its samples (a clipped "
             "gradient's factor among them), put the model into the mode that it was trained in, and see that "
-            "data(index) gives what it gave then",
+            "data(index) gives what it gave then, and that the loop changed no weights by itself between a forward "
+            "pass and optimizer.step()",
             SampleMismatchWarning,
             stacklevel=5,
         )

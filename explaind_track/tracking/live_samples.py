@@ -40,8 +40,9 @@ OTHER_PRECISION = 0.4
 
 ADVICE = (
     "Influences of samples are wrong until they do (those of groups are not). Tell tracker.batch of every batch of the "
-    "step, with the weights of its samples in the loss (`weight=`; the mean if not given), and return unreduced losses "
-    "in sample_loss"
+    "step, right before its forward pass, with the weights of its samples in the loss (`weight=`; the mean if not "
+    "given); return unreduced losses in sample_loss; and if the loop changes weights by itself (clamps, masks), let it "
+    "do so before the forward pass or behind optimizer.step(), not in between"
 )
 
 LOW_PRECISION_ADVICE = (

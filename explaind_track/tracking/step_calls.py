@@ -77,7 +77,7 @@ class StepCalls:
         if index is None and self._watch.records:
             refuse_unrecordable(batch)
         device = next(self.model.parameters()).device
-        self._watch.batches.local.append(make_batch(batch, index, weight, device))
+        self._watch.meet(make_batch(batch, index, weight, device))
 
     def backward(self) -> Tensor:
         """Adds the gradient of the last batch, from per-sample gradients, to the parameters' `.grad`.

@@ -12,13 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from explaind_track.core.checks import plain_number
 from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
-from explaind_track.core.step import State, Step
+from explaind_track.core.step import Batch, Step
 from explaind_track.core.tensors import Tensors
 from explaind_track.engine.integrator import buffers_moved
 from explaind_track.errors import NonFiniteError
 from explaind_track.record.writer import TrajectoryWriter
 from explaind_track.tracking.ddp import Ranks
-from explaind_track.tracking.live_samples import LiveSamples
+from explaind_track.tracking.live_samples import CHECKED_STEPS, LiveSamples
 from explaind_track.tracking.step_batches import StepBatches
 from explaind_track.tracking.stopwatch import Stopwatch
 from explaind_track.tracking.wrappers import puts_off_steps
@@ -56,6 +56,7 @@ class StepWatch:
         self.batches = StepBatches()
         self.nonfinite: list[str] = []
         """The parameters whose gradients hold numbers that are not finite."""
+        self._number = 0
         self._buffers: dict[str, Tensor] = {}
         self._auxiliary_gradients: dict[str, dict[str, Tensor]] = {}
 
@@ -72,11 +73,20 @@ class StepWatch:
             self._ranks.refuse_uneven_steps()
             self._buffers = {name: buffer.detach().clone() for name, buffer in buffers_of(self._model).items()}
             self._observer.begin(self._buffers)
+            self._observer.kept.forget_forward()
+            self._number = number
             with self._stopwatch.timed("trajectory"):
                 if self._writer is not None:
                     self._writer.begin(number, self._buffers)
             self.batches = StepBatches()
         self.open, self.taken = True, False
+
+    def meet(self, batch: Batch) -> None:
+        """Takes in a batch, right before its forward pass."""
+        kept = self._observer.kept
+        if not self.batches.local and (kept.restless or self._number < CHECKED_STEPS):
+            kept.look_before_forward()
+        self.batches.local.append(batch)
 
     def end(self) -> None:
         self.open = False
@@ -115,13 +125,13 @@ class StepWatch:
         self.batches.forget_unused_randomness(next(self._model.parameters()).device)
         self.batches.exchange(self._ranks)
         self._auxiliary_gradients = self._differentiate_auxiliary(gradients)
-        if self._samples is not None and not self.nonfinite:
-            state = State({name: p.detach() for name, p in self._observer.parameters.items()}, self._buffers)
-            trained = {name for name, p in self._observer.parameters.items() if p.requires_grad}
-            self._samples.check(self.batches, number, state, gradients, self._auxiliary_gradients, trained)
 
         # what the step starts from
         self._observer.before(self._buffers, self._auxiliary_gradients)
+        if self._samples is not None and not self.nonfinite:
+            trained = {name for name, p in self._observer.parameters.items() if p.requires_grad}
+            start = self._observer.kept.start
+            self._samples.check(self.batches, number, start, gradients, self._auxiliary_gradients, trained)
         with self._stopwatch.timed("trajectory"):
             if self._writer is not None:
                 self._writer.before(number)
