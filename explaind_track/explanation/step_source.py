@@ -118,9 +118,10 @@ class RecordedSteps(RepeatableSteps):
         self._trajectory = trajectory
 
     def __len__(self) -> int:
-        end = len(self._trajectory)
-        is_changed = self._trajectory.is_replaced(end) or not self._trajectory.outside(end).is_empty
-        return self.last - self.first + (self.last == end and is_changed)
+        count, end = self.last - self.first, len(self._trajectory)
+        if self.last < end:  # then the end of the record need not be fetched
+            return count
+        return count + (self._trajectory.is_replaced(end) or not self._trajectory.outside(end).is_empty)
 
     @property
     def fingerprint(self) -> str:
@@ -130,7 +131,8 @@ class RecordedSteps(RepeatableSteps):
     def has_outside(self) -> bool:
         recorded = self._trajectory
         numbers = range(self.first, self.last + (self.last == len(recorded)))
-        opened = (recorded.read_segment(entry) for entry in recorded.segments if entry.last >= self.first)
+        within = (entry for entry in recorded.segments if entry.first <= numbers[-1] and entry.last >= self.first)
+        opened = map(recorded.read_segment, within)
         told = (number in numbers for segment in opened for number in segment.changed_from_outside())
         return any(map(recorded.is_replaced, numbers)) or bool(recorded.outside(numbers[-1]).parameters) or any(told)
 

@@ -159,6 +159,8 @@ class TrajectoryWriter:
         """Ends the record behind step number − 1, with a keyframe that proves the last steps."""
         self._buffers, self._changed = self._model_buffers, None
         self.flush()
+        if not self._observer.kept.has_begun:  # no step was taken: the run ends where it would have begun
+            self._observer.kept.restart(self._buffers)
         changed = self._observer.kept.changes(self._buffers)
         if number not in self._keyframes or not changed.is_empty:
             self._write_keyframe(number, changed, self._observer.continues(changed))
