@@ -85,7 +85,7 @@ OF_THE_TRACKER: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), OF_THE_TRACKER, ids=str)
+@pytest.mark.parametrize(("options", "message"), OF_THE_TRACKER)
 def test_of_the_tracker(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     new = tmp_path / "t"
     with pytest.raises((TypeError, ValueError), match=message):
@@ -124,7 +124,7 @@ OF_A_BATCH: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), OF_A_BATCH, ids=str)
+@pytest.mark.parametrize(("options", "message"), OF_A_BATCH)
 def test_of_a_batch(options: dict[str, Any], message: str) -> None:
     tracker = make_job().tracker()
     with tracker.step(), pytest.raises((TypeError, ValueError), match=message):
@@ -254,7 +254,7 @@ OF_EXPLAIN: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), OF_EXPLAIN, ids=str)
+@pytest.mark.parametrize(("options", "message"), OF_EXPLAIN)
 def test_of_explain(recorded: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     job, trajectory = recorded
     out = tmp_path / "result"
