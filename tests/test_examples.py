@@ -11,7 +11,7 @@ import pytest
 from jobs import ROOT
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS | doctest.REPORT_NDIFF
-NEEDS = {"lightning.py": "lightning", "transformers.py": "transformers"}
+NEEDS = {"lightning.py": "lightning", "transformers.py": "transformers", "sample_losses.py": "transformers"}
 """The package that a file's examples need, where the development extra lacks it."""
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 

@@ -1,16 +1,24 @@
 """A Tracker in `lightning.Trainer` (the `callbacks` extra)."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from explaind_track.callbacks.base import TrackerCallbackBase, active_run, gradient_norm
+from explaind_track.callbacks.base import LoopBatch, TrackerCallbackBase, active_run, clipped_by, gradient_norm
+from explaind_track.core.checks import missing_package
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers import WandbLogger
+    from lightning.pytorch.plugins import HalfPrecision
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+except ModuleNotFoundError as error:
+    raise missing_package("lightning", "callbacks", "the callback for its Trainer") from error
 
 
 class TrackerCallback(TrackerCallbackBase, Callback):
@@ -43,19 +51,28 @@ class TrackerCallback(TrackerCallbackBase, Callback):
             raise ValueError(f"the module has {len(trainer.optimizers)} optimizers; a Tracker watches one")
         (optimizer,) = trainer.optimizers
         runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        run = runs[0] if runs else active_run()
         self._use_precision_of(trainer)
-        self.make_tracker(wrapped if all_ranks_track else pl_module, optimizer, runs[0] if runs else active_run())
+        self.make_tracker(wrapped if all_ranks_track else pl_module, optimizer, run, trainer.global_step)
+
         self._steps_closed = trainer.global_step
-        self._restore_optimizer = run_closure_first(optimizer, lambda: self._follow_clipping(trainer))
+        self._batch_at_hand: LoopBatch | None = None
+        self._norm_before_clipping: float | None = None
+        self._may_scale_gradient = any(
+            is_overridden(hook, pl_module) for hook in ("configure_gradient_clipping", "on_before_optimizer_step")
+        )
+        self._restore_optimizer = run_closure_first(optimizer, lambda: self._tell_batches(trainer, pl_module))
 
     def _use_precision_of(self, trainer: Trainer) -> None:
-        """Takes the samples' losses under the autocast that the Trainer trains with."""
+        """Takes the samples' losses in the precision that the Trainer trains with, autocast or type."""
         if not self.tells_batches:
             return
-        loss, precision = self._options["sample_loss"], trainer.precision_plugin
+        loss, precision = self._sample_loss, trainer.precision_plugin
 
         def sample_loss(model: nn.Module, batch: Any) -> Tensor:
-            with precision.forward_context():
+            # parameters of a half precision are explained in float32, where its default type has no place
+            is_upcast = isinstance(precision, HalfPrecision) and next(model.parameters()).dtype is torch.float32
+            with nullcontext() if is_upcast else precision.forward_context():
                 losses: Tensor = loss(model, batch)
             return losses
 
@@ -64,23 +81,29 @@ class TrackerCallback(TrackerCallbackBase, Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._tracks:
             self.open_step()
-            self.tell_batch(batch, batch, trainer.accumulate_grad_batches)
+            self._batch_at_hand = self.note(batch, batch) if self.tells_batches else None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Counts the batch at hand, once: where `training_step` gives no loss, it is passed over."""
+        if self._tracks and self._batch_at_hand is not None:
+            self.add_batch(self._batch_at_hand)
+            self._batch_at_hand = None
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Notes the gradient's norm: Lightning calls this before it clips."""
-        if self._tracks and self.tells_batches and trainer.gradient_clip_val:
+        if self._tracks and self.tells_batches and (trainer.gradient_clip_val or self._may_scale_gradient):
             self._norm_before_clipping = gradient_norm(pl_module)
 
-    def _follow_clipping(self, trainer: Trainer) -> None:
-        """Tells the Tracker how the Trainer has clipped, once it has."""
-        if not (self.tells_batches and trainer.gradient_clip_val):
-            return
-        if trainer.gradient_clip_algorithm == "value":
-            self.tracker.gradient_altered()
-        else:
-            self.tell_clipping(self._norm_before_clipping)
+    def _tell_batches(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells the Tracker of the step's batches, once the Trainer has clipped their gradient."""
+        before, self._norm_before_clipping = self._norm_before_clipping, None
+        by_value = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value"
+        scaled_by = None if by_value else 1.0 if before is None else clipped_by(before, gradient_norm(pl_module))
+
+        divides = pl_module.automatic_optimization
+        self.tell_batches(trainer.accumulate_grad_batches if divides else 1, scaled_by=scaled_by)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

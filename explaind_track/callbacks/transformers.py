@@ -1,30 +1,48 @@
 """A Tracker in `transformers.Trainer` (the `callbacks` extra)."""
 
+import sys
+from collections.abc import Mapping, MutableMapping
+from copy import copy
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from explaind_track.callbacks.base import TrackerCallbackBase, active_run
+from explaind_track.callbacks.base import TrackerCallbackBase, active_run, clipped_by, gradient_norm
+from explaind_track.callbacks.sample_losses import sample_losses
+from explaind_track.core.checks import missing_package
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    raise missing_package("transformers", "callbacks", "the callback for its Trainer") from error
+
+__all__ = ["TrackerCallback", "sample_losses"]
 
 
 class TrackerCallback(TrackerCallbackBase, TrainerCallback):
     """Tracks every optimizer step of the Trainer, in its main process; skipped steps leave no trace.
 
-    `sample_loss` and `index` get a batch as the keyword arguments of the model's forward pass. The Trainer's clipping
-    is followed. For the arguments see `TrackerCallbackBase.__init__`.
+    `sample_loss`, `index` and `weight` get a batch as the data loader gave it, whatever the Trainer or its
+    `compute_loss` then take out of it: `sample_loss` its tensors, the others all of it, and `num_items_in_batch` where
+    the Trainer counts items. The Trainer's scaling of losses and its clipping are followed. For models of transformers
+    there is a `sample_loss` that is ready, `sample_losses`, which follows the Trainer's label smoothing too. For the
+    arguments see `TrackerCallbackBase.__init__`.
 
     Example::
 
         from explaind_track import Query
-        from explaind_track.callbacks.transformers import TrackerCallback
+        from explaind_track.callbacks.transformers import TrackerCallback, sample_losses
 
         query = Query.function(inputs, lambda output: output.logits)
-        callback = TrackerCallback(queries={"test": query}, trajectory="runs/a")
+        callback = TrackerCallback(queries={"test": query}, sample_loss=sample_losses, trajectory="runs/a")
         Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
         callback.tracker.influence("test")
     """
+
+    _training_step: "WatchedTrainingStep | None" = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
@@ -33,40 +51,12 @@ class TrackerCallback(TrackerCallbackBase, TrainerCallback):
         if not state.is_world_process_zero:
             return
 
-        model, optimizer = around["model"], around["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-        self.make_tracker(model, optimizer, active_run())
-
-        # The Trainer hands a callback neither its batches nor the gradient before clipping: hooks do.
-        self._first_parameter = next(model.parameters())
-        self._batches_in_step = args.gradient_accumulation_steps
-        self._hooks = [
-            # no bound method: a deep copy of the model would copy the callback with it
-            model.register_forward_pre_hook(lambda *call: self._before_forward(*call), with_kwargs=True)
-        ]
-        self._norms: dict[Tensor, Tensor] = {}
-        self._follows_clipping = self.tells_batches and bool(args.max_grad_norm)
-        if self._follows_clipping:
-            self._hooks += [p.register_post_accumulate_grad_hook(self._note_norm) for p in model.parameters()]
-
-    def _before_forward(self, model: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
-        """Tells of the batch that goes into the model, unless it is the Tracker that calls the model.
-
-        A model that is told the number of items in all accumulated batches is expected to divide by it: the Trainer
-        then leaves its loss as it is, also where the model ignores the number and takes the mean of each batch.
-        """
-        is_trackers_own = next(model.parameters()) is not self._first_parameter  # it puts others in their place
-        if not self._step_is_open or is_trackers_own:
-            return
-
-        batch = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
-        divided_by_model = inputs.get("num_items_in_batch") is not None
-        self.tell_batch(batch, inputs, 1 if divided_by_model else self._batches_in_step)
-
-    def _note_norm(self, parameter: Tensor) -> None:
-        """Notes the norm of a gradient that was just added to: the last one of a step is that before clipping."""
-        assert parameter.grad is not None  # it was just added to
-        self._norms[parameter] = parameter.grad.norm()
+        if self._sample_loss is sample_losses:
+            self._options["sample_loss"] = partial(sample_losses, label_smoothing=args.label_smoothing_factor)
+        self._stop_watching()  # an attempt that was given up: `auto_find_batch_size` begins anew
+        self.make_tracker(around["model"], around["optimizer"], active_run(), state.global_step)
+        if self.tells_batches:
+            self._training_step = WatchedTrainingStep(self, trainer_of(self))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
@@ -77,10 +67,9 @@ class TrackerCallback(TrackerCallbackBase, TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
     ) -> None:
-        """Tells the Tracker how the gradient was clipped: the Trainer calls this after it has."""
-        if state.is_world_process_zero and self._follows_clipping:
-            self.tell_clipping(float(torch.stack(list(self._norms.values())).norm()))
-            self._norms = {}
+        """Tells the Tracker of the step's batches: the Trainer calls this once it has clipped their gradient."""
+        if self._training_step is not None:
+            self._training_step.tell_batches()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
         if state.is_world_process_zero:
@@ -90,6 +79,95 @@ class TrackerCallback(TrackerCallbackBase, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
     ) -> None:
         if state.is_world_process_zero:
-            for hook in self._hooks:
-                hook.remove()
+            self._stop_watching()
             self.finish_tracker()
+
+    def _stop_watching(self) -> None:
+        if self._training_step is not None:
+            self._training_step.undo()
+            self._training_step = None
+
+
+class WatchedTrainingStep:
+    """Takes the place of `training_step` in one Trainer, and calls it.
+
+    It is given the batches as the loader gave them, before any `compute_loss` takes columns out, and returns between
+    the backward pass and the clipping.
+    """
+
+    def __init__(self, callback: TrackerCallback, trainer: Trainer) -> None:
+        self._callback, self._trainer = callback, trainer
+        self._items_in_step: float | None = None
+        self._norm_before_clipping: float | None = None
+        self._own_before = trainer.__dict__.get("training_step")
+        self._call = trainer.training_step
+        trainer.training_step = self
+
+    def __call__(self, model: nn.Module, inputs: Any, *others: Any, **named: Any) -> Tensor:
+        items = others[0] if others else named.get("num_items_in_batch")
+        self._items_in_step = None if items is None else float(torch.as_tensor(items).flatten()[0])
+        noted = self._callback.note(_tensors_of(inputs), _with_items(inputs, items))
+
+        def forward_pass_begins(*_: Any) -> None:
+            nonlocal noted
+            noted = self._callback.at_forward_pass(noted)
+            first.remove()
+
+        first = model.register_forward_pre_hook(forward_pass_begins)
+        try:
+            loss: Tensor = self._call(model, inputs, *others, **named)
+        finally:
+            first.remove()
+
+        self._callback.add_batch(noted)
+        if self._trainer.args.max_grad_norm and self._trainer.accelerator.sync_gradients:
+            scaler = self._trainer.accelerator.scaler
+            norm = gradient_norm(self._callback.tracker.model)
+            self._norm_before_clipping = norm if scaler is None else norm / scaler.get_scale()
+        return loss
+
+    def tell_batches(self) -> None:
+        """Tells the Tracker of the step's batches, with how the Trainer has weighed and clipped them."""
+        before, self._norm_before_clipping = self._norm_before_clipping, None
+        scaled_by = 1.0 if before is None else clipped_by(before, gradient_norm(self._callback.tracker.model))
+        divisor = self._trainer.current_gradient_accumulation_steps
+        self._callback.tell_batches(divisor, self._items_in_step, scaled_by)
+
+    def undo(self) -> None:
+        if self._trainer.__dict__.get("training_step") is self:
+            del self._trainer.training_step
+            if self._own_before is not None:
+                self._trainer.training_step = self._own_before
+
+
+def trainer_of(callback: TrackerCallback) -> Trainer:
+    """The Trainer that is calling the callback: it tells its callbacks neither of itself nor of its batches.
+
+    Raises ValueError where something else is calling.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    raise ValueError(
+        "sample_loss= needs the batches, which this callback takes from a transformers.Trainer, and another loop has "
+        "called it: use a Tracker in that loop, or leave sample_loss= out (influences of groups are exact)"
+    )
+
+
+def _tensors_of(inputs: Any) -> Any:
+    """The tensors of a batch that have samples; of another kind than a mapping, all of it."""
+    if not isinstance(inputs, Mapping):
+        return inputs
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+
+
+def _with_items(inputs: Any, items: Any) -> Any:
+    """The batch with the number of the step's items, where the Trainer counts them."""
+    if items is None or not isinstance(inputs, MutableMapping):
+        return inputs
+    whole = copy(inputs)
+    whole["num_items_in_batch"] = items
+    return whole

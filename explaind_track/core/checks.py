@@ -150,9 +150,14 @@ def require_window(window: Any) -> tuple[int, int]:
 def require_package(module: str, extra: str, purpose: str) -> None:
     """A package that only some of what we do needs. extra: of ours, which brings it."""
     if find_spec(module) is None:
-        raise ModuleNotFoundError(
-            f"{purpose} needs {module}, which is not installed: pip install 'explaind_track[{extra}]'", name=module
-        )
+        raise missing_package(module, extra, purpose)
+
+
+def missing_package(module: str, extra: str, purpose: str) -> ModuleNotFoundError:
+    """The error for a package that is not there. extra: of ours, which brings it."""
+    return ModuleNotFoundError(
+        f"{purpose} needs {module}, which is not installed: pip install 'explaind_track[{extra}]'", name=module
+    )
 
 
 def whole_numbers(name: str, values: Any, some: bool = True) -> list[int]:

@@ -93,6 +93,10 @@ def inner(directions: Tensors, gradient: Tensors) -> Tensor:
     return torch.stack(products).sum(0)
 
 
+LOSS_ROUNDING = 1e-5
+"""The share of a gradient that rounding may have: models of float64 whose losses are computed in float32 are common."""
+
+
 class Mismatch:
     """By how much the samples' influences miss that of the gradient which the optimizer saw, step by step."""
 
@@ -109,7 +113,7 @@ class Mismatch:
     def note(self, number: int, off: float, size: float, eps: float, floor: float = 0.0) -> None:
         """Notes that at step `number`, what is of this size in arithmetic of this precision is missed by `off`.
         floor: so much may be off however small it is."""
-        allowed = eps**0.4 * size + floor
+        allowed = max(eps**0.4, LOSS_ROUNDING) * size + floor
         if not off <= allowed:  # NaN too
             self.wrong.append(number)
         self.by_step[number] = off / size if size else off
