@@ -1,11 +1,9 @@
-"""Tiny models of transformers with random weights, their data, and their samples' losses written with plain torch."""
+"""Tiny models of transformers with random weights, their data, and the losses of their samples in plain torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS, LENGTH, VOCABULARY = 7, 6, 11
@@ -18,34 +16,31 @@ class Family:
 
     id: str
     make: Callable[[], nn.Module]
-    adapted: list[str]
+    adapted: tuple[str, ...]
     """Its modules that LoRA adapts."""
-    shifted: bool
+    shifted: bool = True
     """Whether it predicts the next token; else the masked ones."""
+    single: bool = False
+    """Whether some of its arithmetic is in float32, whatever its parameters are in."""
 
     def data(self) -> dict[str, Tensor]:
-        """Sequences of several lengths, each with a first token of its own, with labels at some of them."""
-        generator = torch.Generator().manual_seed(1)
-        tokens = torch.randint(1, VOCABULARY, (ROWS, LENGTH), generator=generator)
+        """Sequences of several lengths, told from each other by their first token, with labels at some of theirs."""
+        tokens = torch.randint(1, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
         tokens[:, 0] = 1 + torch.arange(ROWS)
-        length = 3 + torch.arange(ROWS) % (LENGTH - 2)
-        mask = (torch.arange(LENGTH) < length[:, None]).long()
+        mask = (torch.arange(LENGTH) < 3 + torch.arange(ROWS)[:, None] % (LENGTH - 2)).long()
         labels = tokens.masked_fill(mask == 0, PADDING)
         if not self.shifted:
             labels = labels.masked_fill(torch.arange(LENGTH) % 2 == 0, PADDING)
-        return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+        return {"input_ids": tokens, "attention_mask": mask, "labels": labels, "index": torch.arange(ROWS)}
 
-    def losses(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """The sum of the tokens' losses for each sample."""
+    def losses(self, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        """The sum of the tokens' losses for each sample, (N,)."""
         if self.shifted:
             logits, labels = logits[:, :-1], labels[:, 1:]
         log_p = logits.log_softmax(-1)
         picked = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         by_token = -(1 - smoothing) * picked - smoothing * log_p.mean(-1)
         return (by_token * (labels != PADDING)).sum(1)
-
-    def items(self, labels: Tensor) -> int:
-        return int(((labels[:, 1:] if self.shifted else labels) != PADDING).sum())
 
 
 def gpt2(dropout: float = 0.0) -> nn.Module:
@@ -71,6 +66,7 @@ def llama() -> nn.Module:
 
 
 def bert() -> nn.Module:
+    """A masked language model, which takes the mean over each micro-batch whatever the Trainer counts."""
     import transformers
 
     config = transformers.BertConfig(
@@ -81,15 +77,8 @@ def bert() -> nn.Module:
 
 
 FAMILIES = [
-    Family("gpt2", gpt2, ["c_attn"], True),
-    Family("gpt2 with dropout", lambda: gpt2(0.2), ["c_attn"], True),
-    Family("llama", llama, ["q_proj", "v_proj"], True),
-    Family("bert", bert, ["query", "value"], False),
+    Family("gpt2", gpt2, ("c_attn",)),
+    Family("gpt2-dropout", lambda: gpt2(0.2), ("c_attn",)),
+    Family("llama", llama, ("q_proj", "v_proj"), single=True),
+    Family("bert", bert, ("query", "value"), shifted=False),
 ]
-
-
-def without_values(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in ("labels", "index")}
-
-
-__all__ = ["FAMILIES", "F", "Family", "without_values"]

@@ -251,9 +251,21 @@ def gauss_legendre(nodes: int) -> Rule:
 def reference(training: Training, target: Callable[[nn.Module], Tensor], rule: Rule) -> Reference:
     """Trains, and explains `target(model)` → (X, O), integrating every step by the rule."""
     moments = record(training)
+    return explain_moments(moments, training.optimizer, training.model, len(training.x), target, rule)
+
+
+def explain_moments(
+    moments: Sequence[Moment],
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    samples: int,
+    target: Callable[[nn.Module], Tensor],
+    rule: Rule,
+) -> Reference:
+    """Explains a training that was recorded, of so many samples; the model is copied."""
     places, size = layout(moments[0].before)
-    train, auxiliary, decay = train_features(training.optimizer, moments, len(training.x))
-    model = deepcopy(training.model).eval().requires_grad_()
+    train, auxiliary, decay = train_features(optimizer, moments, samples)
+    model = deepcopy(model).eval().requires_grad_()
 
     def value(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
         model.load_state_dict({**parameters, **buffers}, strict=False)

@@ -32,6 +32,10 @@ class LoopBatch:
     """As `sample_loss` takes it."""
     whole: Any
     """As the loop has it, for `index` and `weight`."""
+    divisor: int
+    """By which the loop divides its loss, where it does not divide by the items of the step."""
+    items_in_step: float | None
+    """The items of the whole step that the loop says it divides by, if it says so."""
     random_state: Mapping[str, Tensor]
 
 
@@ -103,9 +107,9 @@ class TrackerCallbackBase:
             self._step_context.enter_context(self.tracker.step())
             self._step_is_open, self._batches = True, []
 
-    def note(self, data: Any, whole: Any) -> LoopBatch:
+    def note(self, data: Any, whole: Any, divisor: int, items_in_step: float | None = None) -> LoopBatch:
         """Takes a batch down right before its forward pass, with all that the loop may then take out of it."""
-        return LoopBatch(copy(data), copy(whole), random_state(self._device))
+        return LoopBatch(copy(data), copy(whole), divisor, items_in_step, random_state(self._device))
 
     def at_forward_pass(self, batch: LoopBatch) -> LoopBatch:
         """The batch, with the random numbers that come next: it was noted too early."""
@@ -115,13 +119,10 @@ class TrackerCallbackBase:
         """Adds a batch to the step that is open, since a backward pass has been run for it."""
         self._batches.append(batch)
 
-    def tell_batches(self, divisor: int, items_in_step: float | None = None, scaled_by: float | None = 1.0) -> None:
+    def tell_batches(self, scaled_by: float | None = 1.0) -> None:
         """Tells the Tracker of the step's batches, right before the optimizer's step.
 
-        Args:
-            divisor: by which the loop divides the loss of each batch, where it does not divide by the step's items.
-            items_in_step: the items of the step that the loop says it divides by, if it says so.
-            scaled_by: the factor by which the loop has scaled the gradient since; None: changed it in another way.
+        scaled_by: the factor by which the loop has scaled their gradient; None: it has changed it in another way.
         """
         if not self._batches:
             return
@@ -130,7 +131,7 @@ class TrackerCallbackBase:
         if self._weight is not None:
             weights = [self._weight(batch.whole) for batch in self._batches]
         else:
-            found = self._find_weights(divisor, items_in_step, scaled_by)
+            found = self._find_weights(scaled_by)
             weights = [float(own[0]) if bool((own == own[0]).all()) else own for own in found]
 
         for batch, weight in zip(self._batches, weights, strict=True):
@@ -143,17 +144,20 @@ class TrackerCallbackBase:
         elif scaled_by != 1.0:
             self.tracker.gradient_scaled(scaled_by)
 
-    def _find_weights(self, divisor: int, items_in_step: float | None, scaled_by: float | None) -> Weights:
+    def _find_weights(self, scaled_by: float | None) -> Weights:
         """What the samples weigh, before clipping."""
         model, device = self.tracker.model, self._device
         batches = [
             Batch(tree_rows(batch.data), 1.0, None, _moved(batch.data, device), batch.random_state)
             for batch in self._batches
         ]
-        counts = [Counts.of(own.whole, batch.size) for own, batch in zip(self._batches, batches, strict=True)]
+        counts = [
+            Counts.of(own.whole, batch.size, own.divisor, own.items_in_step)
+            for own, batch in zip(self._batches, batches, strict=True)
+        ]
 
         # a gradient does not tell where it is not that of these samples alone
-        candidates = ways(counts, divisor, items_in_step)
+        candidates = ways(counts)
         if scaled_by is None or self._options.get("auxiliary") or distributed.processes() > 1:
             return next(iter(candidates.values()))
 

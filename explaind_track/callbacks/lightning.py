@@ -81,7 +81,8 @@ class TrackerCallback(TrackerCallbackBase, Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._tracks:
             self.open_step()
-            self._batch_at_hand = self.note(batch, batch) if self.tells_batches else None
+            divisor = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._batch_at_hand = self.note(batch, batch, divisor) if self.tells_batches else None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Counts the batch at hand, once: where `training_step` gives no loss, it is passed over."""
@@ -100,10 +101,7 @@ class TrackerCallback(TrackerCallbackBase, Callback):
         """Tells the Tracker of the step's batches, once the Trainer has clipped their gradient."""
         before, self._norm_before_clipping = self._norm_before_clipping, None
         by_value = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value"
-        scaled_by = None if by_value else 1.0 if before is None else clipped_by(before, gradient_norm(pl_module))
-
-        divides = pl_module.automatic_optimization
-        self.tell_batches(trainer.accumulate_grad_batches if divides else 1, scaled_by=scaled_by)
+        self.tell_batches(None if by_value else 1.0 if before is None else clipped_by(before, gradient_norm(pl_module)))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

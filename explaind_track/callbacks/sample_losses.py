@@ -77,7 +77,7 @@ def _without_adapters(model: Any) -> Any:
 def _inputs(base: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the model takes of the batch; of labels, only an encoder-decoder makes its inputs."""
     taken = set(inspect.signature(base.forward).parameters)
-    if not base.config.is_encoder_decoder or "decoder_input_ids" in batch:
+    if not _is_encoder_decoder(base) or "decoder_input_ids" in batch:
         taken -= {"labels", "label", "start_positions", "end_positions"}
     return {name: value for name, value in batch.items() if name in taken}
 
@@ -89,7 +89,11 @@ def _predicts_next_token(base: Any) -> bool:
 
     named = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     by_loss = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
-    return (named or by_loss) and not base.config.is_encoder_decoder
+    return (named or by_loss) and not _is_encoder_decoder(base)
+
+
+def _is_encoder_decoder(base: Any) -> bool:
+    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
 
 
 def _problem(base: Any, logits: Tensor, labels: Tensor) -> str:

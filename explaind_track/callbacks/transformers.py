@@ -97,7 +97,6 @@ class WatchedTrainingStep:
 
     def __init__(self, callback: TrackerCallback, trainer: Trainer) -> None:
         self._callback, self._trainer = callback, trainer
-        self._items_in_step: float | None = None
         self._norm_before_clipping: float | None = None
         self._own_before = trainer.__dict__.get("training_step")
         self._call = trainer.training_step
@@ -105,8 +104,9 @@ class WatchedTrainingStep:
 
     def __call__(self, model: nn.Module, inputs: Any, *others: Any, **named: Any) -> Tensor:
         items = others[0] if others else named.get("num_items_in_batch")
-        self._items_in_step = None if items is None else float(torch.as_tensor(items).flatten()[0])
-        noted = self._callback.note(_tensors_of(inputs), _with_items(inputs, items))
+        count = None if items is None else float(torch.as_tensor(items).flatten()[0])
+        divisor = self._trainer.current_gradient_accumulation_steps
+        noted = self._callback.note(_tensors_of(inputs), _with_items(inputs, items), divisor, count)
 
         def forward_pass_begins(*_: Any) -> None:
             nonlocal noted
@@ -130,8 +130,7 @@ class WatchedTrainingStep:
         """Tells the Tracker of the step's batches, with how the Trainer has weighed and clipped them."""
         before, self._norm_before_clipping = self._norm_before_clipping, None
         scaled_by = 1.0 if before is None else clipped_by(before, gradient_norm(self._callback.tracker.model))
-        divisor = self._trainer.current_gradient_accumulation_steps
-        self._callback.tell_batches(divisor, self._items_in_step, scaled_by)
+        self._callback.tell_batches(scaled_by)
 
     def undo(self) -> None:
         if self._trainer.__dict__.get("training_step") is self:

@@ -32,51 +32,54 @@ class Counts:
 
     rows: int
     """N, its samples."""
+    divisor: int
+    """By which the loop divides its loss, where it does not divide by the items of the step."""
+    items_in_step: float | None
+    """The items of the whole step that the loop says it divides by, if it says so."""
     labels: Mapping[str, Tensor]
     """By the way in which labels are counted: those of each sample, (N,)."""
 
     @classmethod
-    def of(cls, batch: Any, rows: int) -> "Counts":
+    def of(cls, batch: Any, rows: int, divisor: int, items_in_step: float | None) -> "Counts":
         """Counts a batch. Labels count where it has some by this name; of next tokens, the first is none."""
         given = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(given, Tensor) or given.shape[:1] != (rows,):
-            return cls(rows, {})
+            return cls(rows, divisor, items_in_step, {})
 
         counted = {"labels": given, "next labels": given[:, 1:] if given.ndim > 1 else given}
         per_sample = {name: (some != PADDING).reshape(rows, -1).sum(1) for name, some in counted.items()}
-        return cls(rows, {name: count.double().cpu() for name, count in per_sample.items()})
+        labels = {name: count.double().cpu() for name, count in per_sample.items()}
+        return cls(rows, divisor, items_in_step, labels)
 
 
-def ways(batches: Sequence[Counts], divisor: int, items_in_step: float | None) -> dict[str, Weights]:
-    """The weights of a step's samples by the ways that loops have, the likeliest first.
-
-    Args:
-        batches: The step's micro-batches.
-        divisor: By which the loop divides the loss of each, where it does not divide by the step's items.
-        items_in_step: The items of the whole step that the loop says it divides by, if it says so.
-    """
+def ways(batches: Sequence[Counts]) -> dict[str, Weights]:
+    """The weights of the samples of a step's micro-batches by the ways that loops have, the likeliest first."""
     units = {"samples": [torch.ones(batch.rows, dtype=torch.float64) for batch in batches]}
     for name in batches[0].labels:
         if all(name in batch.labels for batch in batches):
             units[name] = [batch.labels[name] for batch in batches]
 
-    scales = {" / batches": divisor, "": 1}
+    scales = {" / batches": [batch.divisor for batch in batches], "": [1] * len(batches)}
+
     # a sample's loss is the sum (it weighs as one) or the mean (it weighs as many) of what it has of a unit
     found: dict[str, Weights] = {}
-    if items_in_step is not None:
+    items = [batch.items_in_step for batch in batches]
+    if None not in items:
         for of, shares in units.items():
-            found[f"{of} / items of the step"] = [share / max(items_in_step, 1.0) for share in shares]
+            found[f"{of} / items of the step"] = [
+                share / max(count or 0.0, 1.0) for share, count in zip(shares, items, strict=True)
+            ]
     for of, shares in units.items():
         for unit, counts in units.items():
             totals = [count.sum().clamp(min=1) for count in counts]
             for how, scale in scales.items():
                 found[f"{of} / {unit} of the batch{how}"] = [
-                    share / (total * scale) for share, total in zip(shares, totals, strict=True)
+                    share / (total * by) for share, total, by in zip(shares, totals, scale, strict=True)
                 ]
             whole = torch.stack(totals).sum()
             found[f"{of} / {unit} of the step"] = [share / whole for share in shares]
         for how, scale in scales.items():
-            found[f"{of}{how}"] = [share / scale for share in shares]
+            found[f"{of}{how}"] = [share / by for share, by in zip(shares, scale, strict=True)]
     return found
 
 

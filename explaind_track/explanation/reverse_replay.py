@@ -149,7 +149,7 @@ class Mismatch:
             "size), and are wrong there. Tell tracker.batch of every batch with the weights of its samples (a clipped "
             "gradient's factor among them), put the model into the mode that it was trained in, and see that "
             "data(index) gives what it gave then, and that the loop changed no weights by itself between a forward "
-            "pass and optimizer.step()",
+            "pass and optimizer.step(). Of losses that were computed under autocast, small misses are its rounding",
             SampleMismatchWarning,
             stacklevel=5,
         )

@@ -45,6 +45,11 @@ ADVICE = (
     "do so before the forward pass or behind optimizer.step(), not in between"
 )
 
+AUTOCAST = 0.02
+"""Up to so much may be missed by what autocast rounds."""
+
+AUTOCAST_ADVICE = ". Where the loss is computed under autocast, so small a miss is its rounding"
+
 LOW_PRECISION_ADVICE = (
     "They do in the precision of training, but not in float32, as samples are explained, so that influences of samples "
     "are coarse (those of groups are not). Train float32 parameters under autocast instead, or explain groups only"
@@ -125,7 +130,7 @@ class LiveSamples:
         precision = low_precision(state.parameters)
         off = self._miss(state, batches.local, rest)
         if precision is None:
-            self._warn(number, off, MISMATCH, ADVICE)
+            self._warn(number, off, MISMATCH, ADVICE + AUTOCAST_ADVICE if off <= AUTOCAST else ADVICE)
             return
 
         eps = torch.finfo(precision).eps

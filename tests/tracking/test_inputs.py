@@ -182,7 +182,7 @@ def test_batches_that_no_record_can_hold(extra: Any, message: str, tmp_path: Pat
 
 
 def test_trees_keep_their_classes() -> None:
-    BatchEncoding = pytest.importorskip("transformers").BatchEncoding  # noqa: N806
+    from transformers import BatchEncoding
     from transformers.modeling_outputs import CausalLMOutput
 
     x = torch.arange(6.0).reshape(3, 2)

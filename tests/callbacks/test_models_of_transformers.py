@@ -1,0 +1,65 @@
+"""GPT-2, Llama and BERT in a loop of one's own and in the Trainer: influences are those of plain autograd on copies."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from loops_hf import LOOPS, VARIANTS, Variant, measure
+from models_hf import FAMILIES, Family
+
+from explaind_track.errors import SampleMismatchWarning
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore", "error::explaind_track.errors.SampleMismatchWarning"),  # of the hosts
+    pytest.mark.usefixtures("closing_wandb"),
+]
+
+FAST = {
+    ("own loop", "gpt2-dropout", "checkpointing"), ("own loop", "llama", "compile"), ("own loop", "bert", "lora"),
+    ("own loop", "gpt2", "bfloat16"), ("trainer", "gpt2", "lora"), ("trainer", "llama", "accumulation"),
+    ("trainer", "bert", "accumulation"), ("trainer", "gpt2-dropout", "smoothing"), ("trainer", "llama", "autocast"),
+}  # fmt: skip
+"""Those that every run of the tests has; `pytest -m slow tests/callbacks` has all."""
+
+COMBINATIONS = [
+    pytest.param(
+        *(loop, family, variant),
+        id=f"{loop}-{family.id}-{variant.id}",
+        marks=[] if (loop, family.id, variant.id) in FAST else pytest.mark.slow,
+    )
+    for loop in LOOPS
+    for family in FAMILIES
+    for variant in VARIANTS
+]
+
+
+@contextmanager
+def rounding_is_told(variant: Variant) -> Iterator[None]:
+    """Samples' gradients may miss the step's under autocast, and only there; then it is said that this is why."""
+    if not variant.autocast:
+        yield
+        return
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yield
+    missed = [str(one.message) for one in told if one.category is SampleMismatchWarning]
+    assert all("autocast" in message for message in missed)
+
+
+@pytest.mark.parametrize(("loop", "family", "variant"), COMBINATIONS)
+def test_influences_are_those_of_plain_autograd(loop: str, family: Family, variant: Variant, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft" if variant.lora else "accelerate")
+    with rounding_is_told(variant):
+        run = LOOPS[loop](family, variant, tmp_path / "t")
+        errors = measure(run, tmp_path / "t")
+    assert run.tracker.number == len(run.witness.steps)
+    assert float(run.tracker.influence("q").residual.max()) < 0.5
+
+    # losses are float32 in models of float64 too; forward mode and the optimizer have two digits in bfloat16
+    exact = 1e-5 if loop == "trainer" or family.single else 1e-9
+    assert errors.gradient <= (0.03 if variant.rounded else exact)
+    assert errors.groups <= (0.1 if variant.rounded else exact)
+    assert errors.samples <= (0.3 if variant.rounded else exact)
