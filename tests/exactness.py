@@ -31,6 +31,7 @@ HEAD = """# What is exact
 Written by `python tests/exactness.py` from the cases and loops that the tests run over (float64 unless said; the
 largest error of all steps, relative to the largest number). *Oracle*: the plain loops of `reference.py`, at equal
 nodes. *Residual*: what the refined split of a step leaves of the change of the prediction (1e-9 asked of the loops).
+Models of transformers have [a table of their own](callbacks/README.md).
 
 """
 REFUSED = {
@@ -55,6 +56,8 @@ REFUSED = {
         "a warning: something other than its steps has changed that state; explain a window= before that, or one so "
         "long after it that momentum has forgotten it"
     ),
+    "samples in transformers' callback, called by another loop than a Trainer": "use a Tracker in that loop",
+    "a callback whose package is missing": "pip install 'explaind_track[callbacks]'",
     "resume=True in several processes": "load your own checkpoint in every process, and pass the number of its step",
     "samples in several processes, in a callback that does not see the DistributedDataParallel": (
         "use a Tracker of the DistributedDataParallel in your own loop"

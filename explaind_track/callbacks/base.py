@@ -32,8 +32,9 @@ class LoopBatch:
     """As `sample_loss` takes it."""
     whole: Any
     """As the loop has it, for `index` and `weight`."""
-    divisor: int
-    """By which the loop divides its loss, where it does not divide by the items of the step."""
+    divisor: int | None
+    """By which the loop divides its loss, where it does not divide by the items of the step; None: the number of the
+    step's batches."""
     items_in_step: float | None
     """The items of the whole step that the loop says it divides by, if it says so."""
     random_state: Mapping[str, Tensor]
@@ -107,7 +108,7 @@ class TrackerCallbackBase:
             self._step_context.enter_context(self.tracker.step())
             self._step_is_open, self._batches = True, []
 
-    def note(self, data: Any, whole: Any, divisor: int, items_in_step: float | None = None) -> LoopBatch:
+    def note(self, data: Any, whole: Any, divisor: int | None, items_in_step: float | None = None) -> LoopBatch:
         """Takes a batch down right before its forward pass, with all that the loop may then take out of it."""
         return LoopBatch(copy(data), copy(whole), divisor, items_in_step, random_state(self._device))
 
@@ -152,7 +153,7 @@ class TrackerCallbackBase:
             for batch in self._batches
         ]
         counts = [
-            Counts.of(own.whole, batch.size, own.divisor, own.items_in_step)
+            Counts.of(own.whole, batch.size, own.divisor or len(batches), own.items_in_step)
             for own, batch in zip(self._batches, batches, strict=True)
         ]
 

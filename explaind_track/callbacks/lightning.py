@@ -58,8 +58,9 @@ class TrackerCallback(TrackerCallbackBase, Callback):
         self._steps_closed = trainer.global_step
         self._batch_at_hand: LoopBatch | None = None
         self._norm_before_clipping: float | None = None
-        self._may_scale_gradient = any(
-            is_overridden(hook, pl_module) for hook in ("configure_gradient_clipping", "on_before_optimizer_step")
+        hooks = ("configure_gradient_clipping", "on_after_backward", "on_before_optimizer_step")
+        self._may_scale_gradient = not pl_module.automatic_optimization or any(
+            is_overridden(hook, pl_module) for hook in hooks
         )
         self._restore_optimizer = run_closure_first(optimizer, lambda: self._tell_batches(trainer, pl_module))
 
@@ -81,7 +82,7 @@ class TrackerCallback(TrackerCallbackBase, Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._tracks:
             self.open_step()
-            divisor = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            divisor = trainer.accumulate_grad_batches if pl_module.automatic_optimization else None
             self._batch_at_hand = self.note(batch, batch, divisor) if self.tells_batches else None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -90,12 +91,12 @@ class TrackerCallback(TrackerCallbackBase, Callback):
             self.add_batch(self._batch_at_hand)
             self._batch_at_hand = None
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Notes the gradient's norm: Lightning calls this before it clips."""
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the gradient's norm, before the Trainer or the module can have scaled it."""
         if self._tracks and self.tells_batches and (trainer.gradient_clip_val or self._may_scale_gradient):
-            self._norm_before_clipping = gradient_norm(pl_module)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            norm = gradient_norm(pl_module)
+            self._norm_before_clipping = norm if scaler is None else norm / scaler.get_scale()
 
     def _tell_batches(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells the Tracker of the step's batches, once the Trainer has clipped their gradient."""

@@ -53,7 +53,7 @@ class TrajectoryWriter:
                 "it by Tracker(…, resume=True)"
             )
         self._observer, self._every = observer, keyframe_every
-        self._model_buffers = buffers_of(model)
+        self._model = model
         self._device = next(model.parameters()).device
 
         # where the run could be taken up
@@ -76,6 +76,11 @@ class TrajectoryWriter:
             raise TrajectoryError(f"{self.directory} cannot be made: {error}") from error
         self._lock = Lock(self.directory)
         self._manifest.write(self.directory)
+
+    @property
+    def _model_buffers(self) -> Tensors:
+        """The model's as they are now; it may have been given others (averaging weights resets batch norms so)."""
+        return buffers_of(self._model)
 
     def begin(self, number: int, buffers: Tensors) -> None:
         """As step `number` begins, before anything random is drawn for it: this is where the run could be taken up.

@@ -1,5 +1,7 @@
 """A Tracker in the loops of Lightning and transformers: the same influences, to the bit, as in a loop of our own."""
 
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,17 @@ def test_lightning_samples_are_those_of_its_precision(trainer_options: dict[str,
     trainer.fit(Module(), data)
     assert float(callback.tracker.influence("test").residual.max()) < 1e-3
     assert [batch.clipped for batch in Trajectory.open(tmp_path / "t").batches(0)] == [clip is not None]
+
+
+@pytest.mark.parametrize("package", ["lightning", "transformers"])
+def test_a_missing_package_is_named_with_its_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"explaind_track.callbacks.{package}", raising=False)
+    needed = f"needs {package}, which is not installed: pip install 'explaind_track\\[callbacks\\]'"
+    with pytest.raises(ModuleNotFoundError, match=needed):
+        import_module(f"explaind_track.callbacks.{package}")
 
 
 def test_several_processes_have_samples_of_their_own() -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from jobs import TESTS
 from loops_hf import LOOPS, VARIANTS, Variant, measure
 from models_hf import FAMILIES, Family
 
@@ -21,7 +22,7 @@ FAST = {
     ("own loop", "gpt2", "bfloat16"), ("trainer", "gpt2", "lora"), ("trainer", "llama", "accumulation"),
     ("trainer", "bert", "accumulation"), ("trainer", "gpt2-dropout", "smoothing"), ("trainer", "llama", "autocast"),
 }  # fmt: skip
-"""Those that every run of the tests has; `pytest -m slow tests/callbacks` has all."""
+"""Those that every run of the tests has; `pytest -m slow tests/callbacks` has the others."""
 
 COMBINATIONS = [
     pytest.param(
@@ -63,3 +64,11 @@ def test_influences_are_those_of_plain_autograd(loop: str, family: Family, varia
     assert errors.gradient <= (0.03 if variant.rounded else exact)
     assert errors.groups <= (0.1 if variant.rounded else exact)
     assert errors.samples <= (0.3 if variant.rounded else exact)
+
+
+def test_the_page_tells_of_every_combination() -> None:
+    page = (TESTS / "callbacks" / "README.md").read_text()
+    for loop in LOOPS:
+        for family in FAMILIES:
+            for variant in VARIANTS:
+                assert f"| {loop} | {family.id} | {variant.id} |" in page, "run `python tests/exactness_hf.py`"
