@@ -57,6 +57,7 @@ REFUSED = {
         "long after it that momentum has forgotten it"
     ),
     "samples in transformers' callback, called by another loop than a Trainer": "use a Tracker in that loop",
+    "samples of a model that Fabric runs in another precision": "pass the module itself, fabric_model.module",
     "a callback whose package is missing": "pip install 'explaind_track[callbacks]'",
     "resume=True in several processes": "load your own checkpoint in every process, and pass the number of its step",
     "samples in several processes, in a callback that does not see the DistributedDataParallel": (

@@ -55,3 +55,13 @@ def through_own_step(samples: PerSampleGradients, step: Step, features: Tensors)
     everything = {"all": list(directions)}
     products = [samples.products(step.before, batch, directions, everything)[0, 0] for batch in step.batches]
     return torch.cat(products).cpu()
+
+
+def of_gradient(step: Step, features: Tensors) -> float:
+    """What the step's whole gradient, but for that of auxiliary losses, did in that step: its samples' sum."""
+    products = [
+        (update.adjoint(feature) * update.kernel_gradient()).sum()
+        for name, feature in features.items()
+        if not (update := step.updates[name]).frozen
+    ]
+    return float(torch.stack(products).sum()) if products else 0.0

@@ -18,7 +18,7 @@ from explaind_track.core.tensors import Tensors, low_precision, upcast
 from explaind_track.engine.batch_losses import SampleLoss, upcast_batch
 from explaind_track.engine.features import Features
 from explaind_track.engine.per_sample import PerSampleGradients
-from explaind_track.engine.sample_influence import SampleInfluence, through_own_step
+from explaind_track.engine.sample_influence import SampleInfluence, of_gradient, through_own_step
 from explaind_track.errors import SampleMismatchWarning
 from explaind_track.record import history
 from explaind_track.tracking import sample_panels
@@ -31,6 +31,9 @@ CHECK_EVERY = 500
 
 MISMATCH = 1e-3
 """The share of its norm by which the samples' gradients may miss the step's gradient before it is said, in float32."""
+
+TABLE_MISMATCH = 0.02
+"""The share of its samples' influences by which a table may miss the whole gradient's: more than autocast rounds."""
 
 SAME_PRECISION = 0.6
 """In bfloat16 and float16, eps to this power (5% and 1.6%), for gradients of samples in training's own arithmetic."""
@@ -74,6 +77,7 @@ class LiveSamples:
         # not alone: each direction runs the batch as training did, with its random numbers and its company
         self._samples = PerSampleGradients(model, sample_loss, alone=False)
         self._live, self._ranks, self._map_queries, self._render = live, ranks, map_queries, render
+        self._table_was_wrong = False
 
     def gradient(self, state: State, batches: StepBatches) -> tuple[dict[str, Tensor], Tensor]:
         """The last batch's gradient by parameter, from per-sample gradients, and its loss.
@@ -162,6 +166,25 @@ class LiveSamples:
             )
         return wrong
 
+    def _check_table(self, samples: SampleInfluence, step: Step, of_gradient: float) -> None:
+        """Compares the sum of a table's influences with that of the step's gradient, which costs nothing beside them.
+
+        Warns with SampleMismatchWarning, once in a run.
+        """
+        if self._table_was_wrong or step.precision is not None or any(batch.clipped for batch in step.batches):
+            return
+        off, size = abs(float(samples.influence.sum()) - of_gradient), float(samples.influence.abs().sum())
+        self._table_was_wrong = not off <= TABLE_MISMATCH * max(size, abs(of_gradient))
+        if self._table_was_wrong and self._ranks.rank == 0:
+            total = float(samples.influence.sum())
+            warnings.warn(
+                f"the influences in the table of step {step.number} add up to {total:.3g}, but "
+                f"the gradient that the optimizer saw has {of_gradient:.3g}: clipping that the Tracker was not told of "
+                "does this (use tracker.clip_grad_norm_, or tell tracker.gradient_scaled by which factor). " + ADVICE,
+                SampleMismatchWarning,
+                stacklevel=3,
+            )
+
     def explain(self, batches: StepBatches, step: Step) -> "StepSamples":
         """The influences of all ranks' samples on the first loss query; every rank calls it."""
         mine = batches.local if step.precision is None else [upcast_batch(batch) for batch in batches.local]
@@ -173,9 +196,9 @@ class LiveSamples:
             mean = Features(integrator.functional, replace(query, reduction="mean"), integrator.memory)
             return {name: rows.sum(0) for name, rows in mean.of(step, nodes).items()}
 
-        samples = SampleInfluence.together(
-            self._ranks.gather(SampleInfluence.of(self._samples, local, features(query)))
-        )
+        slopes = features(query)
+        samples = SampleInfluence.together(self._ranks.gather(SampleInfluence.of(self._samples, local, slopes)))
+        self._check_table(samples, step, of_gradient(step, slopes))
         if not self._map_queries:
             return StepSamples(samples, batches.norms, batches.ids, None, self._render)
 

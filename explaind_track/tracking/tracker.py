@@ -133,7 +133,7 @@ class Tracker(StepCalls, Findings):
         every, samples_every, map_queries, keyframe_every, memory, resume = arguments.check_numbers(
             every, samples_every, map_queries, keyframe_every, memory, resume
         )
-        ranks = Ranks(plain_model(model))
+        ranks = Ranks(plain_model(model, sample_loss is not None))
         model = ranks.model
         parameters = parameters_of(model)
         self.optimizer, self.every, self.samples_every = plain_optimizer(optimizer), every, samples_every

@@ -16,9 +16,19 @@ def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer  # type: ignore[no-any-return]
 
 
-def plain_model(model: Any) -> nn.Module:
-    """The module that was given to Fabric, whose parameters have their plain names."""
+def plain_model(model: Any, has_samples: bool) -> nn.Module:
+    """The module that was given to Fabric, whose parameters have their plain names.
+
+    Raises ValueError where samples' losses are asked for, which Fabric computes in another precision than the module.
+    """
     while _is_one_of(model, MODELS):
+        precision = type(model._strategy.precision).__name__
+        if has_samples and precision != "Precision":
+            raise ValueError(
+                f"Fabric runs the model in a precision of its choice ({precision}), which sample_loss= cannot follow: "
+                "pass the module itself, fabric_model.module, and a sample_loss that converts its inputs and enters "
+                "autocast as Fabric does, or leave sample_loss= out (influences of groups are exact)"
+            )
         model = model.module
     return model  # type: ignore[no-any-return]
 

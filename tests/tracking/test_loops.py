@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import OPTIMIZERS
 from exactness import measure
 from jobs import TESTS
@@ -15,6 +16,7 @@ from outside_loops import OUTSIDE_LOOPS
 from torch import nn
 
 from explaind_track import Query, Tracker
+from explaind_track.errors import SampleMismatchWarning
 
 
 @pytest.mark.parametrize("loop", [*LOOPS, *LOW_PRECISION_LOOPS, *OUTSIDE_LOOPS], ids=lambda loop: loop.id)
@@ -98,3 +100,27 @@ def test_names_of_parts_are_no_names_of_auxiliary_losses() -> None:
     model = nn.Linear(4, 3)
     with pytest.raises(ValueError, match="kernel"):
         tracked(model, torch.optim.SGD(model.parameters()), auxiliary={"kernel": lambda model: model.weight.sum()})
+
+
+def test_clipping_that_begins_late_is_noticed_by_the_tables() -> None:
+    """Though the gradients of samples are compared with the step's in the first three steps only."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.arange(8) % 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = Tracker(
+        model, optimizer, queries={"test": Query.loss(x, y).mean()}, samples_every=1,
+        sample_loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
+    )  # fmt: skip
+
+    def step(clip: float) -> None:
+        with tracker.step():
+            optimizer.zero_grad()
+            tracker.batch((x, y), index=torch.arange(8))
+            F.cross_entropy(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+
+    for _ in range(4):
+        step(100.0)
+    with pytest.warns(SampleMismatchWarning, match=r"table of step 4 .* clipping that the Tracker was not told of"):
+        step(0.01)

@@ -1,4 +1,4 @@
-"""A Tracker of what Accelerate prepares: the same influences, to the bit, as in the loop without it."""
+"""A Tracker of what Accelerate prepares and Fabric sets up: the same influences, to the bit, as in a plain loop."""
 
 from pathlib import Path
 from typing import Any
@@ -87,3 +87,39 @@ def test_what_accelerate_prepares_is_tracked(accumulated: int, steps: int, tmp_p
     ]  # fmt: skip
     xr.testing.assert_identical(*samples)
     assert float(samples[0]["mismatch"].max()) < 1e-8
+
+
+def test_what_fabric_sets_up_is_tracked(tmp_path: Path) -> None:
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    model, optimizer, loader = made()
+    prepared, stepping = fabric.setup(model, optimizer)
+    tracker = tracker_of(prepared, stepping, tmp_path / "a")
+    assert list(tracker.groups) == ["0", "1", "4"]
+    for batch in loader:
+        with tracker.step():
+            stepping.zero_grad()
+            tracker.batch(batch[:2], index=batch[2])
+            fabric.backward(losses(prepared, batch).mean())
+            tracker.clip_grad_norm_(0.05)
+            stepping.step()
+    tracker.finish()
+
+    model, optimizer, loader = made()
+    plain = tracker_of(model, optimizer, tmp_path / "b")
+    for batch in loader:
+        with plain.step():
+            optimizer.zero_grad()
+            plain.batch(batch[:2], index=batch[2])
+            losses(model, batch).mean().backward()
+            plain.clip_grad_norm_(0.05)
+            optimizer.step()
+    plain.finish()
+    xr.testing.assert_identical(tracker.influence("test").data, plain.influence("test").data)
+
+
+def test_samples_in_a_precision_of_fabrics_choice_are_refused(tmp_path: Path) -> None:
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    model, optimizer, _ = made()
+    prepared, stepping = fabric.setup(model, optimizer)
+    with pytest.raises(ValueError, match="pass the module itself"):
+        tracker_of(prepared, stepping, tmp_path / "t")
