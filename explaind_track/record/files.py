@@ -50,27 +50,49 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Writes the file whole, through to the disk, or not at all. Raises TrajectoryError where it cannot."""
     scratch = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         with scratch.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # else a crash may leave the new name with nothing behind it
         scratch.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise TrajectoryError(
             f"could not write {path} ({len(content)} bytes): {error}. What was written before is whole; make room or "
-            "give write access, then go on with Tracker(…, resume=True)"
+            "give write access, and go on: a run with Tracker(…, resume=True), anything else by the same call again"
         ) from error
+
+
+def make_directory(directory: Path) -> None:
+    """Makes the directory and those above it, through to the disk. Raises OSError where it cannot."""
+    if not directory.is_dir():
+        make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Writes the directory's names through to the disk: until then, a crash of the machine may take back a file that
+    was made, renamed or removed in it."""
+    if fcntl is None:
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> tuple[int, str]:
     """Writes one safetensors file with `header` as JSON in its metadata. Returns its size in bytes and its sha256."""
     metadata = {METADATA: json.dumps(header)}
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    sha256 = hashlib.sha256(content).hexdigest()
     write_atomic(path, content)
-    return len(content), hashlib.sha256(content).hexdigest()
+    return len(content), sha256
 
 
 def file_sha256(path: Path) -> str:

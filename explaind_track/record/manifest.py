@@ -15,7 +15,8 @@ from explaind_track.record.files import file_sha256, write_atomic, write_tensors
 from explaind_track.record.schema import FORMAT
 
 MANIFEST = "manifest.json"
-PATHS = re.compile(r"(keyframes|steps)/\d{8,18}\.safetensors")
+KEYFRAMES, STEPS = "keyframes", "steps"
+PATHS = re.compile(rf"({KEYFRAMES}|{STEPS})/\d{{8,18}}\.safetensors")
 """The names of a trajectory's files: nothing else is read, and nothing outside of its directory."""
 
 
@@ -40,24 +41,28 @@ class Entry:
 
     @classmethod
     def write(
-        cls, directory: Path, path: str, first: int, last: int, tensors: Mapping[str, Tensor], header: Any
+        cls, directory: Path, folder: str, first: int, last: int, tensors: Mapping[str, Tensor], header: Any
     ) -> "Entry":
-        """Writes the file, and returns its entry. Raises TrajectoryError where it cannot be written."""
+        """Writes a file, and returns its entry. Raises TrajectoryError where it cannot be written.
+
+        What the manifest on disk names is never written over, for until another manifest is there, that is the
+        trajectory: a file for the same steps gets another name, with 9 digits for 8.
+        """
+        path = f"{folder}/{first:08}.safetensors"
+        if (directory / path).exists() and any(path == entry.path for entry in Manifest.read(directory).entries):
+            path = f"{folder}/{first:09}.safetensors"
         size, sha256 = write_tensors(directory / path, tensors, header)
         return cls(path, first, last, size, sha256)
 
     @property
-    def other_path(self) -> str:
-        """A name for what takes the file's place, beside which it stays until the manifest has changed from one to the
-        other: its number with 9 digits for 8, or with 8 for 9."""
-        folder, _, number = self.path.removesuffix(".safetensors").partition("/")
-        digits = 9 if len(number) == 8 else 8
-        return f"{folder}/{self.first:0{digits}}.safetensors"
+    def folder(self) -> str:
+        """`KEYFRAMES` or `STEPS`."""
+        return self.path.split("/")[0]
 
     @property
     def is_keyframe(self) -> bool:
         """A checkpoint; otherwise a segment of steps."""
-        return self.path.startswith("keyframes/")
+        return self.folder == KEYFRAMES
 
     def verify(self, directory: Path) -> None:
         """Raises TrajectoryError unless the file in `directory` is, byte for byte, the one that was written."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from explaind_track.core.tensors import same_bits
 from explaind_track.errors import ResumeWarning
 from explaind_track.record.files import Lock
 from explaind_track.record.history import HISTORY, steps_logged
-from explaind_track.record.manifest import MANIFEST, Entry, Manifest
+from explaind_track.record.manifest import KEYFRAMES, MANIFEST, PATHS, STEPS, Entry, Manifest
 from explaind_track.record.replay import Replay
 from explaind_track.record.run_directory import FINISHED, TIE, is_finished
 from explaind_track.record.schema import (
@@ -77,18 +78,27 @@ def _check_run(trajectory: Trajectory, directory: Path, head: Mapping[str, Any])
 
 
 def _only_begun(directory: Path) -> bool:
-    """Whether no step has been written; what an interrupted beginning has left is removed then."""
+    """Whether no step has been written. What interruptions have left is removed: files half written, files that the
+    manifest does not name, and all of a beginning without a step."""
     for path in directory.rglob("*.part"):
         path.unlink()
 
+    # without a manifest nobody can tell which files are left over
     if (directory / MANIFEST).is_file():
-        if Manifest.read(directory).entries:
+        entries = Manifest.read(directory).entries
+        named = {entry.path for entry in entries}
+        for path in directory.glob("*/*"):
+            name = path.relative_to(directory).as_posix()
+            if PATHS.fullmatch(name) and name not in named:
+                path.unlink()
+        if entries:
             return False
-        # no step: then neither the rows nor the W&B run are any that could be gone on with
-        for name in (MANIFEST, HISTORY, TIE, FINISHED):
+
+        # neither the rows nor the W&B run are any that could be gone on with; the manifest goes last
+        for name in (HISTORY, TIE, FINISHED, MANIFEST):
             (directory / name).unlink(missing_ok=True)
 
-    for folder in ("keyframes", "steps"):
+    for folder in (KEYFRAMES, STEPS):
         if (directory / folder).is_dir() and not any((directory / folder).iterdir()):
             (directory / folder).rmdir()
     return not any(directory.iterdir())
@@ -150,12 +160,13 @@ def _cut(trajectory: Trajectory, at: int, changed: State, device: torch.device) 
         if entry.first < at < entry.last:
             tensors, header = trajectory.read_segment(entry).before(at)
             tensors |= outside_tensors(at, changed) | random_tensors(random_state(device))
-            kept.append(Entry.write(directory, entry.other_path, entry.first, at, tensors, header))
+            kept.append(Entry.write(directory, STEPS, entry.first, at, tensors, header))
 
     shortened = Manifest(manifest.head, tuple(kept))
     shortened.write(directory)
-    for path in {entry.path for entry in manifest.entries} - {entry.path for entry in kept}:
-        (directory / path).unlink()
+    for path in {entry.path for entry in manifest.entries} - {entry.path for entry in kept} | {FINISHED}:
+        with suppress(OSError):  # left over, it is removed when the run is resumed
+            (directory / path).unlink()
     return Trajectory(directory, shortened)
 
 

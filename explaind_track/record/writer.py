@@ -1,10 +1,12 @@
 """Writes the record of a training run while it trains; `schema` says what is in its files."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
@@ -12,8 +14,8 @@ from explaind_track.core.rng import random_state
 from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import Tensors
 from explaind_track.errors import TrajectoryError
-from explaind_track.record.files import Lock
-from explaind_track.record.manifest import Entry, Manifest
+from explaind_track.record.files import Lock, make_directory
+from explaind_track.record.manifest import KEYFRAMES, STEPS, Entry, Manifest
 from explaind_track.record.schema import (
     SegmentDraft,
     StepRecord,
@@ -63,7 +65,7 @@ class TrajectoryWriter:
         """What had been changed from outside since the last step; None: what is changed now."""
 
         self._manifest = Manifest(head_of(model, observer), tuple(entries or ()))
-        self._keyframes = {entry.first: entry for entry in self._manifest.entries if entry.is_keyframe}
+        self._keyframes = {entry.first for entry in self._manifest.entries if entry.is_keyframe}
         self._written_once: set[str] = set()
         self._draft = SegmentDraft(self._written_once)
         self._last = SegmentDraft(self._written_once)
@@ -71,7 +73,7 @@ class TrajectoryWriter:
         until the next one begins."""
 
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
         except OSError as error:
             raise TrajectoryError(f"{self.directory} cannot be made: {error}") from error
         self._lock = Lock(self.directory)
@@ -156,8 +158,7 @@ class TrajectoryWriter:
         first, last = draft.first, draft.first + len(draft.steps)
         changed = self._observer.kept.changes(self._buffers) if self._changed is None else self._changed
         tensors = draft.tensors | outside_tensors(last, changed) | random_tensors(self._random)
-        header = {"steps": draft.steps}
-        self._add(Entry.write(self.directory, f"steps/{first:08}.safetensors", first, last, tensors, header))
+        self._write(STEPS, first, last, tensors, {"steps": draft.steps})
         self._draft = SegmentDraft(self._written_once)
 
     def close(self, number: int) -> None:
@@ -180,17 +181,19 @@ class TrajectoryWriter:
             | outside_tensors(number, changed)
             | random_tensors(self._random)
         )
-        header = keyframe_header(self._observer, continues)
-        before = self._keyframes.get(number)
-        path = f"keyframes/{number:08}.safetensors" if before is None else before.other_path
-        entry = Entry.write(self.directory, path, number, number, tensors, header)
-        self._keyframes[number] = entry
-        self._add(entry, before)
-        if before is not None:
-            (self.directory / before.path).unlink()
+        self._write(KEYFRAMES, number, number, tensors, keyframe_header(self._observer, continues))
+        self._keyframes.add(number)
 
-    def _add(self, entry: Entry, instead_of: Entry | None = None) -> None:
-        """Enters a file into the manifest; again, if an interruption came before the end of `flush`."""
-        others = (other for other in self._manifest.entries if other != instead_of and other.path != entry.path)
-        self._manifest = Manifest(self._manifest.head, (*others, entry))
-        self._manifest.write(self.directory)
+    def _write(self, folder: str, first: int, last: int, tensors: Mapping[str, Tensor], header: Any) -> None:
+        """Writes a file and enters it into the manifest, in the place of the one that holds the same step already: of a
+        keyframe that something has changed the model behind, or of a segment that an interruption came to."""
+        entry = Entry.write(self.directory, folder, first, last, tensors, header)
+        same = [other for other in self._manifest.entries if (other.folder, other.first) == (folder, first)]
+        others = (other for other in self._manifest.entries if other not in same)
+        manifest = Manifest(self._manifest.head, (*others, entry))
+
+        manifest.write(self.directory)
+        self._manifest = manifest
+        for before in same:
+            with suppress(OSError):  # left over, it is removed when the run is resumed
+                (self.directory / before.path).unlink()

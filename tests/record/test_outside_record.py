@@ -24,7 +24,7 @@ from explaind_track import Quadrature, Query, Tracker, Trajectory, explain
 from explaind_track.core.step import State
 from explaind_track.errors import ResumeWarning, SampleMismatchWarning
 from explaind_track.record.history import read_rows
-from explaind_track.record.manifest import Entry, Manifest
+from explaind_track.record.manifest import KEYFRAMES, Entry, Manifest
 from explaind_track.record.schema import checkpoint_tensors, keyframe_header, share_tensors
 
 STEPS = 12
@@ -55,15 +55,15 @@ def as_written_before(directory: Path) -> Trajectory:
         tensors = {name: file[name] for name in file.names if not name.startswith("outside:")}
         changed = entry.is_keyframe and not trajectory.outside(entry.first).is_empty
         if not changed:
-            entries.append(Entry.write(directory, entry.other_path, entry.first, entry.last, tensors, file.header))
+            entries.append(Entry.write(directory, entry.folder, entry.first, entry.last, tensors, file.header))
 
     for number in range(1, len(trajectory) + 1):
         if not trajectory.outside(number).is_empty:
             replay = trajectory.replay(number)
             tensors = checkpoint_tensors(replay.observer, State(replay.parameters, replay.buffers))
             tensors |= share_tensors(replay.observer)
-            path, header = f"keyframes/{number:08}.safetensors", keyframe_header(replay.observer, False)
-            entries.append(Entry.write(directory, path, number, number, tensors, header))
+            header = keyframe_header(replay.observer, False)
+            entries.append(Entry.write(directory, KEYFRAMES, number, number, tensors, header))
     Manifest(trajectory.manifest.head, tuple(entries)).write(directory)
     return Trajectory.open(directory)
 
