@@ -8,6 +8,8 @@ from importlib.metadata import version
 
 from explaind_track import analysis, errors
 from explaind_track.analysis.step_audit import audit
+from explaind_track.checkpoints.checkpoint import Checkpoint
+from explaind_track.checkpoints.series import CheckpointSeries
 from explaind_track.core.groups import resolve_groups
 from explaind_track.core.influence import Influence
 from explaind_track.core.observer import StepObserver
@@ -44,6 +46,9 @@ __all__ = [  # noqa: RUF022 (by use)
     "Influence",
     "open_influence",
     "audit",
+    # explain a run that nobody watched, from its checkpoints
+    "CheckpointSeries",
+    "Checkpoint",
     # extend: optimizers and loops of one's own
     "update_rule",
     "Rule",

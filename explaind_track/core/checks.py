@@ -61,6 +61,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
+def first_few(names: Sequence[str], most: int = 8) -> str:
+    """Names in a message: the first of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def plain_number(value: Any) -> Any:
     """Python's number for one of NumPy's or a tensor's; anything else as it is."""
     is_number = isinstance(value, np.generic) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)

@@ -8,6 +8,8 @@ FileExistsError, as everywhere in Python. Each message says what to do.
 
 __all__ = [
     "AuditWarning",
+    "CheckpointError",
+    "CheckpointWarning",
     "ForwardModeFallbackWarning",
     "GradientMismatchWarning",
     "LoggingWarning",
@@ -44,6 +46,23 @@ class TrajectoryError(RuntimeError):
     Raised on opening, replaying, fetching, sending and going on with a record: a file of it is missing, torn, altered
     or of another format; the replay misses a keyframe; another process is writing there; or W&B does not give or has
     not taken all of it. The message names the file, and the command to repeat where repeating helps.
+    """
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint, or a series of them, is not what it has to be to explain the run that wrote it.
+
+    A file is missing, torn, of another kind or would have to be unpickled; its names, shapes or types are not the
+    model's; the optimizer's state belongs to other parameters; or what it says of the learning rate contradicts itself.
+    Raised before any work; the message names the file, what was expected and what to do.
+    """
+
+
+class CheckpointWarning(UserWarning):
+    """Something about a checkpoint cannot be known from its files, or limits what its numbers mean.
+
+    Weights in bfloat16 without a float32 copy, of which training's own step moves only a part; settings that two files
+    tell differently. `CheckpointSeries.check` lists all of it before any work.
     """
 
 

@@ -1,0 +1,105 @@
+"""A checkpoint of a run that nobody watched: the model's weights, and the optimizer as it would take the next step."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from explaind_track.checkpoints.optimizer_state import SavedOptimizer, build_optimizer
+from explaind_track.checkpoints.weights import put_into
+
+
+class Checkpoint(ABC):
+    """One state of a run on disk; each format is a subclass that reads its files, and is listed in `formats`.
+
+    Nothing is read before it is asked for, nothing is unpickled, and nothing is ever written to the folder.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from safetensors.torch import save_file
+        >>> from explaind_track import CheckpointSeries
+        >>> model = torch.nn.Linear(2, 1)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     folder = Path(directory) / "step100"
+        ...     folder.mkdir()
+        ...     save_file({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, folder / "model.safetensors")
+        ...     (checkpoint,) = CheckpointSeries.open(directory)
+        ...     checkpoint.load(model)
+        ...     checkpoint.step, model.weight.tolist(), checkpoint.optimizer(model)
+        (100, [[1.0, 1.0]], None)
+    """
+
+    format: ClassVar[str]
+    """What wrote such files, in words."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Use `CheckpointSeries.open`, which finds out the format.
+
+        Args:
+            path: The folder or file.
+            step: The number of optimizer steps that were taken before it was written.
+        """
+        self.path = path
+        self.step = step
+
+    @classmethod
+    @abstractmethod
+    def find(cls, path: Path) -> Sequence[Self]:
+        """The checkpoints of this format that a folder is; none where it is of another.
+
+        Raises:
+            CheckpointError: It is of this format, but something is missing of it.
+        """
+
+    @abstractmethod
+    def weights(self) -> Mapping[str, Tensor]:
+        """The model's tensors by the names in the files, each read when it is asked for."""
+
+    @abstractmethod
+    def saved_optimizer(self, model: nn.Module) -> SavedOptimizer | None:
+        """The optimizer's settings as of the next step and its state, by the parameters' names; None if there is none.
+
+        Args:
+            model: Of the checkpoint's architecture: formats without names go by the order of its parameters.
+
+        Raises:
+            CheckpointError: The files are torn, of another kind, or do not fit the model.
+        """
+
+    def load(self, model: nn.Module) -> None:
+        """Writes the checkpoint's weights and buffers into the model, in place; tied weights once.
+
+        Args:
+            model: Of the checkpoint's architecture, in a type that holds the file's numbers exactly: bfloat16 weights
+                go into a float32 model, float32 weights into a float32 or float64 one.
+
+        Raises:
+            CheckpointError: The files are torn, or hold other names, shapes or types than the model; all are named
+                and nothing is written.
+        """
+        put_into(model, self.weights(), self.path)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
+        """The optimizer over the model's parameters, with the checkpoint's state and the settings of its next step.
+
+        The state is mapped from the file, not copied, where it is in the parameters' type: it takes the memory that
+        training takes for it, and writing to it does not reach the file.
+
+        Args:
+            model: Of the checkpoint's architecture; its weights need not be loaded.
+
+        Returns:
+            The optimizer; None where the checkpoint holds weights alone.
+
+        Raises:
+            CheckpointError: The state is torn, does not fit the model's parameters, or the optimizer is unknown.
+        """
+        saved = self.saved_optimizer(model)
+        return None if saved is None else build_optimizer(saved, model, self.path)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at step {self.step}: {self.path}>"

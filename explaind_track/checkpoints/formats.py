@@ -1,0 +1,19 @@
+"""Every format of checkpoints that can be read; the first whose `find` finds any has the folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from explaind_track.checkpoints.checkpoint import Checkpoint
+from explaind_track.checkpoints.trainer import TrainerCheckpoint
+from explaind_track.checkpoints.weights_alone import WeightsAlone
+
+FORMATS: tuple[type[Checkpoint], ...] = (TrainerCheckpoint, WeightsAlone)
+
+
+def checkpoints_in(path: Path) -> Sequence[Checkpoint]:
+    """The checkpoints that a folder is; none where no format is recognised."""
+    for format_ in FORMATS:
+        found = format_.find(path)
+        if found:
+            return found
+    return ()
