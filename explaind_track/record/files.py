@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -26,24 +27,48 @@ METADATA = "explaind_track"
 
 
 class Lock:
-    """Keeps other processes from writing to a directory for as long as this process lives, however it ends."""
+    """Keeps other processes from writing to a directory for as long as this process lives, however it ends.
+
+    A process that is forked from this one does not hold it: it may outlive this one, as workers of a data loader do.
+    """
+
+    _descriptor: int | None = None
 
     def __init__(self, directory: Path) -> None:
         """Raises TrajectoryError if another process (or another Lock of this one) holds it."""
         if fcntl is None:
             return
         self._descriptor = os.open(directory, os.O_RDONLY)
+        _held.add(self)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._descriptor)
+            self.release()
             raise TrajectoryError(
-                f"another process is writing to {directory}; wait for it to end, or name another directory"
+                f"another process is writing to {directory}, or a Tracker of this one that is not finished: wait for "
+                "it to end, call finish(), or name another directory"
             ) from None
 
     def release(self) -> None:
-        if fcntl is not None:
-            os.close(self._descriptor)
+        """Lets go of the directory; a second time, of nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    __del__ = release
+
+
+_held: WeakSet[Lock] = WeakSet()
+
+
+def _forget_locks() -> None:
+    """In a process that was just forked: closes its copies of the descriptors, which would hold the locks."""
+    for lock in _held:
+        lock.release()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

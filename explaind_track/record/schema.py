@@ -312,9 +312,11 @@ class SegmentDraft:
         }
 
     def _once(self, kind: str, tensor: Tensor) -> str:
-        """Keeps a tensor unless the trajectory has it already; returns its name, which is its content's hash."""
+        """Keeps a tensor unless the trajectory has it already; returns its name, the hash of all that it is."""
         content = tensor.detach().cpu().contiguous()
-        name = f"{kind}:{hashlib.sha256(content.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:32]}"
+        described = f"{content.dtype} {tuple(content.shape)}:".encode()
+        bits = content.reshape(-1).view(torch.uint8).numpy().tobytes()
+        name = f"{kind}:{hashlib.sha256(described + bits).hexdigest()[:32]}"
         if name not in self._written:
             self._keep(name, content.clone())
             self._written.add(name)

@@ -24,7 +24,9 @@ class Findings:
 
         Raises:
             ValueError: If there is none: the Tracker was made without `trajectory=`.
+            RuntimeError: In a process that was forked from that of the Tracker.
         """
+        self._outputs.refuse_fork()
         if self._outputs.writer is None:
             raise ValueError("this Tracker records nothing; make it with trajectory=, a directory for the record")
         self._outputs.writer.flush()

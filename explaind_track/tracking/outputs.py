@@ -1,6 +1,7 @@
 """The outputs of a Tracker: rows to the panels, steps to the record on this disk, the record to W&B."""
 
 import atexit
+import os
 import signal
 import sys
 import threading
@@ -60,6 +61,7 @@ class Outputs:
     ) -> None:
         """sections, configuration: see `Panels`."""
         self.writer = writer
+        self._process = os.getpid()
         self.seen = run is not None or writer is not None
         """Whether anybody will see what goes out."""
         directory = None if writer is None else writer.directory
@@ -73,9 +75,23 @@ class Outputs:
         self.call_off_exit = before_exit(self._leave) if self.seen else lambda: None
         """Calls off what is done where the process goes before the end of the run."""
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is another process, forked from that of the Tracker, to which run and record belong."""
+        return os.getpid() != self._process
+
+    def refuse_fork(self) -> None:
+        """Raises RuntimeError in a forked process."""
+        if self.is_forked:
+            raise RuntimeError(
+                f"this process was forked from {self._process}, whose Tracker this is and who goes on with it: train "
+                "there, or make a Tracker with another trajectory= here"
+            )
+
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """One row of the panels."""
-        self.panels.log({AXIS: step, **row})
+        """One row of the panels; none in a forked process."""
+        if not self.is_forked:
+            self.panels.log({AXIS: step, **row})
 
     def end_rows(self) -> None:
         """Waits until W&B has the rows, or gives up; `send` tells of it."""
@@ -102,6 +118,8 @@ class Outputs:
 
     def _leave(self) -> None:
         """Saves what can be saved as the process goes."""
+        if self.is_forked:
+            return
         if self.writer is not None:
             self.writer.leave()
         self.panels.close()

@@ -213,7 +213,7 @@ class Tracker(StepCalls, Findings):
         A skipped one leaves no trace; with one that `accelerator.accumulate()` has put off, the next goes on.
 
         Raises:
-            RuntimeError: If a step is open already.
+            RuntimeError: If a step is open already, and in a process that was forked from that of the Tracker.
 
         Example:
             >>> import torch
@@ -227,6 +227,7 @@ class Tracker(StepCalls, Findings):
             >>> tracker.number
             1
         """
+        self._outputs.refuse_fork()
         self._watch.begin(self.number)
         try:
             with self._stopwatch.step():
@@ -266,7 +267,7 @@ class Tracker(StepCalls, Findings):
 
     def finish(self) -> None:
         """Ends the record, removes the hooks and logs the trajectory as an artifact of the run. Influences can still be
-        asked for.
+        asked for. In a process that was forked from that of the Tracker, it does nothing.
 
         Where W&B has not confirmed it within ten minutes, a warning names what is missing and the command to send it.
 
@@ -278,6 +279,8 @@ class Tracker(StepCalls, Findings):
             >>> tracker = Tracker(model, optimizer, queries={"test": Query.outputs(torch.ones(2, 4))})
             >>> tracker.finish()
         """
+        if self._outputs.is_forked:
+            return
         for hook in self._hooks:
             hook.remove()
         self._outputs.call_off_exit()
@@ -295,6 +298,7 @@ class Tracker(StepCalls, Findings):
 
     def _before(self, arguments: tuple[Any, ...], compiled: bool) -> None:
         """arguments: those of the optimizer's `step`; compiled: whether that is."""
+        self._outputs.refuse_fork()
         self._observer.compiled = compiled
         self._watch.before(self.number, arguments)
         if not self._watch.skipped and self._watch.batches.loss is not None:

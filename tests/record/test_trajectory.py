@@ -124,6 +124,22 @@ def test_batches_come_back_with_their_indices_and_each_index_set_once(tmp_path: 
     assert len(copies) == 1
 
 
+def test_weights_of_equal_bytes_come_back_as_they_were(tmp_path: Path) -> None:
+    job = make_job()
+    given = [torch.zeros(8), torch.zeros(4, dtype=torch.float64), torch.zeros(16, dtype=torch.bfloat16)]
+    tracker = job.tracker(trajectory=tmp_path / "t", sample_loss=None)
+    for weight in given:
+        with tracker.step():
+            tracker.batch(job.x[: len(weight)], index=torch.zeros(len(weight), dtype=torch.int32), weight=weight)
+            job.model(job.x).sum().backward()
+            job.optimizer.step()
+    tracker.finish()
+    for step, weight in enumerate(given):
+        (batch,) = Trajectory.open(tmp_path / "t").batches(step)
+        assert (batch.weight.dtype, batch.weight.shape) == (weight.dtype, weight.shape)
+        assert batch.index.tolist() == [0] * len(weight)
+
+
 def test_batches_without_an_index_are_stored_themselves(tmp_path: Path) -> None:
     job = make_job()
     tracker = job.tracker(trajectory=tmp_path / "t", sample_loss=None)
