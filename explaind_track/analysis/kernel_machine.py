@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from explaind_track.core.checks import require_int
 from explaind_track.core.groups import GroupSpec, resolve_groups
-from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query, require_query
 from explaind_track.core.step import Batch, Step
 from explaind_track.engine.functional import Functional
@@ -185,7 +184,7 @@ def kernel_machine(
         outputs=count,
         gradients=gradients,
     )
-    resolved = resolve_groups(groups, parameters_of(model))
+    resolved = resolve_groups(groups, model)
     plan = SamplePlan(source, model, query, resolved, (*keep, "sample"), axis, quadrature, memory, progress)
     influence = plan.run().data
     return _labelled(

@@ -110,7 +110,7 @@ def similarity(
     source = StepSource.of(steps, model, window).repeatable()
     query = fitted_query(model, query)
     chosen = choose_samples(source, sample_loss, data, samples)
-    resolved = resolve_groups(groups, parameters_of(model))
+    resolved = resolve_groups(groups, model)
 
     # as many samples, outputs and steps at a time as the memory holds
     bytes_each = explained_bytes(parameters_of(model))

@@ -113,7 +113,7 @@ def audit_step(
     started = perf_counter()
     counts = (("samples=", samples, 0), ("targets=", targets, 1), ("nodes=", nodes, 1))
     samples, targets, nodes = (require_int(name, value, least) for name, value, least in counts)
-    query, resolved = fitted_query(model, query), resolve_groups(groups, step.before.parameters)
+    query, resolved = fitted_query(model, query), resolve_groups(groups, model)
     findings = [*_of_groups(step, model, query, resolved, targets, nodes)]
     findings += _of_parameters(step, model, query, nodes)
     if sample_loss is not None and step.batches:

@@ -5,29 +5,41 @@ from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Any
 
-from explaind_track.core.checks import require_int, require_mapping, shown
+from torch import nn
+
+from explaind_track.core import architectures
+from explaind_track.core.checks import first_few, require_int, require_mapping, require_one_of, shown
+from explaind_track.core.modules import parameters_of
 
 Groups = Mapping[str, Sequence[str]]
 """The parameters of each group, by the group's name."""
 
-GroupSpec = int | Mapping[str, str | Sequence[str]] | None
-"""A caller's groups: a module depth, or for each group a pattern (or several, or plain parameter names)."""
+GroupSpec = int | str | Mapping[str, str | Sequence[str]] | None
+"""A caller's groups: a module depth, `"type"`, `"layer"` or `"tensor"`, or for each group a pattern (or several, or
+plain parameter names)."""
+
+BY_ARCHITECTURE = ("type", "layer", "tensor")
 
 
-def resolve_groups(spec: GroupSpec, parameters: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def resolve_groups(spec: GroupSpec, parameters: Iterable[str] | nn.Module) -> dict[str, tuple[str, ...]]:
     """The parameters of every group.
 
     Args:
         spec: None or a depth (None is 1) groups by the first so many parts of the parameters' module path, so that `2`
             puts `attention.encoder.weight` into `attention.encoder`. A mapping gives each group's patterns, in which
-            `*` stands for anything: `{"attention": "attention.*", "mlp": ["linear1.*", "linear2.*"]}`.
-        parameters: The names of the model's parameters.
+            `*` stands for anything: `{"attention": "attention.*", "mlp": ["linear1.*", "linear2.*"]}`. `"type"` groups
+            a transformer's parameters by what they are (`embedding`, `attention.q`, `mlp.up`, `norm`, `head` …), by the
+            names that the architectures of the package transformers give them; `"layer"` by depth (`embedding`,
+            `layer.00`, … `norm`, `head`; of other models by numbered modules, else by module); `"tensor"` each alone.
+        parameters: The names of the model's parameters; or the model, whose tied weights are told then: one that
+            embeds tokens and makes the logits is of the type `embedding+head`.
 
     Returns:
         The groups in the order of the mapping, or of their first parameters; each parameter in exactly one.
 
     Raises:
-        ValueError: Parameters are in no group or in two, or groups hold none; all of them are named.
+        ValueError: Parameters are in no group or in two, groups hold none, or `"type"` does not know what some are; all
+            of them are named.
 
     Example:
         >>> from explaind_track import resolve_groups
@@ -38,8 +50,14 @@ def resolve_groups(spec: GroupSpec, parameters: Iterable[str]) -> dict[str, tupl
         ['embedding', 'blocks.0', 'blocks.1']
         >>> resolve_groups({"first": ["embedding.*", "blocks.0.*"], "last": "blocks.1.*"}, names)["last"]
         ('blocks.1.weight',)
+        >>> names = ["wte.weight", "h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "ln_f.weight"]
+        >>> list(resolve_groups("type", names)), list(resolve_groups("layer", names))
+        (['embedding', 'attention.qkv', 'mlp.up', 'norm'], ['embedding', 'layer.0', 'norm'])
     """
-    names = list(parameters)
+    aliases = _aliases(parameters)
+    names = list(aliases)
+    if isinstance(spec, str):
+        return _by_architecture(spec, aliases)
     if spec is None or isinstance(spec, Integral):
         return _by_depth(require_int("groups= (a module depth)", 1 if spec is None else spec, 1), names)
 
@@ -71,6 +89,37 @@ def resolve_groups(spec: GroupSpec, parameters: Iterable[str]) -> dict[str, tupl
     return groups
 
 
+def _aliases(parameters: Iterable[str] | nn.Module) -> dict[str, list[str]]:
+    """Every parameter's first name, with all of its names."""
+    if not isinstance(parameters, nn.Module):
+        return {name: [name] for name in parameters}
+    first = {id(value): name for name, value in parameters_of(parameters).items()}
+    found: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, value in parameters_of(parameters, aliases=True).items():
+        found[first[id(value)]].append(name)
+    return found
+
+
+def _by_architecture(spec: str, aliases: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
+    """By what transformers name their modules. aliases: of each parameter."""
+    require_one_of("groups= (if not a depth, or patterns such as {'attention': 'attention.*'})", spec, BY_ARCHITECTURE)
+    if spec == "tensor":
+        return {name: (name,) for name in aliases}
+
+    places = {name: place for name, known in aliases.items() if (place := architectures.place_of(known)) is not None}
+    unknown = [name for name in aliases if name not in places]
+    if spec == "layer":
+        return _by_number(list(aliases)) if unknown else architectures.by_layer(places)
+    if unknown:
+        raise ValueError(
+            f"groups='type' goes by the names that transformers give their modules, and does not know what "
+            f"{first_few(unknown, 20)} {'is' if len(unknown) == 1 else 'are'} ({len(places)} of {len(aliases)} "
+            "parameters were recognised). Give the groups as patterns, such as {'attention': '*.attn.*', …}, or use "
+            "groups='layer' or 'tensor'"
+        )
+    return architectures.by_type(places)
+
+
 def _patterns(spec: Any) -> dict[str, tuple[str, ...]]:
     """The patterns of each group. Raises TypeError for what is no mapping of patterns."""
     require_mapping("groups=", spec, "{'attention': 'attention.*', 'mlp': ['linear1.*', 'linear2.*']}, or a depth")
@@ -88,4 +137,14 @@ def _by_depth(depth: int, names: list[str]) -> dict[str, tuple[str, ...]]:
     for name in names:
         module = name.split(".")[:-1] or [name]  # a parameter of the model itself is a group by itself
         groups.setdefault(".".join(module[:depth]), []).append(name)
+    return {group: tuple(members) for group, members in groups.items()}
+
+
+def _by_number(names: list[str]) -> dict[str, tuple[str, ...]]:
+    """By numbered modules (`blocks.3`), and what is in none by its module."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        module = name.split(".")[:-1] or [name]
+        number = next((place for place, part in enumerate(module, 1) if part.isdecimal()), len(module))
+        groups.setdefault(".".join(module[:number]), []).append(name)
     return {group: tuple(members) for group, members in groups.items()}

@@ -10,7 +10,6 @@ from torch import nn
 from explaind_track.core.checks import require_callable, require_int, require_names
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.influence import Influence
-from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query, require_query
 from explaind_track.core.step import Step
 from explaind_track.engine.batch_losses import SampleLoss
@@ -181,7 +180,7 @@ def plan_explanation(
     keep = require_names("keep=", keep, "axis", some=False)
     parts = None if parts is None else require_names("parts=", parts, "part")
     memory = require_int("memory= (bytes)", memory, 1)
-    resolved = resolve_groups(groups, parameters_of(model))
+    resolved = resolve_groups(groups, model)
     if not {"sample", "seen"} & set(keep):
         make = partial(Explainer, model, query, resolved, [keep], parts, quadrature, close, memory)
         return GroupPlan(source, make, memory, progress, out)

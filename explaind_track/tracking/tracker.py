@@ -137,7 +137,7 @@ class Tracker(StepCalls, Findings):
         model = ranks.model
         parameters = parameters_of(model)
         self.optimizer, self.every, self.samples_every = plain_optimizer(optimizer), every, samples_every
-        self.groups = resolve_groups(groups, parameters)
+        self.groups = resolve_groups(groups, model)
         arguments.check_groups_shown(self.groups)
         self.quadrature = quadrature or Quadrature.fixed(1)
         """With `parts`, what `explain` has to be told to give the same numbers from the record."""
