@@ -82,10 +82,11 @@ def load_config(path: Path) -> DictConfig:
 # ------------------------------------------------------------------ results
 
 
-def output_directory(config: DictConfig, recipe: str) -> Path:
+def output_directory(config: DictConfig, recipe: str, resumable: bool = False) -> Path:
     """Makes the directory for a run's results, `config.out` or a fresh one, and writes the configuration into it.
 
-    Exits with a message if the directory holds anything.
+    Exits with a message if the directory holds anything; where a recipe is resumable, anything but a run of the same
+    configuration, which is gone on with.
     """
     if config.out is None:
         stem = f"runs/{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -93,12 +94,27 @@ def output_directory(config: DictConfig, recipe: str) -> Path:
         out = next(path for path in candidates if not path.exists())
     else:
         out = Path(config.out)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if resumable and (out / "config.yaml").is_file():
+            _require_same(config, load_config(out / "config.yaml"), out)
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             sys.exit(f"out={out} holds a run already; name a new directory, or remove that one first")
 
     out.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, out / "config.yaml")
     return out
+
+
+def _require_same(config: DictConfig, recorded: DictConfig, out: Path) -> None:
+    """Exits with the settings that differ from those of the run in `out`."""
+    own, theirs = (OmegaConf.to_container(one) for one in (config, recorded))
+    assert isinstance(own, dict)
+    assert isinstance(theirs, dict)
+    other = [f"{key}={theirs.get(key)}" for key in own if own[key] != theirs.get(key) and key != "out"]
+    if other:
+        sys.exit(
+            f"out={out} holds a run with other settings: {', '.join(other)}. Repeat these to go on with it, or name a "
+            "new directory"
+        )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

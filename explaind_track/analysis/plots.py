@@ -17,7 +17,7 @@ EARLY_STEPS = 10
 """An optimizer's first steps move a model by far more than all others do: they do not set the scale."""
 
 
-def _figure(width: float, height: float) -> "Figure":
+def empty_figure(width: float, height: float) -> "Figure":
     """An empty figure, in inches."""
     require_package("matplotlib", "plots", "a figure")
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit
 
     influence: kept over step and group. accuracy: "step", and any curves by their name. unit: of the query's outputs.
     """
-    figure = _figure(11, 6.5)
+    figure = empty_figure(11, 6.5)
     axes = figure.subplots(2, 2, sharex=True)
 
     for name, values in accuracy.items():
@@ -59,7 +59,7 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit
 def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int | str]) -> "Figure":
     """Draws how much training samples changed the loss of single queries, as a heat map of changes (queries,
     samples)."""
-    figure = _figure(2 + 0.35 * len(samples), 1.5 + 0.3 * len(changes))
+    figure = empty_figure(2 + 0.35 * len(samples), 1.5 + 0.3 * len(changes))
     axis = figure.subplots()
     limit = float(abs(changes).max()) or 1.0
     image = axis.imshow(changes, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
@@ -73,7 +73,7 @@ def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int | str]) ->
 def cosine_map(cosines: "np.ndarray[Any, Any]") -> "Figure":
     """Draws how alike the training samples' influences on two queries are, as a heat map of cosines (queries,
     queries)."""
-    figure = _figure(2.5 + 0.3 * len(cosines), 1.5 + 0.3 * len(cosines))
+    figure = empty_figure(2.5 + 0.3 * len(cosines), 1.5 + 0.3 * len(cosines))
     axis = figure.subplots()
     image = axis.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
     axis.set_xlabel("query")
