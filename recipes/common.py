@@ -109,7 +109,7 @@ def _require_same(config: DictConfig, recorded: DictConfig, out: Path) -> None:
     own, theirs = (OmegaConf.to_container(one) for one in (config, recorded))
     assert isinstance(own, dict)
     assert isinstance(theirs, dict)
-    other = [f"{key}={theirs.get(key)}" for key in own if own[key] != theirs.get(key) and key != "out"]
+    other = [f"{key}={theirs.get(key)!s}" for key in map(str, own) if own[key] != theirs.get(key) and key != "out"]
     if other:
         sys.exit(
             f"out={out} holds a run with other settings: {', '.join(other)}. Repeat these to go on with it, or name a "
@@ -120,19 +120,6 @@ def _require_same(config: DictConfig, recorded: DictConfig, out: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes what a recipe has found, for people too."""
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as text in columns; numbers with four digits, None as a dash."""
-
-    def cell(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
-        return "–" if value is None else str(value)
-
-    cells = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in cells)
 
 
 def over_seeds(results: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:

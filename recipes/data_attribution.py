@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from explaind_track import Quadrature, Query, explain
+from explaind_track.core.tables import table
 from recipes import images
-from recipes.common import Run, configure, output_directory, save_figures, table, write_json
+from recipes.common import Run, configure, output_directory, save_figures, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,8 +14,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from explaind_track import Quadrature, Query, Task, Trajectory, explain
+from explaind_track.core.tables import table
 from recipes import images, modulo_addition
-from recipes.common import configure, output_directory, table, write_json
+from recipes.common import configure, output_directory, write_json
 
 PARTS = ("kernel", "regularization")
 """Those of Theorem 3.1; the rounding of float arithmetic is left to the residual."""

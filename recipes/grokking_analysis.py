@@ -21,7 +21,8 @@ from torch import Tensor
 
 from explaind_track import Quadrature, Query, explain
 from explaind_track.analysis import sample_cosine
-from recipes.common import Run, configure, output_directory, save_figures, table, write_json
+from explaind_track.core.tables import table
+from recipes.common import Run, configure, output_directory, save_figures, write_json
 from recipes.grokking_figures import draw_balance, draw_cosines, draw_lasso, draw_maps, draw_phases, span
 from recipes.grokking_phases import CLAIMS, Phases
 from recipes.modulo_addition import GROUPS, finished, sample_loss

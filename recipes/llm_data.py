@@ -44,7 +44,7 @@ class Corpus:
 
 
 def load(config: DictConfig, languages: Sequence[str], seed: int) -> Corpus:
-    """The documents of these languages, in an order of the seed's, split. Exits with a sentence where there are none."""
+    """The documents of these languages, in an order of the seed's, split; exits with a sentence for lack of them."""
     if config.path is not None and config.hub is not None:
         sys.exit("data.path= and data.hub= say two different places: leave one of them out")
     if config.hub is not None:
@@ -136,8 +136,9 @@ def _of_hub(config: DictConfig, language: str) -> list[str]:
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # no network, no such set, no such column
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         sys.exit(
-            f"could not load {language} of data.hub={config.hub} from the Hugging Face hub: {reason}\nTo go on, connect "
-            "to the network, or say where texts are on this disk (data.path=DIRECTORY with a folder for each language)"
+            f"could not load {language} of data.hub={config.hub} from the Hugging Face hub: {reason}\nTo go on, "
+            "connect to the network, or say where texts are on this disk: data.path=DIRECTORY, with a folder for each "
+            "language"
         )
     return texts
 
@@ -166,9 +167,7 @@ def train_tokenizer(documents: Documents, size: int) -> "PreTrainedTokenizerFast
 
 def write_rows(path: Path, documents: Documents) -> None:
     """Writes documents as JSON lines, as `explaind-track checkpoints` reads them."""
-    lines = (
-        json.dumps({"text": text, "source": language}) for language, texts in documents.items() for text in texts
-    )
+    lines = (json.dumps({"text": text, "source": language}) for language, texts in documents.items() for text in texts)
     path.write_text("\n".join(lines) + "\n")
 
 

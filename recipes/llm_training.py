@@ -42,7 +42,7 @@ def make_model(config: DictConfig, tokens: int) -> "LlamaForCausalLM":
 def train(
     config: DictConfig, sequences: Sequences, tokenizer: "PreTrainedTokenizerBase", seed: int, directory: Path
 ) -> list[dict[str, float]]:
-    """Trains, or goes on where the last checkpoint in `directory` is, and keeps the checkpoints of `config.checkpoints`.
+    """Trains, or goes on from the last checkpoint in `directory`; keeps the checkpoints of `config.checkpoints`.
 
     Args:
         config: The recipe's settings.

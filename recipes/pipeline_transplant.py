@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from explaind_track import resolve_groups
-from recipes.common import Run, configure, output_directory, save_figures, table, write_json
+from explaind_track.core.tables import table
+from recipes.common import Run, configure, output_directory, save_figures, write_json
 from recipes.data import Split
 from recipes.modulo_addition import GROUPS, accuracies, accuracy, finished, fresh_model, make_optimizer
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from explaind_track import Quadrature, Query, explain
 from explaind_track.analysis import accuracy_curve, step_scores
+from explaind_track.core.tables import table
 from recipes import images
 from recipes.common import (
     Run,
@@ -25,7 +26,6 @@ from recipes.common import (
     output_directory,
     over_seeds,
     save_figures,
-    table,
     write_json,
 )
 from recipes.data import Split

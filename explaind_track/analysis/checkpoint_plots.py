@@ -1,4 +1,4 @@
-"""Figures of a run's checkpoints: which part of the model learned when (Fig. 6, 14 and 15 of the paper). Needs matplotlib.
+"""Figures of a run's checkpoints: which part of the model learned when (Fig. 6, 14, 15). Needs matplotlib.
 
 All take *changes of the loss*, −Ψ, so that below zero is learning, over (part, step, group). With an axis `seed` beside
 them, lines are means over the seeds, and bands reach from the least to the largest.
@@ -90,7 +90,9 @@ def _lines(axis: "Axes", values: xr.DataArray, title: str, ordered: bool = False
         mean = one.mean("seed") if "seed" in one.dims else one
         axis.plot(steps, mean.values, style, label=str(group), color=color, linewidth=1.3, marker=".", markersize=3)
         if "seed" in one.dims:
-            axis.fill_between(steps, one.min("seed").values, one.max("seed").values, color=color, alpha=0.12, linewidth=0)
+            axis.fill_between(
+                steps, one.min("seed").values, one.max("seed").values, color=color, alpha=0.12, linewidth=0
+            )
     axis.axhline(0, color="gray", linewidth=0.6)
     axis.legend(fontsize=7, ncols=2 if len(groups) > 6 else 1)
     _finish(axis, title, steps)
@@ -103,7 +105,9 @@ def _heat_map(axis: "Axes", values: xr.DataArray, title: str) -> None:
     signed = bool((cells < 0).any())
     limit = float(np.quantile(abs(cells), 0.98)) or 1.0
 
-    colors = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "magma", "vmin": 0, "vmax": limit}
+    colors: dict[str, Any] = (
+        {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "magma", "vmin": 0, "vmax": limit}
+    )
     image = axis.imshow(cells, aspect="auto", origin="lower", interpolation="nearest", **colors)
     axis.set_yticks(range(len(cells)), [str(group) for group in mean["group"].values], fontsize=7)
     every = -(-len(mean["step"]) // 12)

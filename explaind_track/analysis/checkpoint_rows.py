@@ -1,9 +1,8 @@
-"""What was found at each checkpoint, as rows: for summary.json and the table, and for the panels as live runs have them."""
+"""What was found at each checkpoint, as rows of a table and as rows of the panels, with the keys of live runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from explaind_track.record.history import (
@@ -30,8 +29,8 @@ Changes = Mapping[str, xr.DataArray]
 def panel_row(row: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
     """A checkpoint's row of the panels, with the keys of live ones (see `record.history`).
 
-    The first grouping owns the plain names (`kernel/<group>`, `loss/kernel/<group>`); of the others, changes of the loss
-    stand under their name (`layer/kernel/<group>`). The target is one number, so that an importance is an absolute change.
+    The first grouping owns the plain names (`kernel/<group>`, `loss/kernel/<group>`); of the others, changes of the
+    loss stand under their name (`layer/kernel/<group>`). The target is one number: an importance is an absolute change.
 
     row: of `summary.json`.
     """
@@ -65,7 +64,10 @@ def _differences(changes: xr.DataArray) -> dict[str, float]:
     if not {"kernel", "regularization"} <= set(changes["part"].values):
         return {}
     difference = changes.sel(part="regularization") - changes.sel(part="kernel")
-    found = {importance_key(DIFFERENCE, str(group)): float(difference.sel(group=group)) for group in difference["group"].values}
+    found = {
+        importance_key(DIFFERENCE, str(group)): float(difference.sel(group=group))
+        for group in difference["group"].values
+    }
     return {**found, importance_key(DIFFERENCE, TOTAL): float(difference.sum())}
 
 
@@ -76,16 +78,3 @@ def group_totals(changes: xr.DataArray) -> list[dict[str, Any]]:
         {"group": str(group), **{str(part): float(means.sel(part=part, group=group)) for part in means["part"].values}}
         for group in means["group"].values
     ]
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as text in columns."""
-
-    def cell(value: Any) -> str:
-        if isinstance(value, float | np.floating):
-            return f"{value:.4f}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}"
-        return "–" if value is None else str(value)
-
-    cells = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in cells)

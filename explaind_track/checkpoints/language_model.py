@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from explaind_track.checkpoints.sequences import IGNORED, Row, Sequences, make_sequences
+from explaind_track.checkpoints.sequences import Row, Sequences, make_sequences
 from explaind_track.core.checks import require_int, require_package
 from explaind_track.errors import CheckpointError
 

@@ -1,6 +1,6 @@
-"""Rows of text or tokens in JSON lines, as token sequences of one length: read, packed or padded, and drawn by a mixture.
+"""Rows of text or tokens in JSON lines, as sequences of one length: read, packed or padded, drawn by a mixture.
 
-A row is `{"text": "…"}` or `{"input_ids": [5, 8, …]}`, and may say the `"source"` it comes from, a language for example.
+A row is `{"text": "…"}` or `{"input_ids": [5, 8, …]}`, and may say the `"source"` it comes from, such as a language.
 """
 
 import json
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,8 +185,8 @@ def _tokens_of(row: Row, encode: Encode | None, end: int | None, vocabulary: int
 
     if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
         raise ValueError(
-            f"{name}, line {row.line}: token {wrong[0]} is not one of the model's {vocabulary} (0 to {vocabulary - 1}). "
-            "Is it another tokenizer's?"
+            f"{name}, line {row.line}: token {wrong[0]} is not one of the model's {vocabulary} (0 to "
+            f"{vocabulary - 1}). Is it another tokenizer's?"
         )
     return tokens
 
