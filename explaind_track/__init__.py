@@ -1,12 +1,13 @@
 """Exact influences of parameters, training samples and steps on a model's predictions, while it trains and after.
 
 The names are in groups: *track* a run, say what to *ask* of it, *explain* it, and *extend* all this to other optimizers
-and loops. What can be made of influences is in `explaind_track.analysis`; what is raised, in `explaind_track.errors`.
+and loops. What can be made of influences is in `explaind_track.analysis`, what may be changed in a rerun in
+`explaind_track.what_if`, and what is raised in `explaind_track.errors`.
 """
 
 from importlib.metadata import version
 
-from explaind_track import analysis, errors
+from explaind_track import analysis, errors, what_if
 from explaind_track.analysis.step_audit import audit
 from explaind_track.checkpoints.checkpoint import Checkpoint
 from explaind_track.checkpoints.series import CheckpointSeries
@@ -25,6 +26,7 @@ from explaind_track.record.trajectory import Trajectory
 from explaind_track.tracking.tracker import Tracker
 from explaind_track.wandb_io.artifacts import log_result
 from explaind_track.wandb_io.run import open_run, where_to_look
+from explaind_track.what_if.rerun import Rerun, rerun
 
 __version__ = version("explaind_track")
 
@@ -49,6 +51,9 @@ __all__ = [  # noqa: RUF022 (by use)
     # explain a run that nobody watched, from its checkpoints
     "CheckpointSeries",
     "Checkpoint",
+    # what if: a run trained again with something changed
+    "rerun",
+    "Rerun",
     # extend: optimizers and loops of one's own
     "update_rule",
     "Rule",
@@ -60,5 +65,6 @@ __all__ = [  # noqa: RUF022 (by use)
     "Update",
     # namespaces
     "analysis",
+    "what_if",
     "errors",
 ]

@@ -14,7 +14,7 @@ ARRAYS = ("Tensor", "ndarray", "DataArray", "Dataset")
 
 
 def public_names() -> Iterator[tuple[str, Any]]:
-    for module in (explaind_track, explaind_track.analysis):
+    for module in (explaind_track, explaind_track.analysis, explaind_track.what_if):
         for name in module.__all__:
             named = getattr(module, name)
             if not inspect.ismodule(named):

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from explaind_track.core.alterations import Alterations
 from explaind_track.core.rules import Rule
 from explaind_track.core.tensors import Tensors, upcast_all
 
@@ -87,6 +88,8 @@ class Batch:
     """Whether the step's gradient was clipped by value: what is left of it is no sum over samples."""
     ids: tuple[str, ...] | None = None
     """The samples' names, where the loop has named them by words; `index` then holds the `number_of_id` of each."""
+    altered: Alterations | None = None
+    """How the loop has altered the step's gradient since its backward passes; `weight` has the factors in it."""
 
     def weights(self, like: Tensor) -> Tensor:
         """`w_{i,k}` for every sample, (N,), of the type and on the device of `like`."""
@@ -335,9 +338,6 @@ class OutsideChange(Change):
 @dataclass(frozen=True)
 class Step(Change):
     """What training step `number` did: `θ_s` → `θ_{s+1}`.
-
-    Its tensors belong to whoever made the step (the training loop, or a trajectory's replay) and hold until that
-    goes on to its next step.
 
     Example:
         >>> import torch

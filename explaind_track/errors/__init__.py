@@ -15,6 +15,7 @@ __all__ = [
     "LoggingWarning",
     "NonFiniteError",
     "ReplayWarning",
+    "RerunWarning",
     "ResumeWarning",
     "SampleMismatchWarning",
     "TrajectoryError",
@@ -80,6 +81,15 @@ class ReplayWarning(UserWarning):
 
     Another machine, thread count or version of torch rounds otherwise. The replay goes on from the recorded keyframe,
     so that nothing accumulates; to get the bits of the run, replay where it ran. Other *numbers* raise TrajectoryError.
+    """
+
+
+class RerunWarning(UserWarning):
+    """A rerun in which nothing was changed gave other bits than the run.
+
+    Given by `rerun` with the first step at which it did, and how far off it is; `Rerun.proof` has the same. Differences
+    far below those that a change makes do no harm, unless training is chaotic; to get the run's bits, rerun where it
+    ran, with as many threads.
     """
 
 

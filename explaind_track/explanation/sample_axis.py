@@ -54,15 +54,19 @@ def batches_with_data(step: Step, data: Data | None) -> Iterator[Batch]:
     """The step's batches, each with its samples on the device of the parameters, and in float32 where the step is."""
     device = next(iter(step.before.parameters.values())).device
     for batch in step.batches:
-        assert batch.index is not None  # looked at before work started
-        samples = batch.data
-        if samples is None and data is not None:
-            samples = data(batch.index if batch.ids is None else list(batch.ids))
-        samples = tree_map(lambda tensor: tensor.to(device), samples)
-        if tree_rows(samples) != batch.size:
-            raise ValueError(f"data(index) gave {tree_rows(samples)} samples for {batch.size} indices")
-        found = replace(batch, data=samples)
+        found = with_data(batch, data, device)
         yield found if step.precision is None else upcast_batch(found)
+
+
+def with_data(batch: Batch, data: Data | None, device: torch.device) -> Batch:
+    """The batch with its samples, on this device."""
+    samples = batch.data
+    if samples is None and data is not None:
+        samples = data(batch.index if batch.ids is None else list(batch.ids))
+    samples = tree_map(lambda tensor: tensor.to(device), samples)
+    if tree_rows(samples) != batch.size:
+        raise ValueError(f"data(index) gave {tree_rows(samples)} samples for {batch.size} indices")
+    return replace(batch, data=samples)
 
 
 def choose_samples(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from explaind_track.core.alterations import Alteration, Alterations
 from explaind_track.core.checks import shown
 
 
@@ -71,3 +72,14 @@ def as_bytes(names: Sequence[str]) -> Tensor:
 def words_of(content: Tensor) -> tuple[str, ...]:
     """The names that `as_bytes` was given."""
     return tuple(json.loads(content.numpy().tobytes()))
+
+
+def altered_json(altered: Alterations, weight: Callable[[Tensor | float], Any]) -> dict[str, Any]:
+    """What was done to a step's gradient; `weight` keeps weights and gives their place."""
+    changes = [[change.kind, change.amount] for change in altered.changes]
+    return {"weight": weight(altered.loss_weight), "changes": changes}
+
+
+def altered_of(entry: Mapping[str, Any], weight: Callable[[Any], Tensor | float]) -> Alterations:
+    """What `altered_json` was given; `weight` finds weights by their place."""
+    return Alterations(weight(entry["weight"]), tuple(Alteration(*change) for change in entry["changes"]))

@@ -52,11 +52,7 @@ class Replay:
 
     def take(self, record: StepRecord) -> Step:
         """Takes the next step from what the run has recorded of it. The step is valid until `settle`."""
-        groups = groups_of(record.settings, self.parameters)
-        for added in groups[len(self.optimizer.param_groups) :]:
-            self.optimizer.add_param_group(added)
-        for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(settings)
+        self.optimizer.param_groups = groups_of(record.settings, self.parameters)
         for name, parameter in self.parameters.items():
             parameter.grad = record.gradients.get(name)
             parameter.requires_grad_(name not in record.frozen)

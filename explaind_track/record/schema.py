@@ -41,7 +41,7 @@ from explaind_track.core.modules import buffers_of, parameters_of, plain_name, w
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.step import Batch, State
 from explaind_track.core.tensors import Tensors
-from explaind_track.record.batch_json import Fields, as_bytes, as_json, words_of
+from explaind_track.record.batch_json import Fields, altered_json, altered_of, as_bytes, as_json, words_of
 from explaind_track.record.files import TensorFile
 
 FORMAT = "explaind_track trajectory 2"
@@ -303,13 +303,17 @@ class SegmentDraft:
             self._keep(f"{name}:random:{device}", state)
         return {
             "size": batch.size,
-            "weight": self._once("weight", batch.weight) if isinstance(batch.weight, Tensor) else batch.weight,
+            "weight": self._weight(batch.weight),
             "index": None if batch.index is None else self._once("index", batch.index),
             **({} if batch.ids is None else {"ids": self._once("ids", as_bytes(batch.ids))}),
+            **({} if batch.altered is None else {"altered": altered_json(batch.altered, self._weight)}),
             "data": as_json(batch.data, put) if batch.index is None else None,
             "clipped": batch.clipped,
             "random": {device: f"{name}:random:{device}" for device in batch.random_state},
         }
+
+    def _weight(self, weight: Tensor | float) -> str | float:
+        return self._once("weight", weight) if isinstance(weight, Tensor) else weight
 
     def _once(self, kind: str, tensor: Tensor) -> str:
         """Keeps a tensor unless the trajectory has it already; returns its name, the hash of all that it is."""
@@ -364,12 +368,15 @@ class Segment:
         return tuple(map(self._batch, self._steps[number - self._first]["batches"]))
 
     def _batch(self, entry: Mapping[str, Any]) -> Batch:
-        weight, index = (
-            self._find(value) if isinstance(value, str) else value for value in (entry["weight"], entry["index"])
-        )
+        weight, index = map(self._named, (entry["weight"], entry["index"]))
         random = {device: self._file[name] for device, name in entry["random"].items()}
         ids = words_of(self._find(entry["ids"])) if "ids" in entry else None
-        return Batch(entry["size"], weight, index, self._data(entry["data"]), random, entry["clipped"], ids)
+        altered = altered_of(entry["altered"], self._named) if "altered" in entry else None
+        return Batch(entry["size"], weight, index, self._data(entry["data"]), random, entry["clipped"], ids, altered)
+
+    def _named(self, value: Any) -> Any:
+        """An index or weights by their name; a number for all samples is there itself."""
+        return self._find(value) if isinstance(value, str) else value
 
     def _data(self, tree: Any) -> Any:
         """The batch itself, with its tensors in their places (JSON has made lists of tuples and of arrays, and

@@ -42,8 +42,10 @@ class TrajectoryWriter:
         observer: StepObserver,
         keyframe_every: int = KEYFRAME_EVERY,
         entries: Sequence[Entry] | None = None,
+        head: Mapping[str, Any] | None = None,
     ) -> None:
-        """entries: the files of a trajectory in the directory that is to be gone on with; None: it begins here.
+        """entries: the files of a trajectory in the directory that is to be gone on with; None: it begins here. head:
+        what the manifest says of the run as a whole; None: what model and observer tell.
 
         Raises FileExistsError if one begins in a directory that holds anything: a run is never written over;
         TrajectoryError if another process is writing there, or if nothing can be written.
@@ -64,7 +66,7 @@ class TrajectoryWriter:
         self._changed: State | None = None
         """What had been changed from outside since the last step; None: what is changed now."""
 
-        self._manifest = Manifest(head_of(model, observer), tuple(entries or ()))
+        self._manifest = Manifest(head or head_of(model, observer), tuple(entries or ()))
         self._keyframes = {entry.first for entry in self._manifest.entries if entry.is_keyframe}
         self._written_once: set[str] = set()
         self._draft = SegmentDraft(self._written_once)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from explaind_track.core.alterations import Alteration, Alterations
 from explaind_track.core.checks import as_tensor, plain_number, require_finite, require_number, require_one_of, words
 from explaind_track.core.rng import random_state
 from explaind_track.core.step import Batch, ids_of, number_of_id
@@ -32,12 +33,14 @@ class StepBatches:
     clip: float = 1.0
     """The factor that the gradient was clipped by."""
 
-    def clip_by_norm(self, factor: float) -> None:
-        self.clip = factor
-        self.local = [replace(batch, weight=batch.weight * factor) for batch in self.local]
+    def scale(self, factor: float, how: Alteration) -> None:
+        """Lets the samples' weights take on a factor of the gradient."""
+        self.clip *= factor
+        self.local = [replace(_altered(batch, how), weight=batch.weight * factor) for batch in self.local]
 
-    def clip_by_value(self) -> None:
-        self.local = [replace(batch, clipped=True) for batch in self.local]
+    def alter(self, how: Alteration) -> None:
+        """Notes that the gradient is no sum over samples any more."""
+        self.local = [replace(_altered(batch, how), clipped=True) for batch in self.local]
 
     def forget_unused_randomness(self, device: torch.device) -> None:
         """Drops the random states of batches during whose passes nothing random was drawn."""
@@ -49,7 +52,7 @@ class StepBatches:
     def exchange(self, ranks: Ranks) -> None:
         """Brings together the batches, norms and losses of all ranks; every rank calls it."""
         # the optimizer sees the mean of the ranks' gradients
-        self.local = [replace(batch, weight=batch.weight / ranks.count) for batch in self.local]
+        self.local = [_shared(batch, ranks.count) for batch in self.local]
         self.of_all_ranks = tuple(self.local)
         if ranks.count == 1:
             self.ids = ids_of(self.of_all_ranks)
@@ -67,6 +70,16 @@ class StepBatches:
         self.loss = sum(losses) / len(losses) if losses else None
 
 
+def _altered(batch: Batch, how: Alteration) -> Batch:
+    return replace(batch, altered=(batch.altered or Alterations(batch.weight)).then(how))
+
+
+def _shared(batch: Batch, ranks: int) -> Batch:
+    """The batch with its weights in the mean of so many ranks' losses."""
+    altered = batch.altered and replace(batch.altered, loss_weight=batch.altered.loss_weight / ranks)
+    return replace(batch, weight=batch.weight / ranks, altered=altered)
+
+
 def _for_others(batch: Batch) -> Batch:
     """The batch as other ranks are told of it: with its samples only where no index names them."""
 
@@ -75,7 +88,8 @@ def _for_others(batch: Batch) -> Batch:
 
     return replace(
         batch,
-        weight=moved(batch.weight) if isinstance(batch.weight, Tensor) else batch.weight,
+        weight=tree_map(moved, batch.weight),
+        altered=tree_map(moved, batch.altered),
         index=None if batch.index is None else moved(batch.index),
         data=tree_map(moved, batch.data) if batch.index is None else None,
     )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from explaind_track.core.alterations import Alteration
 from explaind_track.core.checks import require_positive, require_real
 from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.step import State
@@ -149,14 +150,15 @@ class StepCalls:
         """
         max_norm = require_positive("max_norm", max_norm)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        self.gradient_scaled(min(1.0, max_norm / (float(norm) + 1e-6)))
+        self.gradient_scaled(min(1.0, max_norm / (float(norm) + 1e-6)), max_norm)
         return norm
 
-    def gradient_scaled(self, factor: float) -> None:
+    def gradient_scaled(self, factor: float, max_norm: float | None = None) -> None:
         """Tells, right before the optimizer's step, that the loop has scaled the step's gradient itself.
 
         Args:
             factor: What the gradient was multiplied by, and so the samples' weights.
+            max_norm: The 2-norm that it was clipped to, if that is why: then a `rerun` clips by its own gradient.
 
         Example:
             >>> import torch
@@ -171,7 +173,10 @@ class StepCalls:
             ...     tracker.gradient_scaled(0.5)
             ...     optimizer.step()
         """
-        self._watch.batches.clip_by_norm(require_real("factor", factor))
+        how = Alteration("factor", require_real("factor", factor))
+        if max_norm is not None:
+            how = Alteration("norm", require_positive("max_norm", max_norm))
+        self._watch.batches.scale(require_real("factor", factor), how)
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """Calls `torch.nn.utils.clip_grad_value_` on the model, and notes that it did.
@@ -197,7 +202,7 @@ class StepCalls:
         """
         clip_value = require_positive("clip_value", clip_value)
         nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
-        self.gradient_altered()
+        self._watch.batches.alter(Alteration("value", clip_value))
 
     def gradient_altered(self) -> None:
         """Tells that the loop has changed the step's gradient in another way than by a factor.
@@ -216,4 +221,4 @@ class StepCalls:
             ...     tracker.gradient_altered()
             ...     optimizer.step()
         """
-        self._watch.batches.clip_by_value()
+        self._watch.batches.alter(Alteration("other"))
