@@ -28,7 +28,7 @@ def fork(trajectory: Trajectory, at: int, directory: Path) -> list[Entry]:
         elif entry.first < at:  # a segment that goes on behind
             tensors, header = trajectory.read_segment(entry).before(at)
             tensors |= outside_tensors(at, trajectory.outside(at))
-            entries.append(Entry.write(directory, entry.other_path, entry.first, at, tensors, header))
+            entries.append(Entry.write(directory, entry.path, entry.first, at, tensors, header))
     return entries
 
 
