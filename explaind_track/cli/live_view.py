@@ -1,6 +1,5 @@
 """The terminal view of a run on this disk, which follows it while it trains. Needs rich (the `cli` extra)."""
 
-import json
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,10 @@ from explaind_track.record.history import (
     is_measure,
     is_residual,
     keys_by_group,
+    row_in,
 )
 from explaind_track.record.run_directory import is_running
+from explaind_track.record.validation import file_below
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -46,7 +47,7 @@ class Follower:
     """The last rows of a record that may still grow, read piece by piece."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / HISTORY
+        self._path = file_below(directory, HISTORY)
         size = self._path.stat().st_size if self._path.is_file() else 0
         self._offset = max(0, size - TAIL_BYTES)
         self._in_mid_line = self._offset > 0
@@ -68,7 +69,8 @@ class Follower:
             del lines[0]
             self._in_mid_line = False
 
-        self.rows.extend(json.loads(line) for line in lines)
+        rows = (row_in(line, f"a line of {self._path}") for line in lines)
+        self.rows.extend(row for row in rows if row is not None)
         return bool(lines)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from explaind_track.core.alterations import Alteration, Alterations
 from explaind_track.core.checks import shown
+from explaind_track.errors import TrajectoryError
+from explaind_track.record.validation import AlteredEntry, checked
 
 
 class Fields(dict[str, Any]):
@@ -70,8 +72,9 @@ def as_bytes(names: Sequence[str]) -> Tensor:
 
 
 def words_of(content: Tensor) -> tuple[str, ...]:
-    """The names that `as_bytes` was given."""
-    return tuple(json.loads(content.numpy().tobytes()))
+    """The names that `as_bytes` was given. Raises ValueError or TrajectoryError for anything else."""
+    names: list[str] = checked(json.loads(content.numpy().tobytes()), list[str], "a batch's list of names")
+    return tuple(names)
 
 
 def altered_json(altered: Alterations, weight: Callable[[Tensor | float], Any]) -> dict[str, Any]:
@@ -80,6 +83,34 @@ def altered_json(altered: Alterations, weight: Callable[[Tensor | float], Any]) 
     return {"weight": weight(altered.loss_weight), "changes": changes}
 
 
-def altered_of(entry: Mapping[str, Any], weight: Callable[[Any], Tensor | float]) -> Alterations:
+def altered_of(entry: AlteredEntry, weight: Callable[[Any], Tensor | float]) -> Alterations:
     """What `altered_json` was given; `weight` finds weights by their place."""
-    return Alterations(weight(entry["weight"]), tuple(Alteration(*change) for change in entry["changes"]))
+    return Alterations(weight(entry.weight), tuple(Alteration(*change) for change in entry.changes))
+
+
+FEW = 2**20
+"""A batch may have so many samples whatever was recorded of it: they may have been made from a seed."""
+
+
+def refuse_other_size(
+    size: int,
+    weights: Sequence[Tensor | float],
+    index: Tensor | None,
+    ids: Sequence[str] | None,
+    data: Any,
+    name: object,
+) -> None:
+    """Raises TrajectoryError where a recorded batch, in the file of that name, cannot have so many samples."""
+    known = [tuple(value.shape) for value in (*weights, index) if isinstance(value, Tensor)]
+    known += [(len(ids),)] if ids is not None else []
+    if any(shape != (size,) for shape in known) or size > max(FEW, _leaves(data), size if known else 0):
+        raise TrajectoryError(f"{name} has a batch of {size} samples, and for it the shapes {known}")
+
+
+def _leaves(tree: Any) -> int:
+    """The numbers and words in a batch."""
+    if isinstance(tree, Tensor):
+        return tree.numel()
+    if isinstance(tree, dict | tuple):
+        return sum(map(_leaves, tree.values() if isinstance(tree, dict) else tree))
+    return 1

@@ -131,6 +131,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         """Raises TrajectoryError if it is none that `write_tensors` has written."""
+        self.path = path
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
             self.header: Any = json.loads(self._file.metadata()[METADATA])
@@ -146,6 +147,11 @@ class TensorFile:
         """Reads the tensor; the next time again."""
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
+
+    def shapes(self, prefix: str) -> dict[str, list[int]]:
+        """The shapes of the tensors whose names begin with the prefix, by the rest of the name; none is read."""
+        names = self.prefixed(prefix)
+        return {name: list(self._file.get_slice(prefix + name).get_shape()) for name in names}
 
     def prefixed(self, prefix: str) -> "Prefixed":
         """The tensors whose names begin with the prefix."""

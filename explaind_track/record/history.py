@@ -18,12 +18,12 @@ and whatever it likes.
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from explaind_track.record.files import write_atomic
-from explaind_track.record.media import Table, to_json, with_files
+from explaind_track.record.media import Table, refuse_other, to_json, with_files
+from explaind_track.record.validation import Count, Finite, Integer, checked, file_below
 
 HISTORY = "history.jsonl"
 
@@ -127,7 +127,7 @@ def append_row(directory: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     written = {**row, **with_files(row, directory)}
     kept = {key: value for key, value in written.items() if isinstance(value, int | float | str | Table | Path)}
     line = json.dumps(kept, default=to_json).encode() + b"\n"
-    path = directory / HISTORY
+    path = file_below(directory, HISTORY)
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         if file.write(line) != len(line):
@@ -137,18 +137,39 @@ def append_row(directory: Path, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """The rows in the order they were logged; a line that a killed process left torn is left out."""
-    path = directory / HISTORY
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and AXIS in row]
+    """The rows in the order they were logged; a line that a killed process left torn is left out.
+
+    Raises TrajectoryError for a line that is whole and yet no row, and for a link in the place of the file.
+    """
+    path = file_below(directory, HISTORY)
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        rows = (row_in(line, f"line {number} of {path}") for number, line in enumerate(file, 1))
+        return [row for row in rows if row is not None]
+
+
+def row_in(line: bytes, name: str) -> dict[str, Any] | None:
+    """The row that a line of the history holds; None for a torn line. Raises TrajectoryError, by its `name`, for a line
+    that is JSON, but no row."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or AXIS not in row:
+        return None  # a piece of one
+
+    checked(row[AXIS], Count, f"{AXIS} in {name}")
+    checked(row, dict[str, bool | Integer | Finite | str | dict[str, Any]], name)
+    for key, value in row.items():
+        if isinstance(value, dict):
+            refuse_other(value, f"{key!r} in {name}")
+    return row
 
 
 def steps_logged(directory: Path) -> set[int]:
     """The numbers of the steps that have a row."""
-    return {int(row[AXIS]) for row in read_rows(directory)}
+    return {row[AXIS] for row in read_rows(directory)}
 
 
 def cut_history(directory: Path, number: int) -> None:

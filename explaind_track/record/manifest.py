@@ -4,40 +4,39 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from torch import Tensor
 
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import file_sha256, write_atomic, write_tensors
 from explaind_track.record.schema import FORMAT
+from explaind_track.record.validation import Count, Head, Sha256, checked, file_below, read_json
 
 MANIFEST = "manifest.json"
 KEYFRAMES, STEPS = "keyframes", "steps"
-PATHS = re.compile(rf"({KEYFRAMES}|{STEPS})/\d{{8,18}}\.safetensors")
+PATHS = re.compile(rf"^({KEYFRAMES}|{STEPS})/[0-9]{{8,18}}\.safetensors\Z")
 """The names of a trajectory's files: nothing else is read, and nothing outside of its directory."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file of the trajectory, and the steps first ≤ s < last that it covers (none, for a keyframe)."""
 
-    path: str
-    first: int
-    last: int
-    size: int
-    sha256: str
+    path: Annotated[str, msgspec.Meta(pattern=PATHS.pattern)]
+    first: Count
+    last: Count
+    size: Count
+    sha256: Sha256
 
-    @classmethod
-    def checked(cls, path: str, first: int, last: int, size: int, sha256: str) -> "Entry":
-        """An entry that was read. Raises ValueError, or TypeError, if it cannot be one of a trajectory's."""
-        if not (isinstance(path, str) and PATHS.fullmatch(path)):
-            raise ValueError(f"{path!r} is no name of a trajectory's file")
-        if not all(type(number) is int and number >= 0 for number in (first, last, size)) or last < first:
-            raise ValueError(f"{path!r} has the steps {first!r} to {last!r} and {size!r} bytes")
-        return cls(path, first, last, size, sha256)
+    def __post_init__(self) -> None:
+        """Raises ValueError if no file of a trajectory can be like that."""
+        number = int(self.path.partition("/")[2].removesuffix(".safetensors"))
+        covered = self.last - self.first
+        if number != self.first or (covered != 0 if self.is_keyframe else covered < 1) or covered > self.size:
+            raise ValueError(f"{self.path} cannot have steps {self.first} to {self.last} in {self.size} bytes")
 
     @classmethod
     def write(
@@ -51,7 +50,7 @@ class Entry:
         path = f"{folder}/{first:08}.safetensors"
         if (directory / path).exists() and any(path == entry.path for entry in Manifest.read(directory).entries):
             path = f"{folder}/{first:09}.safetensors"
-        size, sha256 = write_tensors(directory / path, tensors, header)
+        size, sha256 = write_tensors(file_below(directory, path), tensors, header)
         return cls(path, first, last, size, sha256)
 
     @property
@@ -74,9 +73,7 @@ class Entry:
 
     def verify_size(self, directory: Path) -> None:
         """Raises TrajectoryError if the file is missing, or not as long as it was."""
-        target = directory / self.path
-        if not target.resolve().is_relative_to(directory.resolve()):
-            raise TrajectoryError(f"{target} leads out of the trajectory's directory")
+        target = file_below(directory, self.path)
         if not target.is_file():
             raise TrajectoryError(f"{target} is missing; fetch the trajectory again, or open an earlier copy of it")
         size = target.stat().st_size
@@ -113,7 +110,7 @@ class Manifest:
     def read(cls, directory: Path, missing_ok: bool = False) -> "Manifest":
         """The manifest in `directory`; an empty one where there is none, if `missing_ok`.
 
-        Raises TrajectoryError if it is missing, torn, altered or of another format.
+        Raises TrajectoryError if it is missing, torn, altered, of another format, or says what cannot be.
         """
         path = directory / MANIFEST
         if not path.is_file():
@@ -121,30 +118,43 @@ class Manifest:
                 return cls({}, ())
             raise TrajectoryError(f"{directory} holds no trajectory: there is no {MANIFEST} in it")
 
-        try:
-            content = json.loads(path.read_bytes())
-            digest = content.pop("digest")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise TrajectoryError(f"{path} is torn or is no trajectory's manifest") from None
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise TrajectoryError(f"{path} is torn or is no trajectory's manifest")
 
         # the format comes first: of another one, it is not known what the digest is of
         if content.get("format") != FORMAT:
             raise TrajectoryError(f"{path} has the format {content.get('format')!r}; this version reads {FORMAT!r}")
-        if digest != _digest(content):
+        if content.pop("digest", None) != _digest(content):
             raise TrajectoryError(f"{path} was altered: its digest does not fit its content")
 
-        try:
-            entries = tuple(Entry.checked(**entry) for entry in content.pop("files"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise TrajectoryError(f"{path} does not list a trajectory's files: {error}") from None
-        return cls(content, entries)
+        entries: list[Entry] = checked(content.pop("files", None), list[Entry], f"`files` in {path}")
+        checked(content, Head, path)
+        _refuse_gaps(entries, path)
+        return cls(content, tuple(entries))
 
     def _content(self) -> dict[str, Any]:
-        return {**self.head, "files": [asdict(entry) for entry in self.entries]}
+        return {**self.head, "files": [msgspec.structs.asdict(entry) for entry in self.entries]}
 
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_gaps(entries: Iterable[Entry], path: Path) -> None:
+    """Raises TrajectoryError unless the segments hold every step from 0 on once, and each keyframe is among them."""
+    expected = 0
+    for segment in sorted((entry for entry in entries if not entry.is_keyframe), key=lambda entry: entry.first):
+        if segment.first != expected:
+            kind = "lacks" if segment.first > expected else "has twice"
+            raise TrajectoryError(
+                f"{path} {kind} the steps {min(expected, segment.first)} to {max(expected, segment.first) - 1}"
+            )
+        expected = segment.last
+
+    keyframes = [entry.first for entry in entries if entry.is_keyframe]
+    if len({*keyframes}) < len(keyframes) or max(keyframes, default=0) > expected:
+        raise TrajectoryError(f"{path} has keyframes {sorted(keyframes)[-5:]} for {expected} steps: twice, or too far")
 
 
 def last_step(entries: Iterable[Entry]) -> int:

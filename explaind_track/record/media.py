@@ -5,18 +5,40 @@ In a row of history.jsonl a table is {"columns": […], "data": [[…], …]}. A
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import file_sha256, write_atomic
+from explaind_track.record.validation import Integer, checked, file_below
 
 MEDIA = "media"
-PICTURE = re.compile(rf"{MEDIA}/[0-9a-f]{{64}}\.png")
+
+PictureName = Annotated[str, msgspec.Meta(pattern=rf"^{MEDIA}/[0-9a-f]{{64}}\.png\Z")]
 """The names of pictures' files, beside the rows."""
+
+
+class Picture(msgspec.Struct, forbid_unknown_fields=True):
+    """A picture in a row of the history."""
+
+    picture: PictureName
+
+
+class TableEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """A table in a row of the history."""
+
+    columns: list[str]
+    data: list[list[bool | Integer | float | str | Picture | None]]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a row has more cells than columns, or fewer."""
+        if any(len(line) != len(self.columns) for line in self.data):
+            raise ValueError(f"its rows have other than {len(self.columns)} cells")
 
 
 @dataclass(frozen=True)
@@ -25,6 +47,25 @@ class Table:
 
     columns: list[str]
     data: list[list[Any]]
+
+
+def refuse_other(value: Mapping[str, Any], name: str) -> None:
+    """Raises TrajectoryError, by its `name`, unless what was read from a row is a table or a picture."""
+    checked(value, TableEntry if "columns" in value else Picture, name)
+
+
+def is_picture(path: str) -> bool:
+    """Whether a path is the name of a picture's file."""
+    with suppress(msgspec.ValidationError):
+        return bool(msgspec.convert(path, PictureName))
+    return False
+
+
+def pictures(directory: Path) -> list[str]:
+    """The names of the files that rows of the run in `directory` show. Raises TrajectoryError where one is a link."""
+    names = (f"{MEDIA}/{path.name}" for path in (directory / MEDIA).glob("*.png"))
+    found = sorted(name for name in names if is_picture(name))
+    return [name for name in found if file_below(directory, name).is_file()]
 
 
 def with_files(row: Mapping[str, Any], directory: Path) -> dict[str, Any]:
@@ -62,7 +103,7 @@ def from_json(
     def read(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        path = directory / MEDIA / Path(value["picture"]).name
+        path = file_below(directory, value["picture"])
         if not path.is_file() or file_sha256(path) != path.stem:
             raise TrajectoryError(f"{path} is missing or was altered; a row of the panels shows it")
         return path

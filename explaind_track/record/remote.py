@@ -1,16 +1,27 @@
 """Fetches what W&B keeps, on demand: each file once, whole, and as it was written, or not at all."""
 
+import re
 import time
 from pathlib import Path
+
+import msgspec
 
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import file_sha256
 from explaind_track.record.manifest import MANIFEST, Entry
+from explaind_track.record.validation import MOST_BYTES, Count, Sha256, checked
 
 PREFIX = "wandb:"
 """In front of an artifact's name, where a directory on this disk could stand."""
 ATTEMPTS = 8
 CHUNK = 2**20
+
+
+class ResultMetadata(msgspec.Struct):
+    """What an artifact of `artifacts.log_result` says of its file."""
+
+    file: str
+    sha256: Sha256
 
 
 def cache_directory() -> Path:
@@ -40,11 +51,22 @@ class RemoteArtifact:
 
     def manifest_directory(self) -> Path:
         """The directory that the trajectory's manifest is fetched to."""
-        directory = cache_directory() / "manifests" / str(self.artifact.digest)
-        if MANIFEST not in self.artifact.manifest.entries:
-            raise TrajectoryError(f"{self.name} holds no trajectory: there is no {MANIFEST} in it")
+        digest = str(self.artifact.digest)
+        if not re.fullmatch("[0-9a-f]{32,64}", digest):
+            raise TrajectoryError(f"W&B names {self.name} by {digest!r}, which is no digest")
+        if (size := self.size_of(MANIFEST)) > MOST_BYTES:
+            raise TrajectoryError(f"{MANIFEST} of {self.name} has {size} bytes, and none of ours has over {MOST_BYTES}")
+
+        directory = cache_directory() / "manifests" / digest
         self.artifact.get_entry(MANIFEST).download(root=str(directory))
         return directory
+
+    def size_of(self, path: str) -> int:
+        """The bytes of the artifact's file `path`, as W&B says. Raises TrajectoryError if there is none."""
+        entry = self.artifact.manifest.entries.get(path)
+        if entry is None:
+            raise TrajectoryError(f"{self.name} is not what this package sends: there is no {path} in it")
+        return checked(entry.size, Count, f"the size of {path} in {self.name}")
 
     def locate(self, entry: Entry) -> Path:
         """The file of the trajectory, fetched if it is not here yet."""
@@ -79,22 +101,28 @@ class RemoteArtifact:
         import requests
 
         for attempt in range(ATTEMPTS):
+            have = part.stat().st_size if part.is_file() else 0
+            if have == size and part.is_file():
+                return
+            if have > size:
+                part.unlink()  # begun from another file: from the start again
+
             try:
-                self._append(path, part)
+                self._append(path, size, part)
+            except requests.RequestException as error:
+                reason = str(error)
+            else:
                 if part.stat().st_size == size:
                     return
                 reason = f"{part.stat().st_size} of {size} bytes"
-                if part.stat().st_size > size:
-                    part.unlink()  # begun from another file: from the start again
-            except requests.RequestException as error:
-                reason = str(error)
             time.sleep(min(0.1 * 2**attempt, 10))
+
         raise TrajectoryError(
             f"{path} of {self.name} does not arrive ({reason}); try again, it goes on where it stopped"
         )
 
-    def _append(self, path: str, part: Path) -> None:
-        """Asks for the rest of the file, and writes what comes."""
+    def _append(self, path: str, size: int, part: Path) -> None:
+        """Asks for the rest of the file, and writes what comes, up to its size."""
         import requests
 
         files = list(self.artifact.files(names=[path]))
@@ -104,18 +132,23 @@ class RemoteArtifact:
         have = part.stat().st_size if part.is_file() else 0
         headers = {"Range": f"bytes={have}-"} if have else {}
         with requests.get(files[0].direct_url, headers=headers, stream=True, timeout=60) as answer:
+            if answer.status_code == requests.codes.requested_range_not_satisfiable:
+                part.unlink()  # begun from a longer file than is there
             answer.raise_for_status()
+
             # a server that ignores the range sends the whole file
             with part.open("ab" if answer.status_code == requests.codes.partial_content else "wb") as file:
                 for chunk in answer.iter_content(CHUNK):
-                    file.write(chunk)
+                    file.write(chunk[: size - file.tell()])
+                    if file.tell() == size:
+                        break  # what comes behind is not the file's
 
 
 def fetch_result(name: str) -> Path:
     """The single file of an artifact that `artifacts.log_result` made. Raises TrajectoryError."""
     remote = RemoteArtifact(name)
-    file, sha256 = (remote.artifact.metadata.get(key) for key in ("file", "sha256"))
-    if not file or not sha256:
-        raise TrajectoryError(f"{remote.name} is no result of this package: its metadata names no file and hash")
-    size = remote.artifact.manifest.entries[file].size
-    return remote.fetch(file, int(size or 0), sha256)
+    told = dict(remote.artifact.metadata)
+    metadata: ResultMetadata = checked(
+        told, ResultMetadata, f"{remote.name} is no result of this package: its metadata"
+    )
+    return remote.fetch(metadata.file, remote.size_of(metadata.file), metadata.sha256)

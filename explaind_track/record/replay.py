@@ -11,6 +11,7 @@ from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import Tensors, low_precision, same_bits, upcast
 from explaind_track.errors import ReplayWarning, TrajectoryError
 from explaind_track.record.schema import Keyframe, StepRecord, checkpoint_tensors, groups_of, qualified, share_tensors
+from explaind_track.record.signatures import refuse_other_shapes, refuse_spreading
 
 REPLAY_TOLERANCE = 1e-4
 """What other bits may differ by, of the norm; in bfloat16 and float16 an eps of theirs, by which a number moves where
@@ -38,14 +39,22 @@ class Replay:
         self.buffers: Tensors = dict(keyframe.buffers)
         self.optimizer: torch.optim.Optimizer = self._class(groups_of(keyframe.settings, self.parameters))  # type: ignore[call-arg]
         for name, state in keyframe.optimizer_state().items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    refuse_spreading(value, self.parameters[name], f"the optimizer's {key!r} of {name!r}")
             self.optimizer.state[self.parameters[name]] = state
+
         self.observer = StepObserver(self.optimizer, self.parameters)
-        self.observer.adopt(keyframe.shares())
+        shares = keyframe.shares()
+        for part, tensors in shares.items():
+            refuse_other_shapes(tensors, self.parameters, f"the share {part!r}")
+        self.observer.adopt(shares)
         self.observer.begin(self.buffers)
 
     @torch.no_grad()
     def change(self, outside: State) -> None:
         """Changes the model as something other than the optimizer did, before the next step."""
+        refuse_other_shapes(outside.parameters, self.parameters, "a change from outside")
         for name, value in outside.parameters.items():
             self.parameters[name].copy_(value)
         self.buffers = {**self.buffers, **outside.buffers}
@@ -57,6 +66,8 @@ class Replay:
             parameter.grad = record.gradients.get(name)
             parameter.requires_grad_(name not in record.frozen)
 
+        for loss, gradients in record.auxiliary.items():
+            refuse_other_shapes(gradients, self.parameters, f"the gradient by {loss!r}")
         self.change(record.outside)
 
         # the buffers move in the forward pass, which is not taken again

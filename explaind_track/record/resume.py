@@ -28,6 +28,7 @@ from explaind_track.record.schema import (
     random_tensors,
 )
 from explaind_track.record.trajectory import Trajectory
+from explaind_track.record.validation import file_below
 
 
 def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Literal[True] | int) -> Trajectory | None:
@@ -90,7 +91,7 @@ def _only_begun(directory: Path) -> bool:
         for path in directory.glob("*/*"):
             name = path.relative_to(directory).as_posix()
             if PATHS.fullmatch(name) and name not in named:
-                path.unlink()
+                file_below(directory, name).unlink()
         if entries:
             return False
 

@@ -17,13 +17,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import Lock, write_atomic
 from explaind_track.record.history import HISTORY
 from explaind_track.record.manifest import MANIFEST
-from explaind_track.record.media import MEDIA
+from explaind_track.record.validation import Count, checked, read_json
 
 TIE = "run.json"
 FINISHED = "finished.json"
@@ -31,14 +33,20 @@ POINTER = "trajectory"
 """A run's own directory, W&B's or a recipe's, has its trajectory under this name."""
 
 
+Name = Annotated[str, Meta(max_length=256, pattern=r"^[^/\\#?%:\x00-\x1f]*\Z")]
+"""Of an entity or a project at W&B."""
+Identity = Annotated[str, Meta(max_length=128, pattern=r"^[^./\\#?%:;,'*\[\]\x00-\x1f][^/\\#?%:;,'*\[\]\x00-\x1f]*\Z")]
+"""Of a run at W&B: it is also a part of files' names."""
+
+
 @dataclass(frozen=True)
 class Tie:
     """The W&B run of a trajectory."""
 
-    entity: str
+    entity: Name
     """Empty for an offline run of somebody who is not logged in: W&B's default when it is sent."""
-    project: str
-    id: str
+    project: Name
+    id: Identity
     name: str
     offline: bool
     directory: str
@@ -62,12 +70,15 @@ def write_tie(directory: Path, tie: Tie) -> None:
 
 
 def read_tie(directory: Path) -> Tie | None:
-    """The W&B run of the trajectory, if it has one."""
+    """The W&B run of the trajectory, if it has one. Raises TrajectoryError where that is not said as we say it."""
     path = directory / TIE
+    if not path.is_file():
+        return None
     try:
-        return Tie(**json.loads(path.read_bytes())) if path.is_file() else None
-    except (ValueError, TypeError):
-        raise TrajectoryError(f"{path} is damaged: it does not say which W&B run this is; remove it to go on") from None
+        tie: Tie = checked(read_json(path), Tie, path)
+    except TrajectoryError as error:
+        raise TrajectoryError(f"{error}. It does not say which W&B run this is; remove it to go on") from None
+    return tie
 
 
 def trajectory_directory(given: str | PathLike[str]) -> Path:
@@ -85,13 +96,12 @@ def find_runs(root: Path) -> list[Path]:
     """The directories under `root` that hold a trajectory, each once; what an offline run of W&B has of a trajectory
     that is there itself is not another one."""
     found = {path.parent.resolve() for name in (MANIFEST, HISTORY) for path in root.rglob(name)}
-    ties = [tie for path in found if (tie := read_tie(path)) is not None]
-    return sorted(found - {Path(tie.directory).resolve() / POINTER for tie in ties})
-
-
-def pictures(directory: Path) -> list[str]:
-    """The names of the files that rows of the panels show."""
-    return sorted(f"{MEDIA}/{path.name}" for path in (directory / MEDIA).glob("*.png"))
+    copies = set()
+    for path in found:
+        with suppress(TrajectoryError):  # it is told of where it is described
+            if (tie := read_tie(path)) is not None:
+                copies.add(Path(tie.directory).resolve() / POINTER)
+    return sorted(found - copies)
 
 
 def mark_finished(directory: Path, steps: int) -> None:
@@ -102,8 +112,8 @@ def mark_finished(directory: Path, steps: int) -> None:
 def is_finished(directory: Path, steps: int) -> bool:
     """Whether the run was ended, and not gone on with since: it still has the steps that it had then."""
     path = directory / FINISHED
-    with suppress(ValueError, KeyError, TypeError):  # a damaged file says nothing
-        return path.is_file() and bool(json.loads(path.read_bytes())["steps"] == steps)
+    with suppress(TrajectoryError):  # a damaged file says nothing
+        return path.is_file() and bool(checked(read_json(path), dict[str, Count], path).get("steps") == steps)
     return False
 
 

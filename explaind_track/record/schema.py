@@ -28,7 +28,7 @@ steps/00000100.safetensors        the steps from 100 on (`Segment`)
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -41,8 +41,19 @@ from explaind_track.core.modules import buffers_of, parameters_of, plain_name, w
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.step import Batch, State
 from explaind_track.core.tensors import Tensors
-from explaind_track.record.batch_json import Fields, altered_json, altered_of, as_bytes, as_json, words_of
+from explaind_track.errors import TrajectoryError
+from explaind_track.record.batch_json import (
+    Fields,
+    altered_json,
+    altered_of,
+    as_bytes,
+    as_json,
+    refuse_other_size,
+    words_of,
+)
 from explaind_track.record.files import TensorFile
+from explaind_track.record.signatures import signature
+from explaind_track.record.validation import BatchEntry, KeyframeHeader, SegmentHeader, StepEntry, checked
 
 FORMAT = "explaind_track trajectory 2"
 
@@ -50,31 +61,9 @@ Settings = list[dict[str, Any]]
 """An optimizer's groups as JSON has them: numbers and words, and the names of the group's parameters as `params`."""
 
 
-LOW_PRECISION = ("bfloat16", "float16")
-
-
 def qualified(cls: type) -> str:
     """A class by the module that defines it."""
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def signature(tensors: Tensors) -> dict[str, list[Any]]:
-    """Shape and type of every tensor, as JSON has them."""
-    return {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
-
-
-def stands_for(found: Sequence[Any] | None, recorded: Sequence[Any] | None) -> bool:
-    """Whether a tensor of this shape and type may be put in the place of the one recorded; by `signature`."""
-    if found is None or recorded is None:
-        return False
-    (shape, dtype), (recorded_shape, recorded_dtype) = found, recorded
-    is_upcast = recorded_dtype in LOW_PRECISION and dtype == "float32"
-    return bool(shape == recorded_shape) and (dtype == recorded_dtype or is_upcast)
-
-
-def is_low_precision(signatures: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether any of these tensors is explained in float32, which it was not trained in; by `signature`."""
-    return any(dtype in LOW_PRECISION for _, dtype in signatures.values())
 
 
 def head_of(model: nn.Module, observer: StepObserver) -> dict[str, Any]:
@@ -185,16 +174,17 @@ class Keyframe:
 
     def __init__(self, file: TensorFile) -> None:
         self._file = file
+        self._header: KeyframeHeader = checked(file.header, KeyframeHeader, file.path)
         self.parameters = file.prefixed("parameter:")
         self.buffers = file.prefixed("buffer:")
-        self.settings: Settings = file.header["settings"]
-        self.continues: bool = file.header["continues"]
+        self.settings: Settings = self._header.settings
+        self.continues: bool = self._header.continues
         """Whether it follows from the steps before it by the optimizer alone, so that it can prove their replay. One
         that does not holds another optimizer's state; or, in older records, what the model was changed to since."""
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state by parameter."""
-        state: dict[str, dict[str, Any]] = {name: dict(plain) for name, plain in self._file.header["state"].items()}
+        state: dict[str, dict[str, Any]] = {name: dict(plain) for name, plain in self._header.state.items()}
         for key, tensors in _by_first_word(self._file.prefixed("state:")).items():
             for name, value in tensors.items():
                 state.setdefault(name, {})[key] = value
@@ -334,24 +324,27 @@ class SegmentDraft:
 class Segment:
     """A segment opened for reading."""
 
-    def __init__(self, file: TensorFile, first: int, find: Callable[[str], Tensor]) -> None:
-        """first: the number of its first step. find: gives an index or weights by their name, which this segment or an
-        earlier one holds."""
+    def __init__(self, file: TensorFile, first: int, last: int, find: Callable[[str], Tensor]) -> None:
+        """First ≤ s < last: its steps. find: gives an index or weights by their name, which this segment or an earlier
+        one holds. Raises TrajectoryError if other steps are in the file."""
         self._file, self._first, self._find = file, first, find
-        self._steps: list[dict[str, Any]] = file.header["steps"]
+        header: SegmentHeader = checked(file.header, SegmentHeader, file.path)
+        self._steps = header.steps
+        if len(self._steps) != last - first:
+            raise TrajectoryError(f"{file.path} has {len(self._steps)} steps, where its manifest says {last - first}")
 
     def records(self, first: int, last: int) -> Iterator[StepRecord]:
         """Steps first ≤ s < last, as far as they are in this segment."""
         settings: Any = None
         for number, entry in enumerate(self._steps[: max(0, last - self._first)], self._first):
-            settings = entry["settings"] or settings  # those of the step before, if not written again
+            settings = entry.settings or settings  # those of the step before, if not written again
             if number >= first:
                 yield self._record(number, entry, settings)
 
-    def _record(self, number: int, entry: Mapping[str, Any], settings: Settings) -> StepRecord:
+    def _record(self, number: int, entry: StepEntry, settings: Settings) -> StepRecord:
         gradients, buffers = (self._file.prefixed(f"{kind}:{number}:") for kind in ("gradient", "buffer"))
-        auxiliary = {loss: self._file.prefixed(f"auxiliary:{number}:{loss}:") for loss in entry["auxiliary"]}
-        frozen = tuple(entry.get("frozen", ()))
+        auxiliary = {loss: self._file.prefixed(f"auxiliary:{number}:{loss}:") for loss in entry.auxiliary}
+        frozen = tuple(entry.frozen)
         return StepRecord(settings, self.outside(number), gradients, auxiliary, buffers, self.batches(number), frozen)
 
     def outside(self, number: int) -> State:
@@ -365,14 +358,18 @@ class Segment:
 
     def batches(self, number: int) -> tuple[Batch, ...]:
         """The batches of one step."""
-        return tuple(map(self._batch, self._steps[number - self._first]["batches"]))
+        return tuple(map(self._batch, self._steps[number - self._first].batches))
 
-    def _batch(self, entry: Mapping[str, Any]) -> Batch:
-        weight, index = map(self._named, (entry["weight"], entry["index"]))
-        random = {device: self._file[name] for device, name in entry["random"].items()}
-        ids = words_of(self._find(entry["ids"])) if "ids" in entry else None
-        altered = altered_of(entry["altered"], self._named) if "altered" in entry else None
-        return Batch(entry["size"], weight, index, self._data(entry["data"]), random, entry["clipped"], ids, altered)
+    def _batch(self, entry: BatchEntry) -> Batch:
+        weight, index = map(self._named, (entry.weight, entry.index))
+        ids = None if entry.ids is None else words_of(self._find(entry.ids))
+        random = {device: self._file[name] for device, name in entry.random.items()}
+        altered = None if entry.altered is None else altered_of(entry.altered, self._named)
+        data = self._data(entry.data)
+
+        weights = (weight, weight if altered is None else altered.loss_weight)
+        refuse_other_size(entry.size, weights, index, ids, data, self._file.path)
+        return Batch(entry.size, weight, index, data, random, entry.clipped, ids, altered)
 
     def _named(self, value: Any) -> Any:
         """An index or weights by their name; a number for all samples is there itself."""
@@ -393,4 +390,4 @@ class Segment:
         late = range(stop, self._first + len(self._steps) + 1)
         dropped = tuple(f"{kind}:{number}:" for kind in kinds for number in late)
         tensors = {name: self._file[name] for name in self._file.names if not name.startswith(dropped)}
-        return tensors, {"steps": self._steps[: stop - self._first]}
+        return tensors, {"steps": self._file.header["steps"][: stop - self._first]}

@@ -24,7 +24,8 @@ from explaind_track.record.manifest import Entry, Manifest
 from explaind_track.record.remote import PREFIX, RemoteArtifact
 from explaind_track.record.replay import Replay
 from explaind_track.record.run_directory import trajectory_directory
-from explaind_track.record.schema import Keyframe, Segment, is_low_precision, random_state_in, signature, stands_for
+from explaind_track.record.schema import Keyframe, Segment, random_state_in
+from explaind_track.record.signatures import is_low_precision, signature, stands_for
 
 
 class Trajectory:
@@ -109,11 +110,6 @@ class Trajectory:
         trajectory = cls(root, manifest, remote)
         if 0 not in trajectory._keyframes:
             raise TrajectoryError(f"{root} holds no step: the run ended before its first one was written")
-        expected = 0
-        for segment in trajectory.segments:
-            if segment.first != expected:
-                raise TrajectoryError(f"{root} lacks the steps {expected} to {segment.first - 1}")
-            expected = segment.last
         return trajectory
 
     def __len__(self) -> int:
@@ -346,10 +342,14 @@ class Trajectory:
     def read_segment(self, entry: Entry) -> Segment:
         """The segment, opened."""
         file = self.read(entry)
-        return Segment(file, entry.first, partial(self._find, file))
+        return Segment(file, entry.first, entry.last, partial(self._find, file))
 
     def _keyframe(self, number: int) -> Keyframe:
-        return Keyframe(self.read(self._keyframes[number]))
+        file = self.read(self._keyframes[number])
+        shapes = {name: shape for name, (shape, _) in self.manifest.head["parameters"].items()}
+        if file.shapes("parameter:") != shapes:
+            raise TrajectoryError(f"{file.path} has other parameters than its manifest says")
+        return Keyframe(file)
 
     def _find(self, file: TensorFile, name: str) -> Tensor:
         """An index or weights, which are written once for all steps: in this segment, or in an earlier one that used

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from explaind_track.record.history import HISTORY
 from explaind_track.record.manifest import MANIFEST, Manifest
-from explaind_track.record.run_directory import POINTER, is_finished, pictures
+from explaind_track.record.media import pictures
+from explaind_track.record.run_directory import POINTER, is_finished
+from explaind_track.record.validation import file_below
 from explaind_track.wandb_io.run import FINISH_SECONDS, is_offline
 
 if TYPE_CHECKING:
@@ -40,13 +42,14 @@ def trajectory_version(
     for entry in new:
         entry.verify_size(directory)
     for path in (*(entry.path for entry in new), *(pictures(directory) if final else ())):
-        artifact.add_file(str(directory.absolute() / path), path, skip_cache=True, policy="immutable")
+        artifact.add_file(str(file_below(directory.absolute(), path)), path, skip_cache=True, policy="immutable")
 
     # the manifest as it was read, though more may be on disk by now
     with artifact.new_file(MANIFEST, mode="wb", policy="immutable") as file:
         file.write(manifest.to_bytes())
-    if final and (directory / HISTORY).is_file():
-        with artifact.new_file(HISTORY, "wb", policy="immutable") as file, (directory / HISTORY).open("rb") as history:
+    rows = file_below(directory, HISTORY)
+    if final and rows.is_file():
+        with artifact.new_file(HISTORY, "wb", policy="immutable") as file, rows.open("rb") as history:
             shutil.copyfileobj(history, file)
     return artifact
 
@@ -69,14 +72,15 @@ def add_offline(run: "wandb.Run", directory: Path) -> float:
     copied = 0
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
+        source = file_below(directory, name)
         try:
-            os.link(directory / name, target / name)
+            os.link(source, target / name)
         except OSError:
-            shutil.copyfile(directory / name, target / name)
+            shutil.copyfile(source, target / name)
             copied += (target / name).stat().st_size
     manifest.write(target)
-    if (directory / HISTORY).is_file():
-        shutil.copyfile(directory / HISTORY, target / HISTORY)
+    if (rows := file_below(directory, HISTORY)).is_file():
+        shutil.copyfile(rows, target / HISTORY)
         names.append(HISTORY)
 
     for name in (*names, MANIFEST):

@@ -1,0 +1,53 @@
+"""Shape and type of tensors, as JSON has them; whether a tensor may stand where another was recorded."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explaind_track.core.tensors import Tensors
+from explaind_track.errors import TrajectoryError
+
+LOW_PRECISION = ("bfloat16", "float16")
+
+
+def signature(tensors: Tensors) -> dict[str, list[Any]]:
+    """Shape and type of every tensor, as JSON has them."""
+    return {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+
+
+def stands_for(found: Sequence[Any] | None, recorded: Sequence[Any] | None) -> bool:
+    """Whether a tensor of this shape and type may be put in the place of the one recorded; by `signature`."""
+    if found is None or recorded is None:
+        return False
+    (shape, dtype), (recorded_shape, recorded_dtype) = found, recorded
+    is_upcast = recorded_dtype in LOW_PRECISION and dtype == "float32"
+    return bool(shape == recorded_shape) and (dtype == recorded_dtype or is_upcast)
+
+
+def is_low_precision(signatures: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether any of these tensors is explained in float32, which it was not trained in; by `signature`."""
+    return any(dtype in LOW_PRECISION for _, dtype in signatures.values())
+
+
+def refuse_other_shapes(found: Tensors, parameters: Tensors, what: str) -> None:
+    """Raises TrajectoryError unless each tensor found has the shape of the parameter of its name."""
+    for name, tensor in found.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            known = list(parameters[name].shape) if name in parameters else "no such parameter"
+            raise TrajectoryError(
+                f"the record has {what} of {name!r} of shape {list(tensor.shape)}, where the model has {known}"
+            )
+
+
+def refuse_spreading(state: Tensor, parameter: Tensor, what: str) -> None:
+    """Raises TrajectoryError for an optimizer's tensor that would spread beyond the parameter's shape, and take memory
+    for it: a column beside a row."""
+    try:
+        spread = torch.broadcast_shapes(state.shape, parameter.shape)
+    except RuntimeError:
+        return  # they have nothing in common: nothing spreads
+    if math.prod(spread) > max(parameter.numel(), state.numel()):
+        raise TrajectoryError(f"the record has {what} of shape {list(state.shape)} for one of {list(parameter.shape)}")
