@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from explaind_track.record.manifest import Entry
+from explaind_track.record.manifest import STEPS, Entry
 from explaind_track.record.schema import outside_tensors
 from explaind_track.record.trajectory import Trajectory
 
@@ -28,7 +28,7 @@ def fork(trajectory: Trajectory, at: int, directory: Path) -> list[Entry]:
         elif entry.first < at:  # a segment that goes on behind
             tensors, header = trajectory.read_segment(entry).before(at)
             tensors |= outside_tensors(at, trajectory.outside(at))
-            entries.append(Entry.write(directory, entry.path, entry.first, at, tensors, header))
+            entries.append(Entry.write(directory, STEPS, entry.first, at, tensors, header))
     return entries
 
 
