@@ -19,6 +19,7 @@ __all__ = [
     "ResumeWarning",
     "SampleMismatchWarning",
     "TrajectoryError",
+    "UncheckedContentWarning",
     "UnexplainedUpdateError",
 ]
 
@@ -90,6 +91,14 @@ class RerunWarning(UserWarning):
     Given by `rerun` with the first step at which it did, and how far off it is; `Rerun.proof` has the same. Differences
     far below those that a change makes do no harm, unless training is chaotic; to get the run's bits, rerun where it
     ran, with as many threads.
+    """
+
+
+class UncheckedContentWarning(UserWarning):
+    """A question holds something whose content cannot be told, such as an open file, a lock or a generator.
+
+    Given by `explain(out=…)`, which compares what is asked with what the directory holds the answer to. Name a new
+    directory whenever that content is another, or pass what it stands for as tensors, arrays or plain Python values.
     """
 
 

@@ -13,7 +13,7 @@ from explaind_track.core.influence import Influence
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.tensors import cuts, explained_bytes, explained_type
 from explaind_track.engine.targets import output_count
-from explaind_track.explanation.digests import query_digest
+from explaind_track.explanation.digests import model_digest, query_digest, told_apart
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.explanation.plan import ExplanationPlan, timed
 from explaind_track.explanation.step_source import StepSource
@@ -82,7 +82,8 @@ class GroupPlan(ExplanationPlan):
         if distributed.processes() > 1:
             raise ValueError("out= is for one process; in several, keep fewer axes or give each process its own window")
         self._refuse_unknown_parts()
-        return self._on_disk(Store(self.out, self._request()))
+        with Store(self.out, self._request()) as store:
+            return store.result() or self._on_disk(store)
 
     def _refuse_unknown_parts(self) -> None:
         """Raises ValueError for parts that the first step does not have, before anything is written."""
@@ -130,8 +131,9 @@ class GroupPlan(ExplanationPlan):
                     large = [key for key in data.data_vars if data[key].ndim > 1 and "step" in data[key].dims]
                     for key in large:
                         self._write(store, str(key), data[key], piece)
-                    Influence(data.drop_vars(large)).save(path)
-                    store.done(name, [str(key) for key in large])
+                    store.write(path.name, data.drop_vars(large))
+                    first = self._source.first
+                    store.done(name, {"step": slice(piece.start - first, piece.start - first + data.sizes["step"])})
                 labels.append(Influence.load(path).data)
         return self._together(store, labels)
 
@@ -171,7 +173,7 @@ class GroupPlan(ExplanationPlan):
             "groups": accumulator.groups,
             "parts": integrator.wanted_parts,
             "close": self._example.close,
-            "query": query_digest(integrator.query),
+            **told_apart({"query": query_digest(integrator.query), "model": model_digest(integrator.functional.model)}),
             "trajectory": self._source.fingerprint,
             "quadrature": [rule.tolerance, rule.nodes, rule.max_nodes],
             "memory": self._memory,

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from explaind_track.core.checks import require_names, whole_numbers, words
 from explaind_track.core.step import Batch, Step, number_of_id
-from explaind_track.core.tensors import tree_map, tree_rows
+from explaind_track.core.tensors import cuts, tree_map, tree_rows
 from explaind_track.engine.batch_losses import SampleLoss, upcast_batch
+from explaind_track.explanation.digests import Digest
 from explaind_track.explanation.step_source import RepeatableSteps
 
 SAMPLE_AXES = ("step", "seen", "group", "query", "output", "sample")
 """The axes of sample influences in their order. `step`: at which the influence acts; `seen`: whose batch the sample was
 in, through whose gradient it acts then and later."""
 
+DATA_PIECE = 256
+"""The samples whose data are hashed at once."""
 
 Array = np.ndarray[Any, Any]
 
@@ -124,6 +127,29 @@ def choose_indices(source: RepeatableSteps, data: Data | None, samples: Iterable
             f"indices, {of_all[0]!r} to {of_all[-1]!r}, were seen"
         )
     return wanted
+
+
+def data_digest(source: RepeatableSteps, data: Data | None) -> Digest:
+    """Of the samples that `data` gives for all that the steps before the window's end saw, whatever gives them."""
+    digest, names = Digest(), dict[int, Any]()
+    if data is None:
+        return digest  # the record has them
+
+    for _, batch in source.batches():
+        assert batch.index is not None  # looked at before work started
+        index = batch.index.tolist()
+        names.update(zip(index, index if batch.ids is None else batch.ids, strict=True))
+
+    wanted = sorted(names.items())
+    numbers, ids = ([name for _, name in wanted if isinstance(name, str) is word] for word in (False, True))
+    for some in (*map(torch.tensor, _pieces(numbers)), *_pieces(ids)):
+        piece = Digest().add(data(some), "data(…)")  # one by one: a Digest holds on to what it has seen
+        digest.add(piece.hex, "data(…)").unknown.extend(piece.unknown)
+    return digest
+
+
+def _pieces(names: Sequence[Any]) -> list[Sequence[Any]]:
+    return [names[part] for part in cuts(0, len(names), DATA_PIECE)]
 
 
 def labels_of(names: Sequence[Any]) -> Array:

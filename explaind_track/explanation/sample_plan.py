@@ -26,10 +26,10 @@ from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.engine.per_sample import CHUNK_BYTES, PerSampleGradients
 from explaind_track.engine.targets import kept_targets, output_count, some_outputs
-from explaind_track.explanation.digests import fingerprint, function_digest, query_digest
+from explaind_track.explanation.digests import Digest, fingerprint, model_digest, query_digest, told_apart
 from explaind_track.explanation.plan import ExplanationPlan
 from explaind_track.explanation.reverse_replay import ReverseSweep
-from explaind_track.explanation.sample_axis import SAMPLE_AXES, SampleAxis, labels_of
+from explaind_track.explanation.sample_axis import SAMPLE_AXES, SampleAxis, data_digest, labels_of
 from explaind_track.explanation.sample_result import SampleResult
 from explaind_track.explanation.step_source import RepeatableSteps
 from explaind_track.explanation.tiles import Tile, cut_tiles
@@ -186,7 +186,12 @@ class SamplePlan(ExplanationPlan):
         """In memory, or in a directory, where it goes on with the tiles that are not done."""
         if self.out is not None and distributed.processes() > 1:
             raise ValueError("out= is for one process; in several, keep fewer axes, or give each its own samples")
-        store = None if self.out is None else Store(self.out, self._request())
+        if self.out is None:
+            return self._compute(None)
+        with Store(self.out, self._request()) as store:
+            return store.result() or self._compute(store)
+
+    def _compute(self, store: Store | None) -> Influence:
         result = SampleResult(self.keep, self._sizes, self.dtype, store)
         tiles: Sequence[Tile] = [tile for tile in self.tiles() if result.lacks(tile)]
         if not self.shared:
@@ -199,7 +204,7 @@ class SamplePlan(ExplanationPlan):
                 sweep = self._sweep(tile, self.shared)
                 steps = self._source.backwards(tile.steps.stop, self._memory)
                 sweep.run(steps, *result.cells(tile, self._source.first), bar)
-                result.done(tile, sweep.mismatch)
+                result.done(tile, self._source.first, sweep.mismatch)
                 if (sweep.mismatch.wrong or sweep.mismatch.lost) and not warned:
                     warned = True
                     sweep.mismatch.warn()
@@ -232,8 +237,15 @@ class SamplePlan(ExplanationPlan):
             "window": [self._source.first, self._source.last],
             "groups": {group: list(names) for group, names in self.groups.items()},
             "samples": fingerprint(self._samples.labels, sorted(self._samples.place.items())),
-            "sample_loss": function_digest(self._samples.loss),
-            "query": query_digest(self.query),
+            "modes": fingerprint([module.training for module in self._model.modules()]),
+            **told_apart(
+                {
+                    "sample_loss": Digest().add(self._samples.loss, "sample_loss"),
+                    "query": query_digest(self.query),
+                    "model": model_digest(self._model),
+                    "data": data_digest(self._source, self._samples.data),
+                }
+            ),
             "targets": [len(self.query), self.outputs],
             "trajectory": self._source.fingerprint,
             "quadrature": [rule.tolerance, rule.nodes, rule.max_nodes],

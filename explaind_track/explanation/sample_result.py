@@ -44,18 +44,23 @@ class SampleResult:
 
     def cells(self, tile: Tile, first: int) -> tuple[Array, Array]:
         """A tile's part of both arrays, zeros to be added to. first: of the window."""
-        acting = slice(tile.steps.start - first, tile.steps.stop - first) if tile.apart else slice(0, 1)
+        acting = self._acting(tile, first)
         influence = self._influence[acting, :, :, tile.rows, tile.outputs]
         kernel = self._kernel[acting, :, tile.rows, tile.outputs]
         if self._store is not None:  # where an interrupted sweep may have left its beginning
             influence[...], kernel[...] = 0, 0
         return influence, kernel
 
-    def done(self, tile: Tile, mismatch: Mismatch) -> None:
-        """Takes note of a tile whose cells are filled."""
+    def _acting(self, tile: Tile, first: int) -> slice:
+        """The tile's part of the axis `step`."""
+        return slice(tile.steps.start - first, tile.steps.stop - first) if tile.apart else slice(0, 1)
+
+    def done(self, tile: Tile, first: int, mismatch: Mismatch) -> None:
+        """Takes note of a tile whose cells are filled. first: of the window."""
         self._mismatch[tile.name] = {str(number): value for number, value in mismatch.by_step.items()}
         if self._store is not None:
-            self._store.done(tile.name, self._mismatch[tile.name])
+            parts = {"step": self._acting(tile, first), "query": tile.rows, "output": tile.outputs}
+            self._store.done(tile.name, parts, self._mismatch[tile.name])
 
     def finish(self, labels: Mapping[str, Any], window: tuple[int, int]) -> Influence:
         """Adds up what all processes have, and gives it its labels: those of group and sample are passed."""

@@ -6,7 +6,7 @@ import os
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -71,24 +71,33 @@ if fcntl is not None:
     os.register_at_fork(after_in_child=_forget_locks)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes the file whole, through to the disk, or not at all. Raises TrajectoryError where it cannot."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Lets a file be written under another name; once it is whole and on the disk, it takes the place of `path`.
+
+    Raises TrajectoryError where it cannot be written; what was there before is still there then.
+    """
     scratch = path.with_name(path.name + ".part")
     try:
         make_directory(path.parent)
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield scratch
+        with scratch.open("rb") as file:
             os.fsync(file.fileno())  # else a crash may leave the new name with nothing behind it
         scratch.replace(path)
         sync_directory(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise TrajectoryError(
-            f"could not write {path} ({len(content)} bytes): {error}. What was written before is whole; make room or "
-            "give write access, and go on: a run with Tracker(…, resume=True), anything else by the same call again"
+            f"could not write {path}: {error}. What was written before is whole; make room or give write access, and "
+            "go on: a run with Tracker(…, resume=True), anything else by the same call again"
         ) from error
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes the file whole, through to the disk, or not at all. Raises TrajectoryError where it cannot."""
+    with whole(path) as scratch:
+        scratch.write_bytes(content)
 
 
 def make_directory(directory: Path) -> None:
@@ -118,6 +127,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> tup
     sha256 = hashlib.sha256(content).hexdigest()
     write_atomic(path, content)
     return len(content), sha256
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """The sha256 of what a JSON file says, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

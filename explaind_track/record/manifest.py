@@ -1,6 +1,5 @@
 """The manifest of a trajectory: what was trained, and every file with its hash; sealed by a digest of all that."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ import msgspec
 from torch import Tensor
 
 from explaind_track.errors import TrajectoryError
-from explaind_track.record.files import file_sha256, write_atomic, write_tensors
+from explaind_track.record.files import file_sha256, json_sha256, write_atomic, write_tensors
 from explaind_track.record.schema import FORMAT
 from explaind_track.record.validation import Count, Head, Sha256, checked, file_below, read_json
 
@@ -96,7 +95,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Stands for the whole trajectory: the hash of everything its manifest says, the files' hashes included."""
-        return _digest(self._content())
+        return json_sha256(self._content())
 
     def to_bytes(self) -> bytes:
         """The manifest as its file holds it."""
@@ -125,7 +124,7 @@ class Manifest:
         # the format comes first: of another one, it is not known what the digest is of
         if content.get("format") != FORMAT:
             raise TrajectoryError(f"{path} has the format {content.get('format')!r}; this version reads {FORMAT!r}")
-        if content.pop("digest", None) != _digest(content):
+        if content.pop("digest", None) != json_sha256(content):
             raise TrajectoryError(f"{path} was altered: its digest does not fit its content")
 
         entries: list[Entry] = checked(content.pop("files", None), list[Entry], f"`files` in {path}")
@@ -135,10 +134,6 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         return {**self.head, "files": [msgspec.structs.asdict(entry) for entry in self.entries]}
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_gaps(entries: Iterable[Entry], path: Path) -> None:
