@@ -16,7 +16,8 @@ from explaind_track.core.influence import Influence
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.queries import Query
 from explaind_track.core.rules import Rule, update_rule
-from explaind_track.core.step import Batch, State, Step, Update
+from explaind_track.core.step import Batch, State, Step
+from explaind_track.core.update import Update
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.explanation.explain import explain, plan_explanation
 from explaind_track.explanation.explainer import Explainer

@@ -20,8 +20,9 @@ from explaind_track.core.checks import require_int
 from explaind_track.core.groups import Groups, GroupSpec, resolve_groups
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query, require_query
-from explaind_track.core.step import Step, Update
+from explaind_track.core.step import Step
 from explaind_track.core.tensors import Tensors, cuts, explained_bytes
+from explaind_track.core.update import Update
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional

@@ -6,7 +6,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from explaind_track.core.rules import Rule
-from explaind_track.core.step import Change, Contribution, OutsideChange, State, Step, Update, Validity
+from explaind_track.core.step import Change, OutsideChange, State, Step, Validity
+from explaind_track.core.update import Contribution, Update
 
 
 def lasting_copy(step: Step, last: Step | None, rules: Mapping[str, Rule]) -> Step:

@@ -10,8 +10,9 @@ from explaind_track.core.kept_state import KeptState
 from explaind_track.core.lasting import lasting_copy
 from explaind_track.core.proof import require_explained
 from explaind_track.core.rules import Rule, require_rule, update_rule
-from explaind_track.core.step import Batch, Contribution, OutsideChange, State, Step, Update, Validity
+from explaind_track.core.step import Batch, OutsideChange, State, Step, Validity
 from explaind_track.core.tensors import Tensors, low_precision, upcast
+from explaind_track.core.update import Contribution, Update
 
 
 class StepObserver:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from explaind_track.core.step import Update
+from explaind_track.core.update import Update
 from explaind_track.errors import UnexplainedUpdateError
 
 LOW_PRECISION_UNITS = 16

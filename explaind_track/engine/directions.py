@@ -1,4 +1,4 @@
-"""The two ways to differentiate a step's targets in the directions of its parts and groups.
+"""Two ways to differentiate a step's targets in the directions of its parts and groups; `streaming` has the third.
 
 *Forward*: one directional derivative for each (part, group) gives all outputs of all queries at once. *Reverse*: one
 gradient for each output gives every direction, down to the single parameter. The counts decide, like an einsum path.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from explaind_track.core.groups import Groups
 from explaind_track.core.queries import Query
-from explaind_track.core.step import SHARES, Change, State
+from explaind_track.core.step import Change, State
 from explaind_track.core.tensors import Tensors, size_in_bytes
 from explaind_track.engine.derivatives import vjp_rows
 from explaind_track.engine.functional import Functional
@@ -57,24 +57,23 @@ class Wanted:
 
     def fill(self, step: Change, parameter: str, rows: Sequence[Tensor]) -> None:
         """Writes the parts of one parameter's step, and last the rounding if it is wanted, into R rows of its shape."""
-        for row, part in zip(rows, self.parts, strict=False):
-            row.copy_(step.parts[part][parameter])
-
-        # (θ_s − θ_{s+1}) − Σ parts
-        if self.rounding:
-            rest = rows[-1].copy_(step.before.parameters[parameter]).sub_(step.after.parameters[parameter])
-            for row, part in zip(rows, self.parts, strict=False):
-                if part not in SHARES:
-                    rest -= row
+        for place, found in step.pieces(parameter, self.parts, self.rounding):
+            for row, values in zip(rows, found, strict=True):
+                row.view(-1)[place] = values
 
 
 def choose_derivatives(
     functional: Functional, query: Query, step: Change, wanted: Wanted, outputs: int, memory: int
 ) -> DirectionalDerivatives:
     """The way that costs less. outputs: O, for each query."""
-    directions = len(wanted.parts) * len(wanted.groups) + 1
-    mode = ReverseDerivatives if outputs * REVERSE_COST <= directions else ForwardDerivatives
+    reverse = prefers_reverse(outputs, len(wanted.parts), len(wanted.groups))
+    mode = ReverseDerivatives if reverse else ForwardDerivatives
     return mode(functional, query, step, wanted, memory)
+
+
+def prefers_reverse(outputs: int, parts: int, groups: int) -> bool:
+    """Whether gradients of O outputs cost less than derivatives in the directions of all parts and groups."""
+    return outputs * REVERSE_COST <= parts * groups + 1
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from explaind_track.core.tensors import Tensors, size_in_bytes
 from explaind_track.engine.derivatives import vjp_rows
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.memory import QueryChunks
-from explaind_track.engine.path_integral import gauss_legendre, interpolate
+from explaind_track.engine.path_integral import gauss_legendre
 from explaind_track.engine.targets import target_of
 from explaind_track.errors import GradientMismatchWarning
 
@@ -37,7 +37,7 @@ class Features:
         with evaluation(self._functional.model):
             for start, chunk in self._chunks.cut(self._chunk_size(step), device):
                 for time, weight in gauss_legendre(nodes):
-                    state = interpolate(step, time)
+                    state = step.point(time)
                     primals = {name: state.parameters[name] for name in step.moved}
                     self._add(total, start, self._gradients(chunk, state, primals), weight)
         if self._steps % PROVE_EVERY == 0:
@@ -78,7 +78,7 @@ class Features:
                 function = target_of(self.query, chunk)
                 total: Tensor | None = None
                 for time, weight in gauss_legendre(nodes):
-                    state = interpolate(step, time)
+                    state = step.point(time)
                     primals = {name: state.parameters[name] for name in direction}
                     slope = self._functional.jvp(self._functional.at(state, function), primals, tangents)[0] * weight
                     total = slope if total is None else total + slope

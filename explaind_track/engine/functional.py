@@ -1,7 +1,7 @@
 """The model as a function of its parameters and buffers, and the modes in which queries call it."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,25 +28,27 @@ CAST_BY_NAME = (
 
 
 @contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Attention by its formula: the fused kernels have no forward-mode derivative, nor a rule for `vmap`."""
+def differentiable_attention(fused: bool = False) -> Iterator[None]:
+    """Attention by its formula: the fused kernels have no forward-mode derivative, nor a rule for `vmap`. fused: by
+    these kernels, for plain backward passes alone."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """The model as queries see it: in eval mode. Every module gets its own mode back."""
+def evaluation(model: nn.Module, fused: bool = False) -> Iterator[None]:
+    """The model as queries see it: in eval mode. Every module gets its own mode back. fused: see
+    `differentiable_attention`."""
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         module.training = False
     try:
-        with differentiable_attention():
+        with differentiable_attention(fused):
             yield
     finally:
         for module, mode in modes:

@@ -2,22 +2,30 @@
 its setting."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from explaind_track.core.groups import Groups
+from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import PARTS, SHARES, Change, State, Step
-from explaind_track.core.tensors import Tensors, size_in_bytes
-from explaind_track.engine.directions import DirectionalDerivatives, Wanted, choose_derivatives
+from explaind_track.core.tensors import Tensors, explained_bytes, size_in_bytes
+from explaind_track.engine.directions import DirectionalDerivatives, Wanted, choose_derivatives, prefers_reverse
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.memory import MEMORY, QueryChunks
-from explaind_track.engine.path_integral import Quadrature, Terms, gauss_legendre, interpolate
-from explaind_track.engine.targets import target_of
+from explaind_track.engine.path_integral import Quadrature, Terms, gauss_legendre
+from explaind_track.engine.streaming import StreamingDerivatives, streams
+from explaind_track.engine.targets import in_float64, output_count, target_of
 
 Chunk = tuple[int, Query]
 """Some of the query's inputs: the row of the first, and the query of them alone."""
+
+
+OWN_PARTS = ("kernel", "regularization")
+"""The parts of a step that has no other: what the counts are taken of before one is seen."""
 
 
 class Integrator:
@@ -31,19 +39,59 @@ class Integrator:
         parts: Sequence[str] | None = None,
         quadrature: Quadrature | None = None,
         memory: int = MEMORY,
+        microbatch: int | None = None,
     ) -> None:
         """parts: the step's parts (or shares of them) that get a row of their own for each group; whatever is not
         among them is left to the remainder. None: all of the step, the rounding summed over the groups.
         memory: bytes that one pass may take, by which queries and directions are cut into chunks (a guide, not a hard
-        bound)."""
+        bound). microbatch: how many of the query's inputs go together; None: as many as the memory allows."""
         self.functional = Functional(model)
         self.query, self.groups, self.memory = query, groups, memory
         self.quadrature = quadrature or Quadrature()
         self.wanted_parts = parts
-        self._chunks = QueryChunks(self.functional, query, memory)
-        self._terms_chunk: int | None = None
-        self._outputs: int | None = None
+        self._terms_chunk = microbatch
         self._predictions = _Predictions(self.functional)
+
+    @cached_property
+    def _outputs(self) -> int:
+        """O, the targets of each query."""
+        return output_count(self.functional.model, self.query)
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether the streaming plan takes the steps."""
+        size, parts = explained_bytes(parameters_of(self.functional.model)), len(self.wanted_parts or OWN_PARTS)
+        return streams(self.query, self._outputs, parts, len(self.groups), size, self.memory)
+
+    @property
+    def mode(self) -> str:
+        """How steps are differentiated, in words."""
+        if self.streams:
+            return "streaming reverse mode: gradients are multiplied and dropped parameter by parameter"
+        reverse = prefers_reverse(self._outputs, len(self.wanted_parts or OWN_PARTS), len(self.groups))
+        return "reverse mode" if reverse else "forward mode"
+
+    @cached_property
+    def _asked(self) -> Query:
+        """The query as it is differentiated: its target in float64 where steps are streamed and it can be."""
+        if not self.streams:
+            return self.query
+        precise = in_float64(self.query)
+        first = precise.rows(0, 1, next(self.functional.model.parameters()).device)
+        try:
+            with evaluation(self.functional.model, fused=True):
+                self.functional.value(State(parameters_of(self.functional.model), {}).upcast(), first)
+        except RuntimeError:  # a target that multiplies the output with matrices of its own
+            return self.query
+        return precise
+
+    @cached_property
+    def _chunks(self) -> QueryChunks:
+        return QueryChunks(self.functional, self._asked, self.memory)
+
+    def _evaluation(self) -> AbstractContextManager[None]:
+        """The model as it is differentiated."""
+        return evaluation(self.functional.model, fused=self.streams)
 
     def parts(self, step: Step) -> tuple[str, ...]:
         """The names along the part axis, of the step and of what led to it from outside. Raises ValueError for parts
@@ -73,9 +121,9 @@ class Integrator:
 
     def _total_residual(self, step: Change, nodes: int) -> tuple[float, float, float]:
         """‖remainder‖₂, ‖change‖₂, and the rounding floor of the first, from the direction of the whole step."""
-        direction = {name: (step.before.parameters[name] - step.after.parameters[name])[None] for name in step.moved}
+        slope = self._slope(step)
         squares = torch.zeros(3, dtype=torch.float64)
-        with evaluation(self.functional.model):
+        with self._evaluation():
             size = self._chunks.size(step.before, copies=1, held=2 * size_in_bytes(step.before.parameters))
             for together in self._together(step, size):
                 terms = self._start(step, together, (), close=False)
@@ -83,23 +131,37 @@ class Integrator:
                 # [f(θ_{s+1}) − f(θ_s)] + Σ_t w_t ⟨∇f_{θ_s(t)}, θ_s − θ_{s+1}⟩
                 remainder = terms.change
                 for time, weight in gauss_legendre(nodes):
-                    state = interpolate(step, time)
-                    primals = {name: state.parameters[name] for name in step.moved}
+                    state = step.point(time)
                     for _, chunk in together:
-                        function = self.functional.at(state, target_of(self.query, chunk))
-                        remainder = remainder + self.functional.jvp(function, primals, direction)[0] * weight
+                        remainder = remainder + slope(state, chunk) * weight
+                    del state  # before the next one is made
 
                 for place, value in enumerate((remainder, terms.change, terms.after)):
                     squares[place] += value.square().sum().cpu()
         remainder_norm, change, prediction = squares.sqrt().tolist()
-        return remainder_norm, change, 4 * torch.finfo(terms.change.dtype).eps * prediction
+        return remainder_norm, change, 4 * terms.eps * prediction
+
+    def _slope(self, step: Change) -> Callable[[State, Query], Tensor]:
+        """From a node and a chunk of the queries to ⟨∇f_{θ_s(t)}, θ_s − θ_{s+1}⟩, (x, O)."""
+        if self.streams:
+            derivatives = StreamingDerivatives(self.functional, self._asked, step, Wanted((), self.groups, True))
+            return lambda state, chunk: derivatives.at(state, chunk)[1]
+
+        direction = {name: (step.before.parameters[name] - step.after.parameters[name])[None] for name in step.moved}
+
+        def slope(state: State, chunk: Query) -> Tensor:
+            primals = {name: state.parameters[name] for name in step.moved}
+            function = self.functional.at(state, target_of(self._asked, chunk))
+            return self.functional.jvp(function, primals, direction)[0]
+
+        return slope
 
     def terms(self, step: Change, nodes: int, close: bool = False) -> Iterator[tuple[int, Terms]]:
         """The influences of a step, or of a change from outside, chunk by chunk of the queries (always the same
         chunks): the chunk's first row, and its terms, which add up exactly if `close`. One chunk where the query is
         reduced to one target."""
         parts = self._parts_of(step)
-        with evaluation(self.functional.model):
+        with self._evaluation():
             derivatives = self._derivatives(step, parts)
             for together in self._together(step, self._chunk_size(step, derivatives)):
                 terms = self._start(step, together, parts, close)
@@ -111,7 +173,7 @@ class Integrator:
     def fix_chunks(self, step: Step) -> None:
         """Cuts the query by what the step takes, before what led to it from outside is cut as well."""
         if self._terms_chunk is None:
-            with evaluation(self.functional.model):
+            with self._evaluation():
                 self._chunk_size(step, self._derivatives(step, self._parts_of(step)))
 
     def _chunk_size(self, step: Change, derivatives: DirectionalDerivatives | None) -> int:
@@ -126,10 +188,9 @@ class Integrator:
         rounding = self.wanted_parts is None and "rounding" in step.parts
         if not step.moved or not (parts or rounding):
             return None
-        if self._outputs is None:
-            first = self.query.rows(0, 1, next(iter(step.before.parameters.values())).device)
-            self._outputs = self.functional.value(step.before, first).shape[1]
         wanted = Wanted(tuple(parts), self.groups, rounding)
+        if self.streams:
+            return StreamingDerivatives(self.functional, self._asked, step, wanted)
         return choose_derivatives(self.functional, self.query, step, wanted, self._outputs, self.memory)
 
     @staticmethod
@@ -137,12 +198,13 @@ class Integrator:
         step: Change, derivatives: DirectionalDerivatives, together: Sequence[Chunk], nodes: int, terms: Terms
     ) -> None:
         for time, weight in gauss_legendre(nodes):
-            state = interpolate(step, time)
+            state = step.point(time)
             influence, rounding = derivatives.at(state, together[0][1])
             for _, chunk in together[1:]:
                 more_influence, more_rounding = derivatives.at(state, chunk)
                 influence, rounding = influence + more_influence, rounding + more_rounding
             terms.add(influence, rounding, weight)
+            del state  # before the next one is made
 
     def _together(self, step: Change, size: int) -> list[list[Chunk]]:
         """The query's chunks; all of them together where they are shares of the same targets, else each by itself."""
@@ -152,10 +214,14 @@ class Integrator:
     def _start(self, step: Change, together: Sequence[Chunk], parts: Sequence[str], close: bool) -> Terms:
         """Terms without influences, for these chunks."""
         predictions = [
-            self._predictions.of(step, start, chunk, target_of(self.query, chunk)) for start, chunk in together
+            self._predictions.of(step, start, chunk, target_of(self._asked, chunk)) for start, chunk in together
         ]
         before, moved, after = (sum(more, first) for first, *more in zip(*predictions, strict=True))
-        return Terms.start(before, moved, after, parts, len(self.groups), close)
+
+        eps = torch.finfo(before.dtype).eps
+        if self.streams:  # a target in float64 knows the model's output to the parameters' precision only
+            eps = max(torch.finfo(value.dtype).eps for value in step.before.parameters.values())
+        return Terms.start(before, moved, after, parts, len(self.groups), close, eps)
 
 
 class _Predictions:
@@ -180,7 +246,7 @@ class _Predictions:
             value = self._functional.value
             before = self._known.pop(rows) if rows in self._known else value(step.before, target)
             stays = step.after is step.before
-            moved = before if stays else value(State(step.after.parameters, step.before.buffers), target)
+            moved = before if stays else value(step.point(1), target)
             self._now[rows] = before, moved, value(step.after, target) if buffers_moved(step) else moved
         return self._now[rows]
 

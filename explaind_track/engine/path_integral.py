@@ -16,7 +16,7 @@ from einops import reduce
 from torch import Tensor
 
 from explaind_track.core.checks import require_int, require_number
-from explaind_track.core.step import SHARES, Change, State
+from explaind_track.core.step import SHARES
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,6 @@ def gauss_legendre(nodes: int) -> tuple[tuple[float, float], ...]:
     return tuple(pairs)
 
 
-def interpolate(step: Change, time: float) -> State:
-    """θ_s(t), with the buffers of step s."""
-    before, after = step.before.parameters, step.after.parameters
-    moved = {name: torch.lerp(before[name], after[name], time) for name in step.moved}
-    return State({**before, **moved}, step.before.buffers)
-
-
 @dataclass
 class Terms:
     """One step's influences on some of the queries (x of them, O outputs each), for P parts and G groups."""
@@ -142,15 +135,18 @@ class Terms:
     remainder: Tensor
     """What the split leaves over, [f(θ_{s+1}, b_s) − f(θ_s, b_s)] + ΣΨ, before any closing; (x, O)."""
 
+    eps: float
+    """The relative rounding of the arithmetic that predictions are computed in."""
+
     @classmethod
     def start(
-        cls, before: Tensor, moved: Tensor, after: Tensor, parts: Sequence[str], groups: int, close: bool
+        cls, before: Tensor, moved: Tensor, after: Tensor, parts: Sequence[str], groups: int, close: bool, eps: float
     ) -> "Terms":
         """Zero influences, and the changes from the three predictions, (x, O) each. close: whether to close them."""
         cells = before.new_zeros(len(parts), groups, *before.shape)
         zeros = torch.zeros_like(before)
         spread = cells.clone() if close else None
-        return cls(tuple(parts), cells, zeros, moved - before, after - moved, after, spread, zeros.clone())
+        return cls(tuple(parts), cells, zeros, moved - before, after - moved, after, spread, zeros.clone(), eps)
 
     def add(self, influence: Tensor, rounding: Tensor, weight: float) -> None:
         """Adds one node's directional derivatives, (P, G, x, O) and (x, O), with the node's weight."""
@@ -195,8 +191,8 @@ class Terms:
 
     def copy(self) -> "Terms":
         """The same terms in tensors of their own, to be added to."""
-        copies = {name: value.clone() for name, value in vars(self).items() if name not in ("parts", "spread")}
-        return Terms(self.parts, **copies, spread=None)
+        copies = {name: value.clone() for name, value in vars(self).items() if name not in ("parts", "spread", "eps")}
+        return Terms(self.parts, **copies, spread=None, eps=self.eps)
 
     def __iadd__(self, other: "Terms") -> "Terms":
         """Adds the terms of a step that follows, with the same parts; `after` becomes that step's."""

@@ -11,7 +11,7 @@ from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query, require_query
 from explaind_track.core.rng import random_state, replayed_random_state
 from explaind_track.core.step import State
-from explaind_track.core.tensors import tree_tensors, upcast
+from explaind_track.core.tensors import tree_map, tree_tensors, upcast
 from explaind_track.engine.derivatives import refuse_reentrant
 from explaind_track.engine.functional import Functional, evaluation, writable
 
@@ -22,6 +22,21 @@ def target_of(query: Query, chunk: Query) -> Callable[[nn.Module], Tensor]:
         return chunk
     scale = 1.0 if query.reduction == "sum" else 1.0 / query.size
     return lambda model: chunk(model).sum(0, keepdim=True) * scale
+
+
+def in_float64(query: Query) -> Query:
+    """The query with its target computed in float64 from the model's output: of a loss that changes by a thousandth in
+    a step, float32's softmax loses the change's fifth digit."""
+    target = query.target
+
+    def of_double(output: Any, *labels: Tensor) -> Tensor:
+        return target(tree_map(_double, output), *labels)
+
+    return replace(query, target=of_double)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def kept_targets(query: Query, keep: Sequence[str]) -> Query:

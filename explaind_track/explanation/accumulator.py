@@ -146,7 +146,7 @@ class Accumulator:
         remainder, change, after = (
             value.square().sum().double().cpu() for value in (terms.remainder, terms.change, terms.after)
         )
-        floor = after * (4 * torch.finfo(terms.after.dtype).eps) ** 2
+        floor = after * (4 * terms.eps) ** 2
         return Reduced(values, (remainder, change, floor))
 
     def _join(self, chunks: Sequence[Reduced]) -> Row:

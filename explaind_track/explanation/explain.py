@@ -69,7 +69,9 @@ def explain(
         quadrature: How each step is integrated; None: until the residual is at most 1e-3, with at most 64 nodes.
         close: Share the remainder out over parts and groups, so that sums are exact; `residual` stays as it was.
         memory: Bytes one pass may take (2**28 if not given): a guide by which queries and directions are cut into
-            chunks.
+            chunks. Where it holds no copies of the parameters for the directions (a model of more than 13 million, if
+            not given) and the query is reduced to one target, or to few, the streaming plan is taken: a backward pass
+            whose gradients are multiplied and dropped one by one, with sums and the query's target in float64.
         progress: False: show no bar.
         out: A directory for a result that is larger than the memory: it is written there piece by piece, and an
             interrupted call goes on when it is made again. `open_influence` opens it later.
@@ -171,6 +173,7 @@ def plan_explanation(
         >>> print(plan.describe())  # doctest: +ELLIPSIS
         influences: 2 part × 5 step × 2 group × 4 query, 0.0 MB
         work:       5 steps in 1 pass(es), with about 268 MB
+        mode:       forward mode
         time:       about ... s
         >>> influence = plan.run()
     """

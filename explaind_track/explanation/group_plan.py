@@ -60,7 +60,13 @@ class GroupPlan(ExplanationPlan):
 
     @property
     def working_bytes(self) -> int:
-        return self._memory + 5 * explained_bytes(parameters_of(self._example.integrator.functional.model))
+        integrator = self._example.integrator
+        copies = 2 if integrator.streams else 5  # θ_s(t), and what the step holds
+        return self._memory + copies * explained_bytes(parameters_of(integrator.functional.model))
+
+    @property
+    def mode(self) -> str:
+        return self._example.integrator.mode
 
     @property
     def passes(self) -> int:

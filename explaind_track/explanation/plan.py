@@ -33,6 +33,11 @@ class ExplanationPlan(ABC):
 
     @property
     @abstractmethod
+    def mode(self) -> str:
+        """How a step is differentiated, in words."""
+
+    @property
+    @abstractmethod
     def passes(self) -> int:
         """How often the trajectory is gone through."""
 
@@ -68,6 +73,7 @@ class ExplanationPlan(ABC):
         lines = [
             f"influences: {self._axes() or 'one number'}, {self.result_bytes / 1e6:,.1f} MB",
             f"work:       {self.steps} steps in {self.passes} pass(es), with about {self.working_bytes / 1e6:,.0f} MB",
+            f"mode:       {self.mode}",
             f"time:       about {_duration(self.seconds())}",
         ]
         if self.out is None and self.result_bytes > room():

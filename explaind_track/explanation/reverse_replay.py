@@ -18,8 +18,9 @@ from torch import Tensor
 
 from explaind_track.core import distributed
 from explaind_track.core.groups import Groups
-from explaind_track.core.step import Batch, Step, Update
+from explaind_track.core.step import Batch, Step
 from explaind_track.core.tensors import Tensors, tree_take
+from explaind_track.core.update import Update
 from explaind_track.engine.features import Features
 from explaind_track.engine.per_sample import PerSampleGradients
 from explaind_track.errors import SampleMismatchWarning

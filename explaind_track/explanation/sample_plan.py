@@ -109,6 +109,10 @@ class SamplePlan(ExplanationPlan):
         return targets * COPIES * self._parameter_bytes + replayed + CHUNK_BYTES
 
     @property
+    def mode(self) -> str:
+        return "reverse replay, an adjoint for each target"
+
+    @property
     def passes(self) -> int:
         return len(self.tiles())
 
