@@ -33,12 +33,13 @@ class Split:
         return Split(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def modulo_addition(modulus: int, train: int, test: int, seed: int) -> Split:
+def modulo_addition(modulus: int, train: int, test: int, seed: int, diagonal: bool = False) -> Split:
     """`[a] [+] [b] [=]` → `(a + b) mod modulus` (E.2): tokens (N, 4) and labels (N,).
 
-    The pairs are those with a > b, 113 · 112 / 2 = 6328 for 113, as many as the paper counts.
+    The pairs are those with a > b, 113 · 112 / 2 = 6328 for 113, as many as the paper counts; with the diagonal those
+    with a ≥ b, 6441, as in the authors' script.
     """
-    a, b = torch.tril_indices(modulus, modulus, offset=-1)
+    a, b = torch.tril_indices(modulus, modulus, offset=0 if diagonal else -1)
     if train + test > len(a):
         raise ValueError(f"modulo {modulus} has {len(a)} pairs, too few for train={train} and test={test}")
     order = torch.randperm(len(a), generator=torch.Generator().manual_seed(seed))

@@ -41,15 +41,17 @@ def sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def fresh_model(config: DictConfig, seed: int) -> ModuloTransformer:
-    """The model before training."""
+    """The model before training; drawn in float32 whatever its precision, so that a seed begins at the same weights."""
     torch.manual_seed(seed)
-    return ModuloTransformer(tokens=config.modulus + 2).to(config.device)
+    precision = {"float64": torch.float64, "float32": torch.float32}[config.dtype]
+    return ModuloTransformer(tokens=config.modulus + 2).to(config.device, precision)
 
 
 def build(config: DictConfig) -> tuple[ModuloTransformer, Split]:
     """The model before training, and the data."""
     model = fresh_model(config, config.seed)
-    return model, modulo_addition(config.modulus, config.train, config.test, config.seed).to(config.device)
+    data = modulo_addition(config.modulus, config.train, config.test, config.seed, config.diagonal)
+    return model, data.to(config.device)
 
 
 def make_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.AdamW:
