@@ -15,6 +15,7 @@ import torch
 from models_hf import Family
 from reference import Moment, Reference, Turn, copies, explain_moments, gauss_legendre
 from torch import Tensor, nn
+from untracked import NoTracker
 
 from explaind_track import Quadrature, Query, Tracker, Trajectory, explain
 
@@ -191,13 +192,14 @@ class Errors:
 
 @dataclass(frozen=True)
 class Run:
-    tracker: Tracker
+    tracker: Any
+    """A Tracker, where there was one."""
     witness: Witness
     sample_loss: Callable[[nn.Module, Any], Tensor]
 
 
-def in_own_loop(family: Family, variant: Variant, directory: Path) -> Run:
-    """Two epochs of batches of two or one."""
+def in_own_loop(family: Family, variant: Variant, directory: Path, tracked: bool = True, **options: Any) -> Run:
+    """Two epochs of batches of two or one; options: more of the Tracker's."""
     model = variant.model(family)
     witness = Witness(family, variant, model)
     called = torch.compile(model, backend="aot_eager") if variant.compiled else model
@@ -211,9 +213,8 @@ def in_own_loop(family: Family, variant: Variant, directory: Path) -> Run:
             logits = logits.float()
         return family.losses(logits, batch["labels"], variant.smoothing)
 
-    tracker = Tracker(
-        called, optimizer, queries={"q": query(family)}, groups=3, sample_loss=sample_loss, trajectory=directory
-    )
+    options = {"queries": {"q": query(family)}, "groups": 3, "sample_loss": sample_loss, **options}
+    tracker: Any = Tracker(called, optimizer, trajectory=directory, **options) if tracked else NoTracker(called)
     witness.watch_optimizer(optimizer)
     data = family.data()
     for _ in range(2):
@@ -233,7 +234,7 @@ def in_own_loop(family: Family, variant: Variant, directory: Path) -> Run:
     return Run(tracker, witness, sample_loss)
 
 
-def in_trainer(family: Family, variant: Variant, directory: Path) -> Run:
+def in_trainer(family: Family, variant: Variant, directory: Path, tracked: bool = True, **options: Any) -> Run:
     """The same in the Trainer, whose subclass takes the index out of a batch."""
     import transformers
 
@@ -255,7 +256,7 @@ def in_trainer(family: Family, variant: Variant, directory: Path) -> Run:
     witness = Witness(family, variant, model)
     callback = TrackerCallback(
         queries={"q": query(family)}, groups=3, sample_loss=sample_losses, index=lambda batch: batch["index"],
-        trajectory=directory,
+        trajectory=directory, **options,
     )  # fmt: skip
     arguments = transformers.TrainingArguments(
         output_dir=str(directory.with_name("out")), per_device_train_batch_size=2, num_train_epochs=2, report_to=[],
@@ -266,7 +267,7 @@ def in_trainer(family: Family, variant: Variant, directory: Path) -> Run:
     )  # fmt: skip
     data = family.data()
     rows = [{name: value[k] for name, value in data.items()} for k in range(len(data["index"]))]
-    WithIndex(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    WithIndex(model, arguments, train_dataset=rows, callbacks=[callback] if tracked else []).train()
     return Run(callback.tracker, witness, partial(sample_losses, label_smoothing=variant.smoothing))
 
 

@@ -139,6 +139,8 @@ def _of_groups(
     shape = ours["initial"].shape
     cells = [divmod(place, shape[1]) for place in _spread(int(np.prod(shape)), targets)]
     names = [str(part) for part in ours["part"].values]
+    if not names:
+        return  # nothing was moved but the model's buffers
 
     def plain_sums(change: Change) -> Tensor:
         own = [change.parts[part] for part in names if part in change.parts]

@@ -41,6 +41,10 @@ def _excess(update: Update, dtype: torch.dtype) -> float:
     """The largest |θ_s − θ_{s+1} − parts| in units of what float rounding allows, infinite where finite numbers became
     others; numbers that were not finite before the step tell nothing."""
     rest, limit = _rest_and_limit(update, dtype)
+
+    # where momentum and gradient cancel, the rounding of both stays: |P e M_s| ≤ |u_s| + |P d G_s|
+    own = update.precondition(update.kernel_gradient() * update.rule.d).abs_()
+    limit += own.mul_(64 * torch.finfo(update.rule.precision or limit.dtype).eps)
     excess = torch.where(rest <= limit, 0.0, (rest / limit).nan_to_num(nan=torch.inf))
     told = update.before.isfinite() & update.gradient.isfinite()
     return float(torch.where(told, excess, 0.0).max()) if excess.numel() else 0.0

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import TESTS
 from loops_hf import LOOPS, VARIANTS, Variant, measure
 from models_hf import FAMILIES, Family
+from untracked import compare_trained
 
 from explaind_track.errors import SampleMismatchWarning
 
@@ -23,6 +25,9 @@ FAST = {
     ("trainer", "bert", "accumulation"), ("trainer", "gpt2-dropout", "smoothing"), ("trainer", "llama", "autocast"),
 }  # fmt: skip
 """Those that every run of the tests has; `pytest -m slow tests/callbacks` has the others."""
+
+UNCHANGED = {"own loop-gpt2-dropout-checkpointing", "trainer-llama-accumulation"}
+"""Those whose training every run of the tests has without a Tracker, too."""
 
 COMBINATIONS = [
     pytest.param(
@@ -64,6 +69,29 @@ def test_influences_are_those_of_plain_autograd(loop: str, family: Family, varia
     assert errors.gradient <= (0.03 if variant.rounded else exact)
     assert errors.groups <= (0.1 if variant.rounded else exact)
     assert errors.samples <= (0.3 if variant.rounded else exact)
+
+
+@pytest.mark.parametrize(
+    ("loop", "family", "variant"),
+    [
+        pytest.param(*one.values, id=one.id, marks=() if one.id in UNCHANGED else pytest.mark.slow)
+        for one in COMBINATIONS
+    ],
+)
+def test_a_tracked_model_is_the_untracked_one(loop: str, family: Family, variant: Variant, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft" if variant.lora else "accelerate")
+    runs, states = [], []
+    for tracked, options in ((False, {}), (True, {"audit_every": 3})):
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # autocast's rounding is told by its own test
+            runs.append(LOOPS[loop](family, variant, tmp_path / "t", tracked=tracked, **options))
+        states.append(torch.get_rng_state())
+
+    assert torch.equal(*states)
+    plain, watched = ((run.witness.model, run.witness.optimizer) for run in runs)
+    compare_trained(plain, watched)
 
 
 def test_the_page_tells_of_every_combination() -> None:

@@ -1,23 +1,19 @@
 """The Tracker never changes training: the same weights, buffers, optimizer state and random state, bit for bit."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from cases import OPTIMIZERS
 from loops import LOOPS, Loop
-from torch import Tensor, nn
+from low_precision_loops import LOW_PRECISION_LOOPS
+from models import MODELS, inputs
+from outside_loops import OUTSIDE_LOOPS
+from torch import nn
+from untracked import compare_trained
 
 from explaind_track import Query
-
-
-def bits(tree: Any) -> list[Tensor]:
-    """All tensors and numbers of a tree of mappings and lists, in order."""
-    if isinstance(tree, dict):
-        return [tensor for value in tree.values() for tensor in bits(value)]
-    if isinstance(tree, list | tuple):
-        return [tensor for value in tree for tensor in bits(value)]
-    return [torch.as_tensor(tree)] if isinstance(tree, Tensor | float | int) else []
 
 
 def renormalized() -> nn.Module:
@@ -30,9 +26,17 @@ RENORMALIZING = Loop(
     query=lambda x, _: Query.outputs(x),
 )  # fmt: skip
 
+OF_MODELS = [Loop(f"model {name}", model=make, inputs=partial(inputs, make, 24)) for name, make in MODELS.items()]
+
+OF_OPTIMIZERS = [
+    Loop(f"optimizer {name}", optimizer=make, inputs=lambda: torch.randn(24, 4)) for name, make in OPTIMIZERS.items()
+]
+
+EVERY = [*LOOPS, *OUTSIDE_LOOPS, *LOW_PRECISION_LOOPS, RENORMALIZING, *OF_MODELS, *OF_OPTIMIZERS]
+
 
 @pytest.mark.filterwarnings("ignore")  # each loop's own are for test_loops.py
-@pytest.mark.parametrize("loop", [*LOOPS, RENORMALIZING], ids=lambda loop: loop.id)
+@pytest.mark.parametrize("loop", EVERY, ids=lambda loop: loop.id)
 def test_a_tracked_loop_is_the_untracked_one(loop: Loop, tmp_path: Path) -> None:
     plain = loop.run(tracked=False)
     after_plain = torch.get_rng_state()
@@ -41,11 +45,4 @@ def test_a_tracked_loop_is_the_untracked_one(loop: Loop, tmp_path: Path) -> None
     after_tracked = torch.get_rng_state()
 
     assert torch.equal(after_plain, after_tracked)
-    for one, two in ((plain.model, tracked.model), (plain.optimizer, tracked.optimizer)):
-        wanted, found = bits(one.state_dict()), bits(two.state_dict())
-        assert len(wanted) == len(found)
-        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
-    assert [module.training for module in plain.model.modules()] == [m.training for m in tracked.model.modules()]
-    for one, two in zip(plain.model.parameters(), tracked.model.parameters(), strict=True):
-        assert one.requires_grad == two.requires_grad
-        assert (one.grad is None) == (two.grad is None)
+    compare_trained((plain.model, plain.optimizer), (tracked.model, tracked.optimizer))
