@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from recipes.common import configure, output_directory, table, write_json
+from explaind_track.core.tables import table
+from recipes.common import configure, output_directory, write_json
 from recipes.modulo_addition import accuracies, build, make_optimizer
 
 EVALUATE_EVERY = 20

@@ -16,7 +16,7 @@ from servers import Server
 from torch import nn
 
 from explaind_track import Trajectory
-from recipes import data_attribution, grokking_analysis, images, step_subsampling
+from recipes import data_attribution, grokking_analysis, grokking_seeds, images, step_subsampling
 from recipes.common import configure
 from recipes.data import image_data
 from recipes.models import CNN, ResNet9
@@ -258,3 +258,13 @@ def test_settings_come_from_the_base_the_file_the_preset_and_the_line() -> None:
     assert "presets" not in config
     with pytest.raises(SystemExit, match="no preset 'nope', only cifar2, digits, smoke"):
         configure("epk_validation", ["preset=nope"])
+
+
+def test_seeds_are_trained_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["preset=smoke", f"out={tmp_path / 'seeds'}"]
+    for _ in range(2):
+        grokking_seeds.main(arguments)
+    summary = json.loads((tmp_path / "seeds" / "summary.json").read_text())
+    assert [row["threads"] for row in summary["runs"]] == [1, 2]
+    assert summary["apart"]["smoke"]["1"]["5"] < 1e-6  # float64, whatever the order of the sums
+    assert "of these below 50% of test" in capsys.readouterr().out
