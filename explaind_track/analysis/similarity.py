@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from explaind_track.core.checks import require_int
 from explaind_track.core.groups import Groups, GroupSpec, resolve_groups

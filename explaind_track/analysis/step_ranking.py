@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from explaind_track.core.checks import require_finite, require_int, require_number, require_one_of, whole_numbers
 from explaind_track.core.faithfulness import faithfulness

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from explaind_track.cli.common import latest_values, state_of
+from explaind_track.core.summary import curve
 from explaind_track.record.history import (
     AXIS,
     DIFFERENCE,
@@ -38,9 +39,6 @@ RECENT = 200
 
 TAIL_BYTES = 2**22
 """The end of a long record that is read: more than its recent rows."""
-
-BARS = "▁▂▃▄▅▆▇█"
-CURVE_LENGTH = 12
 
 
 class Follower:
@@ -141,12 +139,3 @@ def _number(value: float | None) -> str:
 def _curve_of(rows: Rows, key: str) -> str:
     values = [row[key] for row in rows if key in row]
     return curve(values) if values else ""
-
-
-def curve(values: Sequence[float]) -> str:
-    """The values as a line of bars, from the smallest to the largest of them; of many values, every n-th."""
-    if len(values) > CURVE_LENGTH:
-        values = [values[place * len(values) // CURVE_LENGTH] for place in range(CURVE_LENGTH)]
-    low, high = min(values), max(values)
-    height = (high - low) or 1.0  # of a curve that does not move
-    return "".join(BARS[int((value - low) / height * (len(BARS) - 1))] for value in values)

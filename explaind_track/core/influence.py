@@ -2,20 +2,26 @@
 
 from dataclasses import dataclass
 from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xarray as xr
 
-from explaind_track.core import influence_file
+from explaind_track.core import influence_file, influence_views
 from explaind_track.core.faithfulness import faithfulness
 from explaind_track.core.step import SHARES
+from explaind_track.core.summary import Summarized, Summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 AXES = ("step", "group", "query", "output")
 """What an influence can be kept over; the axes that are not kept are summed over."""
 
 
-@dataclass(frozen=True)
-class Influence:
+@dataclass(frozen=True, repr=False)
+class Influence(Summarized):
     """Influences of a training run on one query's targets, summed over all axes but those kept.
 
     `data` holds, each over `part` and those of step, group, query and output that are kept:
@@ -197,6 +203,75 @@ class Influence:
         """
         prediction = torch.from_numpy(self.prediction().values)
         return faithfulness(torch.from_numpy(self.data["final"].values), prediction)
+
+    def top(self, count: int = 10, **where: Any) -> "pd.DataFrame":
+        """The training samples that lowered the target most, and those that raised it most.
+
+        Args:
+            count: How many of each, at most.
+            where: Labels on other axes that are kept, such as `query=3` or `group="head"`; axes that are not named are
+                summed over.
+
+        Returns:
+            With the columns `effect` ("lowered" or "raised"; of a loss, "helpful" or "harmful"), `sample`, and
+            `change`: −Ψ, what the sample added to the target in the target's own unit.
+
+        Raises:
+            ValueError: Samples were not kept, or `where` names an axis or a label that there is not.
+
+        Example:
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> influence = (("query", "sample"), [[3.0, -1.0, 0.5], [0.0, 2.0, -4.0]])
+            >>> influence = Influence(xr.Dataset({"influence": influence}, {"sample": [7, 8, 9]}))
+            >>> influence.top(1, query=1)
+                effect  sample  change
+            0  lowered       8    -2.0
+            1   raised       9     4.0
+        """
+        return influence_views.most_influential(self.data, count, where)
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The influences as rows, one for each number: columns by the kept axes, `influence` Ψ, and `importance` Ψ̄.
+
+        Returns:
+            The importance where it is kept over the same axes. `data` itself is xarray's, with methods of its own.
+
+        Example:
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> labels = {"part": ["kernel", "regularization"], "group": ["body", "head"]}
+            >>> data = xr.Dataset({"influence": (("part", "group"), [[3.0, -1.0], [0.5, 0.25]])}, labels)
+            >>> Influence(data).to_pandas().query("group == 'head'")
+                         part group  influence
+            1          kernel  head      -1.00
+            3  regularization  head       0.25
+        """
+        return influence_views.frame(self.data)
+
+    def plot(self) -> "Figure":
+        """Draws it by the axes it has: lines over steps, bars over one other axis, a heat map over two.
+
+        Importance, or where outputs or samples are kept the influence with its sign; a panel for each part. The first
+        steps, in which an optimizer moves a model by far more than in all others, may lie off the scale. Needs the
+        extra `plots`.
+
+        Raises:
+            ValueError: More than two axes are kept beside the part.
+            ModuleNotFoundError: matplotlib is not installed.
+
+        Example:
+            >>> import xarray as xr
+            >>> from explaind_track import Influence
+            >>> labels = {"part": ["kernel", "regularization"], "group": ["body", "head"]}
+            >>> data = xr.Dataset({"influence": (("part", "group"), [[3.0, -1.0], [0.5, 0.5]])}, labels)
+            >>> Influence(data).plot().axes[0].get_xlabel()
+            'group'
+        """
+        return influence_views.figure(self.data)
+
+    def _summary(self) -> Summary:
+        return influence_views.summary(self.data)
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from explaind_track.core.checks import as_tensor, plain_number, require_instance
+from explaind_track.core.summary import Summarized, Summary
 from explaind_track.core.tensors import (
     explained_type,
     tree_has_entries,
@@ -30,6 +31,10 @@ def _array_as_tensor(leaf: Any) -> Any:
     return torch.from_numpy(leaf.copy()) if is_numeric else leaf
 
 
+def _shape_and_type(tensor: Tensor) -> tuple[str, str]:
+    return " × ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")
+
+
 def _identity(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -39,8 +44,8 @@ def _identity(output: Any) -> Tensor:
     return output
 
 
-@dataclass(frozen=True)
-class Query:
+@dataclass(frozen=True, repr=False)
+class Query(Summarized):
     """X inputs and the target `h(f_θ(x))` on them, O numbers for each (Cor. 3.3).
 
     Made by the constructors below; `mean()` and `sum()` turn the targets of all inputs into one. A query called with a
@@ -267,6 +272,15 @@ class Query:
     def size(self) -> int:
         """The number of inputs."""
         return tree_rows(self.inputs)
+
+    def _summary(self) -> Summary:
+        target = "loss" if self.is_loss else f"activations of {self.module}" if self.module else "outputs"
+        if self.target is not _identity and not (self.is_loss or self.is_classified):
+            target = f"a function of the {target}"
+        rows = [["inputs", *_shape_and_type(one)] for one in tree_tensors(self.inputs)]
+        rows += [["labels", *_shape_and_type(one)] for one in self.labels]
+        reduced = f", their {self.reduction}" if self.reduction else ""
+        return Summary(f"Query: {target} of {self.size} inputs{reduced}", ["", "shape", "type"], rows)
 
     def __len__(self) -> int:
         """X, the number of targets along the query axis: the number of inputs, or 1 after `mean` or `sum`."""

@@ -21,6 +21,9 @@ class SampleInfluence:
     """`w_k ⟨φ_s^test, P (e b + d) ∇L_k(θ_s)⟩`; with the share that momentum carries, their sum is Ψ_s."""
     loss: Tensor
     weight: Tensor
+    label: Tensor
+    prediction: Tensor
+    """Classes before the step, as the model found them in eval mode; −1 where there are none (`predictions`)."""
 
     @classmethod
     def of(cls, samples: PerSampleGradients, step: Step, features: Tensors) -> "SampleInfluence":
@@ -28,11 +31,14 @@ class SampleInfluence:
         influence = through_own_step(samples, step, features)
         losses = [samples.losses(step.before, batch) for batch in step.batches]
         batches = list(zip(step.batches, losses, strict=True))
+        classes = [samples.classes(step.before, batch) for batch in step.batches]
         return cls(
             index=torch.cat([torch.full((b.size,), -1) if b.index is None else b.index.cpu() for b, _ in batches]),
             influence=influence,
             loss=torch.cat(losses).cpu(),
             weight=torch.cat([batch.weights(loss) for batch, loss in batches]).cpu(),
+            label=torch.cat([labels for labels, _ in classes]),
+            prediction=torch.cat([predictions for _, predictions in classes]),
         )
 
     @classmethod

@@ -6,7 +6,7 @@ from os import PathLike
 
 import numpy as np
 import xarray as xr
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from explaind_track.core import distributed
 from explaind_track.core.influence import Influence

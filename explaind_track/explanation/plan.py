@@ -1,15 +1,16 @@
 """What an explanation will take, before it starts: passes, memory and time; and the refusal of what does not fit."""
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from os import PathLike
 from time import perf_counter
 
 from explaind_track.core.influence import Influence
+from explaind_track.core.summary import Summarized, Summary, sizes_in_words
 
 
-class ExplanationPlan(ABC):
+class ExplanationPlan(Summarized):
     """An explanation that is planned and not yet computed: `describe()` tells what it takes, `run()` does it."""
 
     def __init__(self, progress: bool, out: str | PathLike[str] | None) -> None:
@@ -71,7 +72,7 @@ class ExplanationPlan(ABC):
             ValueError: For steps that pass by only once, of which none can be tried.
         """
         lines = [
-            f"influences: {self._axes() or 'one number'}, {self.result_bytes / 1e6:,.1f} MB",
+            f"influences: {self._axes()}, {self.result_bytes / 1e6:,.1f} MB",
             f"work:       {self.steps} steps in {self.passes} pass(es), with about {self.working_bytes / 1e6:,.0f} MB",
             f"mode:       {self.mode}",
             f"time:       about {_duration(self.seconds())}",
@@ -81,7 +82,15 @@ class ExplanationPlan(ABC):
         return "\n".join(lines)
 
     def _axes(self) -> str:
-        return " × ".join(f"{size} {axis}" for axis, size in self.shape.items())
+        return sizes_in_words(self.shape)
+
+    def _summary(self) -> Summary:
+        rows = [
+            ["result", f"{self._axes()}, {self.result_bytes / 1e6:,.1f} MB"],
+            ["work", f"{self.steps} steps in {self.passes} pass(es), with about {self.working_bytes / 1e6:,.0f} MB"],
+            ["to do", "describe() tries a step and tells the time, run() computes"],
+        ]
+        return Summary("Explanation, planned", ["", ""], rows)
 
     def _refuse_what_does_not_fit(self) -> None:
         if self.result_bytes > room():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from explaind_track.core import distributed
 from explaind_track.core.groups import Groups
@@ -212,7 +212,7 @@ class SamplePlan(ExplanationPlan):
                 if (sweep.mismatch.wrong or sweep.mismatch.lost) and not warned:
                     warned = True
                     sweep.mismatch.warn()
-        return result.finish(self._labels(), (self._source.first, self._source.last))
+        return result.finish(self._labels(), (self._source.first, self._source.last), self.query.is_loss)
 
     def _sweep(self, tile: Tile, shared: bool) -> ReverseSweep:
         """Ready to run; its query has the tile's targets only."""

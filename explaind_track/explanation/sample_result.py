@@ -62,8 +62,11 @@ class SampleResult:
             parts = {"step": self._acting(tile, first), "query": tile.rows, "output": tile.outputs}
             self._store.done(tile.name, parts, self._mismatch[tile.name])
 
-    def finish(self, labels: Mapping[str, Any], window: tuple[int, int]) -> Influence:
-        """Adds up what all processes have, and gives it its labels: those of group and sample are passed."""
+    def finish(self, labels: Mapping[str, Any], window: tuple[int, int], is_loss: bool) -> Influence:
+        """Adds up what all processes have, and gives it its labels: those of group and sample are passed.
+
+        is_loss: whether the target is a loss, of which `Influence.top` calls helpful what lowers it.
+        """
         distributed.add_up(self._influence, self._kernel)
         mismatch: dict[int, float] = {}
         for found in distributed.gather(self._mismatch):
@@ -90,6 +93,7 @@ class SampleResult:
         }
         kept = {name: values for name, values in labels.items() if name in (*dims, "walked")}
         attrs = {"first_step": first, "last_step": last - 1, "explaind_track": version("explaind_track")}
+        attrs["is_loss"] = int(is_loss)
         data = xr.Dataset(variables, kept, attrs)
         return Influence(data) if self._store is None else self._store.complete(data, {"seen": low})
 

@@ -18,17 +18,19 @@ from torch import Tensor, nn
 from explaind_track.core.checks import require_int
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.step import Batch, State, Step
+from explaind_track.core.summary import Summarized, Summary
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import TensorFile
 from explaind_track.record.manifest import Entry, Manifest
 from explaind_track.record.remote import PREFIX, RemoteArtifact
 from explaind_track.record.replay import Replay
 from explaind_track.record.run_directory import trajectory_directory
+from explaind_track.record.run_summary import run_summary
 from explaind_track.record.schema import Keyframe, Segment, random_state_in
 from explaind_track.record.signatures import is_low_precision, signature, stands_for
 
 
-class Trajectory:
+class Trajectory(Summarized):
     """A recorded run: the same steps as the live ones, as often as wanted.
 
     Example:
@@ -69,8 +71,7 @@ class Trajectory:
             manifest: The manifest there.
             remote: Where the other files come from, if they are not here.
         """
-        self.directory = directory
-        self.manifest = manifest
+        self.directory, self.manifest = directory, manifest
         self.artifact = None if remote is None else remote.name
         """The artifact of W&B that this was opened from."""
         self.segments = sorted((e for e in manifest.entries if not e.is_keyframe), key=lambda entry: entry.first)
@@ -116,6 +117,9 @@ class Trajectory:
         """The number of recorded steps."""
         return self.segments[-1].last if self.segments else 0
 
+    def _summary(self) -> Summary:
+        return run_summary(self.directory, self.manifest)
+
     @property
     def fingerprint(self) -> str:
         """A hash that tells this record from any other."""
@@ -133,8 +137,6 @@ class Trajectory:
             return
         detail = "; ".join(f"{n}: recorded {expected.get(n)}, model {found.get(n)}" for n in names[:5])
         raise ValueError(f"the model is not the one that {self.directory} records: pass that one. {detail}")
-
-    # ----------------------------------------------------------------------------------------------------- steps
 
     def steps(self, first: int = 0, last: int | None = None, lasting: bool = False) -> Iterator[Step]:
         """Replays the run from the last keyframe before step `first`, and gives its steps in order.
@@ -361,8 +363,6 @@ class Trajectory:
                 raise TrajectoryError(f"{self.directory} lacks {name!r}, which its steps refer to")
             self._written_once[name] = holder[name]
         return self._written_once[name]
-
-    # ---------------------------------------------------------------------------------------------------- replay
 
     def _at_keyframe(self, step: int) -> Replay:
         """A replay that is to take step `step`, at the last keyframe before it."""

@@ -5,19 +5,32 @@ from torch import Tensor
 from explaind_track.core.checks import require_known
 from explaind_track.core.influence import Influence
 from explaind_track.core.observer import StepObserver
+from explaind_track.core.summary import Summarized, Summary, curve
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live import LIVE_AXES, Live
 from explaind_track.tracking.outputs import Outputs
 
 
-class Findings:
+class Findings(Summarized):
     """The questions that a Tracker answers, at any time in training and after it."""
 
     _ranks: Ranks
     _live: Live
     _observer: StepObserver
     _outputs: Outputs
+
+    def _summary(self) -> Summary:
+        writer, explainers = self._outputs.writer, self._live.explainers
+        where = "recorded nowhere" if writer is None else f"recorded in {writer.directory}"
+        rows = []
+        for name, explainer in explainers.items():
+            residuals = [float(row["residual"]) for _, row in explainer.accumulators[0].sums.rows]
+            last, course = (residuals[-1], curve(residuals)) if residuals else (None, "")
+            rows.append([name, len(residuals), last, course])
+        groups = ", ".join(self._live.groups)
+        columns = ["query", "explained steps", "last residual", "over the steps"]
+        return Summary(f"Tracker of the groups {groups}; {where}", columns, rows)
 
     def recorded(self) -> Trajectory:
         """The record of the steps so far, written through to the disk.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from explaind_track.engine.sample_influence import SampleInfluence
 from explaind_track.record.media import Table
-from explaind_track.wandb_io.media import image_png
+from explaind_track.tracking.rendering import rendered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,24 +31,24 @@ def sample_table(
     """The training samples that changed the query's loss most through this step's gradient.
 
     norms: of their gradients, by index; ids: the samples' names, by index, where these are words; render: from a
-    sample's index or name to its image.
+    sample's index or name to its picture, or to words about it.
     """
     order = most_influential(samples)
-    columns = ["sample", "change of the query's loss", "weight", "loss", "gradient norm"]
-    rows: list[list[Any]] = [
-        [
-            ids.get(int(samples.index[place]), int(samples.index[place])),
-            -float(samples.influence[place]),
-            float(samples.weight[place]),
-            float(samples.loss[place]),
-            norms.get(int(samples.index[place])),
-        ]
-        for place in order.tolist()
-    ]
+    names = [ids.get(index, index) for index in samples.index[order].tolist()]
+    columns: dict[str, list[Any]] = {
+        "sample": names,
+        "change of the query's loss": (-samples.influence[order]).tolist(),  # through the gradient of this step alone
+        "weight": samples.weight[order].tolist(),
+        "loss": samples.loss[order].tolist(),
+        "gradient norm": [norms.get(index) for index in samples.index[order].tolist()],
+    }
+    for name, values in (("label", samples.label), ("prediction", samples.prediction)):
+        if bool((values >= 0).any()):
+            columns[name] = [value if value >= 0 else None for value in values[order].tolist()]
     if render is not None:
-        columns.append("image")
-        rows = [[*row, image_png(render(row[0]))] for row in rows]
-    return Table(columns, rows)
+        cells = rendered(render, names)
+        columns["image" if any(isinstance(cell, bytes) for cell in cells) else "rendered"] = cells
+    return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
 
 def sample_map(rows: Tensor, names: Sequence[int | str]) -> bytes:

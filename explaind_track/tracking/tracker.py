@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from explaind_track.core.checks import require_int
 from explaind_track.core.groups import GroupSpec, resolve_groups
@@ -103,7 +103,8 @@ class Tracker(StepCalls, Findings):
             samples_every: Make a table of the most influential samples every n-th step, on the first loss query.
             map_queries: Beside each table, a heat map of the samples' influences on so many single queries, and one of
                 these queries' cosines.
-            render: From a training sample's index, or its name, to its image (an array or a PIL image), for the tables.
+            render: From a training sample's index, or its name, to what the tables show of it: a string, a number or an
+                image (PIL's, or an array; floats from 0 to 1 are scaled). Where it fails, the row goes without.
             quadrature: None: one node a step, which costs least; the residual tells what it leaves out.
             keyframe_every: A whole checkpoint in the trajectory every n-th step; replays start from these.
             memory: See `explain`.

@@ -24,14 +24,3 @@ def for_wandb(row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Table):
             shown[key] = wandb.Table(columns=list(value.columns), data=value.data)
     return shown
-
-
-def image_png(image: Any) -> bytes:
-    """image: an array or a PIL image, as `wandb.Image` takes it."""
-    import wandb
-
-    content = io.BytesIO()
-    shown = wandb.Image(image).image
-    assert shown is not None  # it is for images that are elsewhere
-    shown.save(content, format="png")
-    return content.getvalue()
