@@ -19,7 +19,7 @@ from explaind_track.record.trajectory import Trajectory
 RUN = click.argument("run", type=str)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
-EXTRAS = {"rich": "cli", "plotly": "cli", "wandb_workspaces": "workspace"}
+EXTRAS = {"rich": "cli", "jinja2": "cli", "wandb_workspaces": "workspace"}
 """The extra of this package that brings a module which a command needs."""
 
 
@@ -36,7 +36,7 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
             extra = EXTRAS[error.name]
             raise click.ClickException(f"this needs {error.name}: pip install 'explaind_track[{extra}]'") from None
         except (TrajectoryError, ValueError, TypeError, OSError, _wandb_error()) as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(inert(str(error))) from None
 
     return run
 
@@ -48,7 +48,15 @@ def _wandb_error() -> type[Exception]:
 
 def tell(as_json: bool, content: Any, words: str) -> None:
     """Prints a command's result: the content for programs, or the words for people."""
-    click.echo(json.dumps(content, indent=1) if as_json else words)
+    click.echo(json.dumps(content, indent=1) if as_json else inert(words))
+
+
+def inert(words: str) -> str:
+    """Words that may hold names out of a record, with all that a terminal would obey, or hide, spelled out."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in words
+    )
 
 
 def local_run(run: str) -> Path:

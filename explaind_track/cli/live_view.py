@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from explaind_track.cli.common import latest_values, state_of
+from explaind_track.cli.common import inert, latest_values, state_of
 from explaind_track.core.summary import curve
 from explaind_track.record.history import (
     AXIS,
@@ -24,6 +24,7 @@ from explaind_track.record.history import (
     is_measure,
     is_residual,
     keys_by_group,
+    numbers_in,
     row_in,
 )
 from explaind_track.record.run_directory import is_running
@@ -91,7 +92,9 @@ def view(directory: Path, rows: Rows, state: str) -> "Group":
     """The last step by group: importances, D and the change of the loss, with their curves; residual and speed."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
+    rows = [numbers_in(row) for row in rows]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("group", "kernel Ψ̄", "", "decay Ψ̄", "D", "", "change of loss"):
         table.add_column(name, justify="left" if name in ("group", "") else "right", no_wrap=True)
@@ -104,7 +107,7 @@ def view(directory: Path, rows: Rows, state: str) -> "Group":
         keys = (change_key(section, group) for section in (KERNEL, REGULARIZATION, OUTSIDE))
         changes = [last[key] for key in keys if key in last]
         table.add_row(
-            group,
+            Text(inert(group)),  # a name is no markup
             _number(last.get(kernel)),
             _curve_of(explained, kernel),
             _number(last.get(decay)),
@@ -112,7 +115,8 @@ def view(directory: Path, rows: Rows, state: str) -> "Group":
             _curve_of(explained, difference),
             _number(sum(changes) if changes else None),
         )
-    return Group(f"[bold]{directory}[/]  {state}", _headline(rows), "", table)
+    title = Text.assemble((inert(str(directory)), "bold"), f"  {state}")
+    return Group(title, Text(inert(_headline(rows))), "", table)
 
 
 def _headline(rows: Rows) -> str:

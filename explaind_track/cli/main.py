@@ -12,6 +12,7 @@ from explaind_track.cli.analyses import audit, explain, prune, similarity
 from explaind_track.cli.common import (
     AS_JSON,
     RUN,
+    inert,
     latest_values,
     local_run,
     open_trajectory,
@@ -51,7 +52,12 @@ for command in (audit, explain, prune, similarity):
 @report_errors
 def runs(root: Path, as_json: bool) -> None:
     """List the runs under ROOT (this directory if not given)."""
-    found = [_describe_run(directory) for directory in find_runs(root)]
+    found = []
+    for directory in find_runs(root):
+        try:
+            found.append(_describe_run(directory))
+        except (TrajectoryError, OSError) as error:  # a manifest of something else, or a run that has just vanished
+            click.echo(inert(f"passed over {os.path.relpath(directory)}: {error}"), err=True)
     tell(as_json, found, "\n".join(map(_line_of, found)) or f"no run under {root}")
 
 
@@ -155,7 +161,7 @@ def verify(run: str, replay: bool, as_json: bool) -> None:
 
 @main.command()
 @RUN
-@click.option("--out", type=click.Path(path_type=Path), help="The HTML file; report.html beside the run if not given.")
+@click.option("--out", type=click.Path(path_type=Path), help="The HTML file; report.html in RUN if not given.")
 @AS_JSON
 @report_errors
 def report(run: str, out: Path | None, as_json: bool) -> None:
@@ -166,7 +172,7 @@ def report(run: str, out: Path | None, as_json: bool) -> None:
     from explaind_track.cli.report import make_report, write_report
 
     directory = local_run(run)
-    target = out or directory.parent / "report.html"
+    target = out or Path(run) / "report.html"
     place = directory.resolve()
     title = place.parent.name if directory.name == POINTER else place.name
     head = Manifest.read(directory, missing_ok=True).head

@@ -1,14 +1,21 @@
-"""A run as one HTML file that needs nothing else: figures to zoom and to read off, and tables. Needs plotly (`cli`)."""
+"""A run as one HTML file that needs nothing else: figures to zoom and to read off, and tables. Needs Jinja (`cli`).
 
+`page/` holds its template, style and script, and uPlot, which draws the figures. What comes from the record is escaped
+by Jinja, or stands in the page as data; and the page's policy lets a browser run no script but these two.
+"""
+
+import hashlib
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from html import escape
+from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from explaind_track.cli.common import latest_values
-from explaind_track.cli.report_figures import Rows, Section, draw, sections_of
+from explaind_track.cli.report_figures import POINTS, Rows, drawing, sections_of
+from explaind_track.errors import TrajectoryError
+from explaind_track.record.files import write_atomic
 from explaind_track.record.history import (
     AXIS,
     DIFFERENCE,
@@ -23,29 +30,14 @@ from explaind_track.record.history import (
     is_measure,
     is_residual,
     keys_by_group,
+    numbers_in,
 )
-from explaind_track.record.media import from_json
+from explaind_track.record.media import Table, from_json
 from explaind_track.record.run_directory import Tie
 
-POINTS = 4000
-"""A longer run is drawn by every n-th of its rows."""
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #1a1a2e; }
-h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-p { color: #555; margin: .3rem 0; max-width: 75ch; }
-table { border-collapse: collapse; margin: .8rem 0; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; }
-td { border-top: 1px solid #e3e3ea; font-variant-numeric: tabular-nums; } th { font-weight: 600; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 1rem; }
-.figures > div { min-width: 0; }
-img { max-width: 100%; } td img { width: 48px; image-rendering: pixelated; }
-details { margin-top: 2.2rem; } summary { cursor: pointer; font-weight: 600; }
-"""
-
-# A figure is drawn while its row is still being read, as if it were alone in it.
-FIT = """addEventListener('load', () =>
-  document.querySelectorAll('.js-plotly-plot').forEach(figure => Plotly.Plots.resize(figure)))"""
+MOST_PICTURE_BYTES = 2**24
+DEEPEST = 6
+"""Settings within settings within …, as far as they are spelled out."""
 
 
 def make_report(
@@ -68,35 +60,60 @@ def make_report(
         ValueError: if there is no row.
         TrajectoryError: for a picture that is not what was written.
     """
-    from plotly.offline import get_plotlyjs
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     if not rows:
         raise ValueError(f"{title} has no rows yet: there is nothing to report")
-    every_nth = -(-len(rows) // POINTS)
-    drawn = rows[::every_nth]
+    numbers = sorted(map(numbers_in, rows), key=lambda row: row[AXIS])
 
-    span = f"{len(rows)} rows, training steps {rows[0][AXIS]} to {rows[-1][AXIS]}."
-    if len(drawn) < len(rows):
-        span += f" Drawn are {len(drawn)} of {len(rows)} rows."
-    body = [
-        f"<h1>{escape(title)}</h1><p>{span}</p>",
-        f"<p>{escape(_outcome(rows))}</p>",
-        f"<h2>What the groups did, over all steps</h2>{_table(_totals(rows))}",
-        *(_section(section, drawn) for section in sections_of(drawn)),
-        "" if directory is None else _samples(rows, directory),
-        f"<details><summary>Configuration</summary>{_table(_facts(head, tie))}</details>" if head or tie else "",
-    ]
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><link rel='icon' href='data:,'>"
-        f"<title>{escape(title)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head>"
-        f"<body>{''.join(body)}<script>{FIT}</script></body></html>"
+    drawings: list[dict[str, Any]] = []
+    sections = []
+    for section in sections_of(numbers):
+        made = [drawing(figure, numbers) for figure in section.figures]
+        places = enumerate(made, len(drawings))
+        figures = [{"title": one["title"], "alt": one["alt"], "number": number} for number, one in places]
+        sections.append({"heading": section.heading, "description": section.description, "figures": figures})
+        drawings += made
+
+    span = f"{len(rows)} rows, training steps {numbers[0][AXIS]} to {numbers[-1][AXIS]}."
+    if len(rows) > POINTS:
+        span += " Of so many, figures have the rows in which a curve is lowest or highest in its stretch of the run."
+    # nothing of these comes from a record
+    page = files("explaind_track.cli") / "page"
+    style, library, script = (
+        "".join((page / name).read_text(encoding="utf-8") for name in names)
+        for names in (("uPlot.min.css", "page.css"), ("uPlot.iife.min.js",), ("page.js",))
+    )
+
+    environment = Environment(
+        loader=PackageLoader("explaind_track.cli", "page"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("page.html").render(
+        title=title,
+        policy=_policy(style, library, script),
+        style=style,
+        library=library,
+        script=script,
+        span=span,
+        outcome=_outcome(numbers),
+        totals=_spelled_table(_totals(numbers)),
+        sections=sections,
+        figures=drawings,
+        samples=None if directory is None else _samples(rows, directory),
+        facts=_facts(head, tie) if head or tie else None,
     )
 
 
 def write_report(path: Path, html: str) -> None:
-    """Writes the report, and makes the directory that it goes to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    """Writes the report, and makes the directory that it goes to. Raises TrajectoryError where it cannot."""
+    write_atomic(path, html.encode("utf-8", "replace"))
+
+
+def _policy(style: str, *scripts: str) -> str:
+    """The page's Content-Security-Policy: it loads nothing, and its browser obeys no style and script but these."""
+    hashes = [f"'sha256-{b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in (style, *scripts)]
+    sources = f"style-src {hashes[0]}; script-src {' '.join(hashes[1:])}; img-src data:"
+    return f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'"
 
 
 # ------------------------------------------------------------------ the parts of the page
@@ -128,36 +145,25 @@ def _totals(rows: Rows) -> list[list[Any]]:
     return table
 
 
-def _section(section: Section, rows: Rows) -> str:
-    options: Any = {"full_html": False, "include_plotlyjs": False, "default_height": "340px"}
-    options["config"] = {"displaylogo": False, "responsive": True}
-    figures = "".join(f"<div>{draw(figure, rows).to_html(**options)}</div>" for figure in section.figures)
-    text = f"<h2>{escape(section.heading)}</h2><p>{escape(section.description)}</p>"
-    return f"{text}<div class='figures'>{figures}</div>"
+def _samples(rows: Rows, directory: Path) -> dict[str, Any] | None:
+    """The last table of training samples, and what is drawn beside it; None where there is none."""
+    tables = (row for row in reversed(rows) if isinstance(row.get(SAMPLES), Mapping) and "columns" in row[SAMPLES])
+    last = next(tables, None)
+    if last is None:
+        return None
 
-
-def _samples(rows: Rows, directory: Path) -> str:
-    """The last table of training samples, and what is drawn beside it; empty where there is none."""
-    shown = next((row for row in reversed(rows) if SAMPLES in row), None)
-    if shown is None:
-        return ""
-
-    shown = from_json(shown, directory)
     captions = {
         SAMPLE_MAP: "how much they changed the loss of single queries",
         QUERY_COSINES: "how alike they changed the losses of two queries",
     }
-    pictures = [
-        f"<div>{_picture(shown[key])}<p>{escape(caption)}</p></div>"
-        for key, caption in captions.items()
-        if key in shown
-    ]
-    table = shown[SAMPLES]
-    return (
-        "<h2>Training samples</h2><p>Those of the last table, of "
-        f"step {shown[AXIS]}, which changed the queries' loss most in it; below zero: it fell.</p>"
-        f"<div class='figures'>{''.join(pictures)}</div>{_table([table.columns, *table.data])}"
-    )
+    shown = from_json({key: value for key, value in last.items() if key in (SAMPLES, *captions)}, directory)
+    table: Table = shown[SAMPLES]
+    pictures = {key: shown[key] for key in captions if isinstance(shown.get(key), Path)}
+    return {
+        "step": last[AXIS],
+        "pictures": [_picture(path, captions[key]) for key, path in pictures.items()],
+        "table": _spelled_table([table.columns, *table.data]),
+    }
 
 
 def _facts(head: Mapping[str, Any], tie: Tie | None) -> list[list[str]]:
@@ -170,34 +176,39 @@ def _facts(head: Mapping[str, Any], tie: Tie | None) -> list[list[str]]:
         tracking = tie.config.get("explaind_track", {})
         facts |= {"W&B run": tie.path}
         facts |= {key: value for key, value in tie.config.items() if key != "explaind_track"}
-        facts |= {f"tracked {key}": value for key, value in tracking.items()}
-    return [["", ""], *([name, _spelled(value)] for name, value in facts.items())]
+        facts |= {f"tracked {key}": value for key, value in tracking.items()} if isinstance(tracking, Mapping) else {}
+    return [["setting", "value"], *([name, _spelled(value)] for name, value in facts.items())]
 
 
-# ------------------------------------------------------------------ HTML
+# ------------------------------------------------------------------ values in words
 
 
-def _spelled(value: Any) -> str:
+def _spelled(value: Any, depth: int = 0) -> str:
     """A setting in words, its members too."""
+    if depth > DEEPEST:
+        return "…"
     if isinstance(value, Mapping):
-        return "; ".join(f"{name}: {_spelled(member)}" for name, member in value.items())
-    return ", ".join(map(_spelled, value)) if isinstance(value, list | tuple) else str(value)
+        return "; ".join(f"{name}: {_spelled(member, depth + 1)}" for name, member in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_spelled(member, depth + 1) for member in value)
+    return str(value)
 
 
-def _table(rows: Sequence[Sequence[Any]]) -> str:
-    head, *body = rows
-    titles = "".join(f"<th>{_cell(value)}</th>" for value in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{_cell(value)}</td>' for value in row)}</tr>" for row in body)
-    return f"<table><tr>{titles}</tr>{lines}</table>"
+def _spelled_table(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """A table, its first row the titles, as the page has it."""
+    titles = [str(title) for title in rows[0]]
+    return [titles, *([_cell(value, title) for value, title in zip(row, titles, strict=True)] for row in rows[1:])]
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, title: str) -> str | dict[str, str]:
     if isinstance(value, Path):
-        return _picture(value)
+        return _picture(value, title)
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else escape(str(value))
+    return "" if value is None else str(value)
 
 
-def _picture(path: Path) -> str:
-    return f"<img alt='' src='data:image/png;base64,{b64encode(path.read_bytes()).decode()}'>"
+def _picture(path: Path, alt: str) -> dict[str, str]:
+    if (size := path.stat().st_size) > MOST_PICTURE_BYTES:
+        raise TrajectoryError(f"{path} has {size} bytes, too many for a page: it takes {MOST_PICTURE_BYTES}")
+    return {"src": f"data:image/png;base64,{b64encode(path.read_bytes()).decode()}", "alt": alt}

@@ -1,8 +1,9 @@
-"""The figures of a report, by section: which keys of the rows each draws, and how. Needs plotly (`cli`)."""
+"""The figures of a report, by section: which keys of the rows each draws, and how."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from explaind_track.record.history import (
     AXIS,
@@ -20,10 +21,13 @@ from explaind_track.record.history import (
     keys_by_group,
 )
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 Rows = Sequence[Mapping[str, Any]]
+
+POINTS = 1000
+"""A figure of a longer run has about so many of its rows."""
+
+NAMED = 12
+"""Curves that are told of in words."""
 
 EARLY_STEPS = 10
 """An optimizer's first steps move a model by far more than all others do: they do not set the scale."""
@@ -114,31 +118,61 @@ def _by_end(keys: Iterable[str], prefix: str) -> dict[str, str]:
     return {key.removeprefix(prefix): key for key in keys}
 
 
-def draw(figure: Figure, rows: Rows) -> "go.Figure":
-    """The figure, drawn from the rows that have its keys."""
-    import plotly.graph_objects as go
+def drawing(figure: Figure, rows: Rows) -> dict[str, Any]:
+    """The figure as the page's script takes it, from the rows that have its keys; with words for who cannot see it."""
+    keys = list(figure.curves.values())
+    drawn = _thinned([row for row in rows if any(key in row for key in keys)], keys)
+    curves = [
+        {"name": name, "values": [_value(row.get(key), figure.log) for row in drawn]}
+        for name, key in figure.curves.items()
+    ]
+    heights = _late_heights(figure, rows)
+    low, high = min([0.0, *heights]), max([0.0, *heights])
+    margin = 0.05 * (high - low)
+    return {
+        "title": figure.title,
+        "alt": _in_words(figure, rows),
+        "log": figure.log,
+        "stacked": figure.stacked,
+        "range": [low - margin, high + margin] if math.isfinite(margin) and margin > 0 else None,
+        "steps": [row[AXIS] for row in drawn],
+        "curves": curves,
+    }
 
-    drawn = go.Figure()
-    width, stack = (0.8, "all") if figure.stacked else (1.4, None)
-    for name, key in figure.curves.items():
-        steps, values = [row[AXIS] for row in rows if key in row], [row[key] for row in rows if key in row]
-        drawn.add_scatter(x=steps, y=values, name=name, mode="lines", line={"width": width}, stackgroup=stack)
 
-    drawn.update_layout(
-        title={"text": figure.title, "font": {"size": 14}},
-        xaxis_title="training step",
-        template="plotly_white",
-        hovermode="x unified",
-        margin={"l": 50, "r": 10, "t": 40, "b": 40},
-        legend={"orientation": "h", "y": -0.2},
-    )
-    if figure.log:
-        drawn.update_yaxes(type="log", dtick=1, exponentformat="power")
-    elif heights := _late_heights(figure, rows):
-        low, high = min(0.0, *heights), max(heights)
-        margin = 0.05 * (high - low)
-        drawn.update_yaxes(range=[low - margin, high + margin])
-    return drawn
+def _thinned(rows: Rows, keys: Sequence[str]) -> Rows:
+    """About `POINTS` of the rows: of each stretch of the run, those in which one of these keys is lowest or highest."""
+    if len(rows) <= POINTS:
+        return rows
+    stretches = max(1, POINTS // (2 * len(keys)))
+    kept = {0, len(rows) - 1}
+    for number in range(stretches):
+        places = range(number * len(rows) // stretches, (number + 1) * len(rows) // stretches)
+        for key in keys:
+            values = [(rows[place][key], place) for place in places if key in rows[place]]
+            if values:
+                kept |= {min(values)[1], max(values)[1]}
+    return [rows[place] for place in sorted(kept)]
+
+
+def _value(value: float | None, log: bool) -> float | None:
+    """A number as the page has it, to six digits; None where there is nothing to draw, as of 0 on an axis of powers."""
+    if value is None or not math.isfinite(value) or (log and value <= 0):
+        return None
+    return float(f"{value:.6g}")
+
+
+def _in_words(figure: Figure, rows: Rows) -> str:
+    """What a figure shows, for who cannot see it: the curves at both ends."""
+    words = []
+    for name, key in list(figure.curves.items())[:NAMED]:
+        values = [row[key] for row in rows if key in row]
+        words.append(
+            f"{name} from {values[0]:.3g} to {values[-1]:.3g}, between {min(values):.3g} and {max(values):.3g}"
+        )
+    more = f"; and {len(figure.curves) - NAMED} more" if len(figure.curves) > NAMED else ""
+    kind = "Stacked areas" if figure.stacked else "Curves"
+    return f"{kind} over the training step, {figure.title}: {'; '.join(words)}{more}."
 
 
 def _late_heights(figure: Figure, rows: Rows) -> list[float]:

@@ -16,8 +16,8 @@ def curve(values: Sequence[float]) -> str:
     if len(values) > CURVE_LENGTH:
         values = [values[place * len(values) // CURVE_LENGTH] for place in range(CURVE_LENGTH)]
     low, high = min(values), max(values)
-    height = (high - low) or 1.0  # of a curve that does not move
-    return "".join(BARS[int((value - low) / height * (len(BARS) - 1))] for value in values)
+    height = (high / 2 - low / 2) or 1.0  # halves, which do not overflow; 1 for a curve that does not move
+    return "".join(BARS[int((value / 2 - low / 2) / height * (len(BARS) - 1))] for value in values)
 
 
 def sizes_in_words(sizes: dict[str, int]) -> str:

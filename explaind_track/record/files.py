@@ -80,6 +80,7 @@ def whole(path: Path) -> Iterator[Path]:
     scratch = path.with_name(path.name + ".part")
     try:
         make_directory(path.parent)
+        scratch.unlink(missing_ok=True)  # of a write that was interrupted; or a link, which would be followed
         yield scratch
         with scratch.open("rb") as file:
             os.fsync(file.fileno())  # else a crash may leave the new name with nothing behind it

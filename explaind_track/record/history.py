@@ -111,6 +111,11 @@ def is_explained(row: Iterable[str]) -> bool:
     return any(is_residual(key) for key in row)
 
 
+def numbers_in(row: Mapping[str, Any]) -> dict[str, int | float]:
+    """The numbers of a row, without words, tables and pictures."""
+    return {key: value for key, value in row.items() if isinstance(value, int | float)}
+
+
 def keys_by_group(keys: Iterable[str], section: str) -> dict[str, str]:
     """The keys of a section (`kernel`, `loss/reg`) by group, in their order; `TOTAL` is among the groups."""
     return {key.removeprefix(f"{section}/"): key for key in keys if key.startswith(f"{section}/")}

@@ -12,6 +12,7 @@ While a process trains, it holds the lock of the directory.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -95,7 +96,8 @@ def _holds_run(directory: Path) -> bool:
 def find_runs(root: Path) -> list[Path]:
     """The directories under `root` that hold a trajectory, each once; what an offline run of W&B has of a trajectory
     that is there itself is not another one."""
-    found = {path.parent.resolve() for name in (MANIFEST, HISTORY) for path in root.rglob(name)}
+    # what vanishes meanwhile, or may not be looked into, is passed over
+    found = {Path(folder).resolve() for folder, _, files in os.walk(root) if MANIFEST in files or HISTORY in files}
     copies = set()
     for path in found:
         with suppress(TrajectoryError):  # it is told of where it is described

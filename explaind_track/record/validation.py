@@ -126,7 +126,7 @@ def file_below(directory: Path, name: str) -> Path:
     """The path of a file below a directory, be it there or not. Raises TrajectoryError for a name that is not plain,
     and for one that a link lies on the way to."""
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or any(bad in name for bad in "\\:\0"):
+    if not parts or name.startswith("/") or ".." in parts or any(bad in name for bad in "\\\0"):
         raise TrajectoryError(f"{name!r} is no plain name of a file below {directory}")
     path = directory
     for part in parts:

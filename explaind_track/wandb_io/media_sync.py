@@ -14,6 +14,7 @@ from explaind_track.record.files import file_sha256
 from explaind_track.record.history import AXIS, read_rows
 from explaind_track.record.media import from_json
 from explaind_track.record.run_directory import Tie
+from explaind_track.record.validation import file_below
 from explaind_track.wandb_io.media import for_wandb
 from explaind_track.wandb_io.run import FINISH_SECONDS
 
@@ -111,7 +112,7 @@ def _without_artifact(api_run: Any, shown: list[Shown], directory: Path) -> Iter
 def _files_of(tie: Tie, reference: Mapping[str, Any]) -> Path | None:
     """The directory of the run's files that holds the file; there are several if the run was gone on with."""
     for root in Path(tie.directory).parent.glob(f"*run-*-{tie.id}/files"):
-        path = root / reference["path"]
+        path = file_below(root, reference["path"])  # a name that W&B has said
         if path.is_file() and file_sha256(path) == reference["sha256"]:
             return root
     return None

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from explaind_track import Influence, Quadrature, Task, Trajectory, explain, ope
 from explaind_track.analysis import parameter_scores, prune_masks, similarity
 from explaind_track.cli.live_view import Follower, curve, view
 from explaind_track.cli.main import main
-from explaind_track.cli.report import make_report
 from explaind_track.wandb_io.panels import Panels
 from explaind_track.wandb_io.workspace import other_than
 
@@ -288,70 +286,3 @@ def test_the_workspace_is_saved_with_our_panels(server: Server) -> None:
 @given(st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4), st.text("abc", min_size=1, max_size=5))
 def test_the_pattern_takes_every_string_but_those(words: list[str], string: str) -> None:
     assert (re.fullmatch(other_than(*words), string) is None) == (string in words)
-
-
-# ---------------------------------------------------------------- the report
-
-
-Browse = Callable[[Path], Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield made
-        made.close()
-
-
-def test_the_report_opens_alone_and_can_be_read_off(run: Path, browser: Any) -> None:
-    target = Path(answer("report", run)["report"])
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    requests: list[str] = []
-    complaints: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(target.as_uri())
-    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 10")
-    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
-    assert complaints == []
-    assert page.locator("h1").inner_text() == "one"
-    headings = page.locator("h2").all_inner_texts()
-    assert (headings[0], headings[-1]) == ("What the groups did, over all steps", "Training samples")
-    assert page.evaluate("[...document.images].map(image => image.naturalWidth > 0)") == [True, True]
-    plot = page.locator(".js-plotly-plot .nsewdrag").first
-    page.wait_for_function("document.querySelector('.nsewdrag').getBoundingClientRect().width < 700")  # two in a row
-    plot.scroll_into_view_if_needed()
-    box = plot.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 3, box["y"] + box["height"] / 2)
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=3)
-    page.wait_for_function("document.querySelector('.hoverlayer text') !== null")
-    before = page.evaluate("document.querySelector('.js-plotly-plot').layout.xaxis.range.slice()")
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] / 2, steps=5)
-    page.mouse.up()
-    after = page.evaluate("document.querySelector('.js-plotly-plot').layout.xaxis.range.slice()")
-    assert after[1] - after[0] < before[1] - before[0]  # it zoomed
-
-
-def test_the_report_names_nothing_outside_and_escapes_what_it_is_given() -> None:
-    bad = "</script><img src=x onerror=alert(1)>"
-    rows = [{"train/step": step, f"kernel/{bad}": 1.0, "kernel/total": 1.0, "D/a": step * 1.0} for step in range(3)]
-    html = make_report(rows, {"optimizer": bad, "packages": {}, "parameters": {}}, bad)
-    assert "<img src=x" not in html
-    assert bad not in html
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=['\"]?(http|//)", html)
-    with pytest.raises(ValueError, match="no rows yet"):
-        make_report([], {}, "empty")
-
-
-def test_a_long_run_is_thinned_and_says_so() -> None:
-    rows = [{"train/step": step, "kernel/a": 1.0, "kernel/total": 1.0} for step in range(9001)]
-    html = make_report(rows, {}, "long")
-    assert "Drawn are 3001 of 9001 rows" in html
-    assert "9001" in html
