@@ -268,7 +268,8 @@ def in_trainer(family: Family, variant: Variant, directory: Path, tracked: bool 
     data = family.data()
     rows = [{name: value[k] for name, value in data.items()} for k in range(len(data["index"]))]
     WithIndex(model, arguments, train_dataset=rows, callbacks=[callback] if tracked else []).train()
-    return Run(callback.tracker, witness, partial(sample_losses, label_smoothing=variant.smoothing))
+    tracker = callback.tracker if tracked else None
+    return Run(tracker, witness, partial(sample_losses, label_smoothing=variant.smoothing))
 
 
 def measure(run: Run, directory: Path) -> Errors:
