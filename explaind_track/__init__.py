@@ -10,6 +10,7 @@ from importlib.metadata import version
 from explaind_track import analysis, errors, what_if
 from explaind_track.analysis.step_audit import audit
 from explaind_track.checkpoints.checkpoint import Checkpoint
+from explaind_track.checkpoints.explain_checkpoints import explain_checkpoints
 from explaind_track.checkpoints.series import CheckpointSeries
 from explaind_track.core.groups import resolve_groups
 from explaind_track.core.influence import Influence
@@ -51,6 +52,7 @@ __all__ = [  # noqa: RUF022 (by use)
     "audit",
     # explain a run that nobody watched, from its checkpoints
     "CheckpointSeries",
+    "explain_checkpoints",
     "Checkpoint",
     # what if: a run trained again with something changed
     "rerun",

@@ -17,7 +17,7 @@ from explaind_track.engine.directions import DirectionalDerivatives, Wanted, cho
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.memory import MEMORY, QueryChunks
 from explaind_track.engine.path_integral import Quadrature, Terms, gauss_legendre
-from explaind_track.engine.streaming import StreamingDerivatives, streams
+from explaind_track.engine.streaming import StreamingDerivatives, streamed, streams
 from explaind_track.engine.targets import in_float64, output_count, target_of
 
 Chunk = tuple[int, Query]
@@ -169,6 +169,24 @@ class Integrator:
                     self._integrate(step, derivatives, together, nodes, terms)
                 terms.finish()
                 yield together[0][0], terms
+
+    def feature(self, step: Change, nodes: int) -> dict[str, Tensor]:
+        """φ_s^test = ∫₀¹ ∇_θ f_{θ_s(t)} dt of a query's one target, by parameter: one copy of them, and no other."""
+        total = {name: torch.zeros_like(step.before.parameters[name]) for name in step.moved}
+        with self._evaluation():
+            (together,) = self._together(step, self._chunk_size(step, None))
+            for time, weight in gauss_legendre(nodes):
+                state = step.point(time)
+                leaves = {name: state.parameters[name].detach().requires_grad_() for name in step.moved}
+
+                def take(name: str, gradient: Tensor, weight: float = weight) -> None:
+                    total[name].add_(gradient, alpha=weight)
+
+                with streamed(leaves, take):
+                    for _, chunk in together:
+                        function = self.functional.at(state, target_of(self._asked, chunk))
+                        function.held(leaves, lambda target: target.sum().backward())
+        return total
 
     def fix_chunks(self, step: Step) -> None:
         """Cuts the query by what the step takes, before what led to it from outside is cut as well."""
