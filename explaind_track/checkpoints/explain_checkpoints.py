@@ -140,7 +140,10 @@ def explain_checkpoints(
         for checkpoint in mine:
             known = answers.known(checkpoint)
             if known is None:
-                known = answers.keep(checkpoint, study.explain(checkpoint, bar))
+                try:
+                    known = answers.keep(checkpoint, study.explain(checkpoint, bar))
+                finally:
+                    model.zero_grad()
             found.append(known)
             bar.update()
 
