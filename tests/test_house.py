@@ -70,7 +70,7 @@ def import_alone(module: str, compiled: Path) -> NoReturn:
 
 def test_the_package_holds_folders_that_say_what_lives_in_them() -> None:
     here = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert here == {"__init__.py", "py.typed", *(folder.name for folder in FOLDERS)}
+    assert here == {"__init__.py", "__main__.py", "py.typed", *(folder.name for folder in FOLDERS)}
     assert [folder.name for folder in FOLDERS if not (folder / "README.md").is_file()] == []
 
 

@@ -16,11 +16,8 @@ from explaind_track.record.remote import PREFIX
 from explaind_track.record.run_directory import POINTER, is_finished, is_running, trajectory_directory
 from explaind_track.record.trajectory import Trajectory
 
-RUN = click.argument("run", type=str)
+RUN = click.argument("run", type=click.Path())
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-
-EXTRAS = {"rich": "cli", "jinja2": "cli", "wandb_workspaces": "workspace"}
-"""The extra of this package that brings a module which a command needs."""
 
 
 def report_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -31,10 +28,9 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*arguments, **options)
         except ModuleNotFoundError as error:
-            if error.name not in EXTRAS:
+            if "pip install" not in str(error):  # as `missing_package` says what to do
                 raise
-            extra = EXTRAS[error.name]
-            raise click.ClickException(f"this needs {error.name}: pip install 'explaind_track[{extra}]'") from None
+            raise click.ClickException(inert(str(error))) from None
         except (TrajectoryError, ValueError, TypeError, OSError, _wandb_error()) as error:
             raise click.ClickException(inert(str(error))) from None
 
@@ -65,7 +61,10 @@ def local_run(run: str) -> Path:
         raise TrajectoryError(f"this needs a run on this disk; `explaind-track pull {run} DIRECTORY` fetches it")
     directory = trajectory_directory(run)
     if not any((directory / name).is_file() for name in (MANIFEST, HISTORY)):
-        raise TrajectoryError(f"{run} holds no run: there is no {MANIFEST} and no {HISTORY} in it or in {POINTER}/")
+        raise TrajectoryError(
+            f"{run} holds no run: there is no {MANIFEST} and no {HISTORY} in it or in {POINTER}/; `explaind-track runs "
+            "DIRECTORY` lists those under a directory"
+        )
     return directory
 
 

@@ -1,4 +1,4 @@
-"""The terminal view of a run on this disk, which follows it while it trains. Needs rich (the `cli` extra)."""
+"""The terminal view of a run on this disk, which follows it while it trains."""
 
 import time
 from collections import deque

@@ -20,14 +20,20 @@ from explaind_track.cli.common import (
     state_of,
     tell,
 )
+from explaind_track.cli.completion import completion
+from explaind_track.cli.demo import demo
+from explaind_track.cli.doctor import doctor
 from explaind_track.cli.live_view import Follower, follow, view
+from explaind_track.cli.report_command import compare, report
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import directory_mb
-from explaind_track.record.history import HISTORY, read_rows
+from explaind_track.record.history import HISTORY
 from explaind_track.record.manifest import Manifest
 from explaind_track.record.media import is_picture
 from explaind_track.record.remote import RemoteArtifact
-from explaind_track.record.run_directory import POINTER, find_runs, read_tie
+from explaind_track.record.run_directory import find_runs, read_tie
+
+ADVICE = "Tracker(…, trajectory=DIRECTORY) records one, and `explaind-track demo` makes one"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,7 +48,7 @@ def main() -> None:
     """
 
 
-for command in (audit, explain, prune, similarity):
+for command in (audit, compare, completion, demo, doctor, explain, prune, report, similarity):
     main.add_command(command)
 
 
@@ -58,7 +64,7 @@ def runs(root: Path, as_json: bool) -> None:
             found.append(_describe_run(directory))
         except (TrajectoryError, OSError) as error:  # a manifest of something else, or a run that has just vanished
             click.echo(inert(f"passed over {os.path.relpath(directory)}: {error}"), err=True)
-    tell(as_json, found, "\n".join(map(_line_of, found)) or f"no run under {root}")
+    tell(as_json, found, "\n".join(map(_line_of, found)) or f"no run under {root}; {ADVICE}")
 
 
 def _describe_run(directory: Path) -> dict[str, Any]:
@@ -157,27 +163,6 @@ def verify(run: str, replay: bool, as_json: bool) -> None:
     content = {"run": run, "steps": len(trajectory), "files": len(entries), "replayed": replay}
     words = f"{run}: {len(trajectory)} steps in {len(entries)} files, all as they were written"
     tell(as_json, content, words + (", and their replay meets every checkpoint" if replay else ""))
-
-
-@main.command()
-@RUN
-@click.option("--out", type=click.Path(path_type=Path), help="The HTML file; report.html in RUN if not given.")
-@AS_JSON
-@report_errors
-def report(run: str, out: Path | None, as_json: bool) -> None:
-    """Write RUN's report, an HTML file.
-
-    It needs no network; its figures can be zoomed and read off.
-    """
-    from explaind_track.cli.report import make_report, write_report
-
-    directory = local_run(run)
-    target = out or Path(run) / "report.html"
-    place = directory.resolve()
-    title = place.parent.name if directory.name == POINTER else place.name
-    head = Manifest.read(directory, missing_ok=True).head
-    write_report(target, make_report(read_rows(directory), head, title, read_tie(directory), directory))
-    tell(as_json, {"report": str(target)}, str(target))
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs nothing else: figures to zoom and to read off, and tables. Needs Jinja (`cli`).
+"""A run as one HTML file that needs nothing else: figures to zoom and to read off, and tables.
 
 `page/` holds its template, style and script, and uPlot, which draws the figures. What comes from the record is escaped
 by Jinja, or stands in the page as data; and the page's policy lets a browser run no script but these two.
@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from explaind_track.cli.common import latest_values
-from explaind_track.cli.report_figures import POINTS, Rows, drawing, sections_of
+from explaind_track.cli.report_figures import POINTS, Rows, Section, drawing, sections_of
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import write_atomic
 from explaind_track.record.history import (
@@ -60,24 +60,37 @@ def make_report(
         ValueError: if there is no row.
         TrajectoryError: for a picture that is not what was written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     if not rows:
         raise ValueError(f"{title} has no rows yet: there is nothing to report")
     numbers = sorted(map(numbers_in, rows), key=lambda row: row[AXIS])
-
-    drawings: list[dict[str, Any]] = []
-    sections = []
-    for section in sections_of(numbers):
-        made = [drawing(figure, numbers) for figure in section.figures]
-        places = enumerate(made, len(drawings))
-        figures = [{"title": one["title"], "alt": one["alt"], "number": number} for number, one in places]
-        sections.append({"heading": section.heading, "description": section.description, "figures": figures})
-        drawings += made
-
     span = f"{len(rows)} rows, training steps {numbers[0][AXIS]} to {numbers[-1][AXIS]}."
     if len(rows) > POINTS:
         span += " Of so many, figures have the rows in which a curve is lowest or highest in its stretch of the run."
+    return page_of(
+        title,
+        span,
+        numbers,
+        sections_of(numbers),
+        outcome=_outcome(numbers),
+        totals=spelled_table(_totals(numbers)),
+        samples=None if directory is None else _samples(rows, directory),
+        facts=_facts(head, tie) if head or tie else None,
+    )
+
+
+def page_of(title: str, span: str, rows: Rows, sections: Sequence[Section], **parts: Any) -> str:
+    """A whole page, with the sections' figures drawn from the rows. parts: what else the template has."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    drawings: list[dict[str, Any]] = []
+    drawn_sections = []
+    for section in sections:
+        made = [drawing(figure, rows) for figure in section.figures]
+        places = enumerate(made, len(drawings))
+        figures = [{"title": one["title"], "alt": one["alt"], "number": number} for number, one in places]
+        drawn_sections.append({"heading": section.heading, "description": section.description, "figures": figures})
+        drawings += made
+
     # nothing of these comes from a record
     page = files("explaind_track.cli") / "page"
     style, library, script = (
@@ -95,12 +108,9 @@ def make_report(
         library=library,
         script=script,
         span=span,
-        outcome=_outcome(numbers),
-        totals=_spelled_table(_totals(numbers)),
-        sections=sections,
+        sections=drawn_sections,
         figures=drawings,
-        samples=None if directory is None else _samples(rows, directory),
-        facts=_facts(head, tie) if head or tie else None,
+        **parts,
     )
 
 
@@ -162,7 +172,7 @@ def _samples(rows: Rows, directory: Path) -> dict[str, Any] | None:
     return {
         "step": last[AXIS],
         "pictures": [_picture(path, captions[key]) for key, path in pictures.items()],
-        "table": _spelled_table([table.columns, *table.data]),
+        "table": spelled_table([table.columns, *table.data]),
     }
 
 
@@ -194,7 +204,7 @@ def _spelled(value: Any, depth: int = 0) -> str:
     return str(value)
 
 
-def _spelled_table(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+def spelled_table(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
     """A table, its first row the titles, as the page has it."""
     titles = [str(title) for title in rows[0]]
     return [titles, *([_cell(value, title) for value, title in zip(row, titles, strict=True)] for row in rows[1:])]

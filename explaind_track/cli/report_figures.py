@@ -42,6 +42,8 @@ class Figure:
     """The key of each, by its name in the legend."""
     stacked: bool = False
     log: bool = False
+    banded: bool = False
+    """Whether three curves in a row are one: its mean, its lowest and its highest."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def drawing(figure: Figure, rows: Rows) -> dict[str, Any]:
         "alt": _in_words(figure, rows),
         "log": figure.log,
         "stacked": figure.stacked,
+        "banded": figure.banded,
         "range": [low - margin, high + margin] if math.isfinite(margin) and margin > 0 else None,
         "steps": [row[AXIS] for row in drawn],
         "curves": curves,

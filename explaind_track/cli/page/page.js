@@ -21,6 +21,17 @@ function stacked(curves) {
   return curves.map(curve => curve.values.map((value, place) => value == null ? null : (sums[place] += value)));
 }
 
+// with bands, three curves in a row are one: its mean, its lowest and its highest
+const lookOf = (figure, number) => figure.banded ? Math.floor(number / 3) : number;
+
+function bandsOf(figure, colors) {
+  // each area reaches down to the curve below it
+  if (figure.stacked) return figure.curves.slice(1).map((_, number) => ({ series: [number + 2, number + 1] }));
+  if (!figure.banded) return [];
+  return figure.curves.filter((_, number) => number % 3 === 0).map((_, number) =>
+    ({ series: [3 * number + 3, 3 * number + 2], fill: colors[number % colors.length] + "33" }));
+}
+
 function options(figure, width) {
   const colors = color("--curves").split(" ");
   const heights = (plot, low, high) => {
@@ -31,23 +42,22 @@ function options(figure, width) {
   const axis = { stroke: color("--quiet"), grid: { stroke: color("--rule") }, ticks: { stroke: color("--rule") } };
   const series = figure.curves.map((curve, number) => ({
     label: curve.name,
-    stroke: colors[number % colors.length],
+    stroke: colors[lookOf(figure, number) % colors.length],
     fill: figure.stacked ? colors[number % colors.length] + "66" : undefined,
-    dash: dashes[number % dashes.length],
-    width: figure.stacked ? 1 : 1.5,
+    dash: dashes[lookOf(figure, number) % dashes.length],
+    width: figure.stacked ? 1 : figure.banded && number % 3 ? 0.5 : 1.5,
     spanGaps: true,
     points: { show: figure.steps.length === 1 },
     value: (plot, value, curveNumber, place) => place == null ? "–" : shown(curve.values[place]),
   }));
   return {
     width, height, series: [{ label: "step" }, ...series],
-    // each area reaches down to the curve below it
-    bands: figure.stacked ? figure.curves.slice(1).map((_, number) => ({ series: [number + 2, number + 1] })) : [],
+    bands: bandsOf(figure, colors),
     scales: { x: { time: false }, y: figure.log ? { distr: 3 } : { range: heights } },
     axes: [{ ...axis, label: "training step", labelSize: 20, stroke: color("--quiet") },
            { ...axis, size: 70, values: (plot, ticks) => ticks.map(tick => tick == null ? "" : shown(tick)) }],
     cursor: { drag: { x: true, y: false } },
-    legend: { markers: { width: 2, dash: (plot, number) => borders[(number - 1) % borders.length] } },
+    legend: { markers: { width: 2, dash: (plot, number) => borders[lookOf(figure, number - 1) % borders.length] } },
   };
 }
 
@@ -77,9 +87,9 @@ function download(place) {
   const colors = color("--curves").split(" ");
   figure.curves.forEach((curve, number) => {
     const bottom = drawn.height + line * (number + 2);
-    pen.strokeStyle = colors[number % colors.length];
+    pen.strokeStyle = colors[lookOf(figure, number) % colors.length];
     pen.lineWidth = 2 * scale;
-    pen.setLineDash(dashes[number % dashes.length].map(length => length * scale));
+    pen.setLineDash(dashes[lookOf(figure, number) % dashes.length].map(length => length * scale));
     pen.beginPath();
     pen.moveTo(line / 2, bottom - line / 4);
     pen.lineTo(line * 2, bottom - line / 4);
