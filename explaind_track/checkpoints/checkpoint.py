@@ -1,7 +1,9 @@
 """A checkpoint of a run that nobody watched: the model's weights, and the optimizer as it would take the next step."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -9,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track.checkpoints.optimizer_state import SavedOptimizer, build_optimizer
+from explaind_track.checkpoints.settings import Settings, complete
 from explaind_track.checkpoints.weights import put_into
+from explaind_track.core.tensors import low_precision
+from explaind_track.errors import CheckpointWarning
+
+NO_MASTER = (
+    "its weights are {} and there is no float32 copy of them: training's own step rounded to that, and left many "
+    "parameters where they were. What is explained is the same step in float32"
+)
 
 
 class Checkpoint(ABC):
@@ -45,6 +55,8 @@ class Checkpoint(ABC):
         """
         self.path = path
         self.step = step
+        self.settings: Settings = {}
+        """What the user says of the optimizer, where the files do not."""
 
     @classmethod
     @abstractmethod
@@ -98,8 +110,29 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: The state is torn, does not fit the model's parameters, or the optimizer is unknown.
         """
+        saved = self.complete_optimizer(model)
+        if saved is None:
+            return None
+        for told in saved.warnings:
+            warnings.warn(f"{self.path}: {told}", CheckpointWarning, stacklevel=2)
+        return build_optimizer(saved, model, self.path)
+
+    def complete_optimizer(self, model: nn.Module) -> SavedOptimizer | None:
+        """What is saved of the optimizer, completed by the settings that the user has told.
+
+        Args:
+            model: Of the checkpoint's architecture.
+
+        Raises:
+            CheckpointError: As `saved_optimizer` raises it; or settings are missing, or contradict the files.
+        """
         saved = self.saved_optimizer(model)
-        return None if saved is None else build_optimizer(saved, model, self.path)
+        if saved is None:
+            return None
+        groups = complete(saved.groups, self.settings, saved.kind, self.step, self.path)
+        low = low_precision(self.weights())
+        told = [] if low is None else [NO_MASTER.format(str(low).removeprefix("torch."))]
+        return replace(saved, groups=groups, warnings=[*saved.warnings, *told])
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at step {self.step}: {self.path}>"

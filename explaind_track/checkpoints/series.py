@@ -3,9 +3,14 @@
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+from torch import nn
+
+from explaind_track.checkpoints.check import BatchLoss, SeriesCheck, check_series
 from explaind_track.checkpoints.checkpoint import Checkpoint
 from explaind_track.checkpoints.formats import FORMATS, checkpoints_in
+from explaind_track.checkpoints.settings import Settings, require_settings
 from explaind_track.checkpoints.step_number import step_by_name
 from explaind_track.core.checks import first_few, shown
 from explaind_track.errors import CheckpointError
@@ -52,11 +57,13 @@ class CheckpointSeries:
                 )
 
     @classmethod
-    def open(cls, source: Source | Iterable[Source]) -> "CheckpointSeries":
+    def open(cls, source: Source | Iterable[Source], settings: Settings | None = None) -> "CheckpointSeries":
         """Finds the checkpoints, their formats and steps; reads no weights.
 
         Args:
             source: A folder of checkpoints, or one checkpoint; or a list of checkpoints' folders.
+            settings: Settings of the optimizer that the files do not tell, by name; each a value, or a function of the
+                step: `{"lr": lambda step: 6e-4 * min(1, step / 1000)}`, the rate of the step that comes next.
 
         Raises:
             CheckpointError: A folder holds no checkpoint that can be read, or parts of one only.
@@ -70,11 +77,48 @@ class CheckpointSeries:
             ...
             explaind_track.errors.CheckpointError: ... holds no checkpoint: expected folders ...
         """
-        if isinstance(source, str | PathLike):
-            return cls(_found(Path(source)))
-        if not isinstance(source, Iterable):
+        if not isinstance(source, str | PathLike | Iterable):
             raise TypeError(f"a series is opened from a folder or a list of folders, not {shown(source)}")
-        return cls(checkpoint for one in source for checkpoint in _found(Path(one)))
+        told = require_settings(settings)
+        folders = [source] if isinstance(source, str | PathLike) else source
+        series = cls(checkpoint for folder in folders for checkpoint in _found(Path(folder)))
+        for checkpoint in series:
+            checkpoint.settings = told
+        return series
+
+    def check(self, model: nn.Module, batch: Any = None, loss: BatchLoss | None = None) -> SeriesCheck:
+        """Tells, before any work, what is there and what is missing, whether it fits, and what explaining it will cost.
+
+        Every checkpoint's names, shapes and types are compared with the model's, its rates and decay are read, and what
+        its reader is not sure of is noted. With a batch, the gradient tells whether the optimizer's states belong to
+        their parameters: where `v` is large, so is `g²`. The model has its own weights again afterwards.
+
+        Args:
+            model: Of the checkpoints' architecture.
+            batch: A batch of the training mixture, as `loss` takes it; the larger, the surer.
+            loss: `(model, batch)` → the losses of its samples (N,), or their mean.
+
+        Returns:
+            The findings by checkpoint. `print` gives a table, `as_dict()` what JSON takes, and `require()` raises
+            where something cannot be explained.
+
+        Raises:
+            ValueError: Only one of `batch` and `loss` is given.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from pathlib import Path
+            >>> from safetensors.torch import save_file
+            >>> from explaind_track import CheckpointSeries
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     folder = Path(directory) / "step100"
+            ...     folder.mkdir()
+            ...     save_file({"weight": torch.ones(1, 2)}, folder / "model.safetensors")
+            ...     check = CheckpointSeries.open(directory).check(torch.nn.Linear(3, 1))
+            >>> check.findings[0].problems  # doctest: +ELLIPSIS
+            ['... of this Linear. other shapes: weight (file (1, 2), model (1, 3)); the file lacks: bias']
+        """
+        return check_series(self.checkpoints, model, batch, loss)
 
     @property
     def steps(self) -> list[int]:

@@ -73,7 +73,7 @@ def _problem(names: list[str], target: Tensor, sources: list[Tensor], model: nn.
         advice = "make the model float32" if source.dtype.itemsize <= 4 else "make the model float64"
         return f"types that would lose digits ({advice})", f"{name} (file {source.dtype}, model {target.dtype})"
     if any(not same_bits(source, other) for other in sources[1:]):
-        return "weights that the model ties, but not the file (build the model with tied weights off)", " = ".join(
+        return "weights tied in the model, but not in the file (make it with tie_word_embeddings=False)", " = ".join(
             names
         )
     return None
