@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import xarray as xr
@@ -45,26 +46,42 @@ def write(data: xr.Dataset, path: str | PathLike[str]) -> None:
     save_file(tensors, path, metadata={"explaind_track": json.dumps(header)})
 
 
+class Header(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON header of a file, as it may be."""
+
+    format: str
+    attrs: dict[str, Any]
+    dims: dict[str, list[str]]
+    words: dict[str, tuple[list[str], Any]]
+    sha256: str
+
+
 def read(path: str | PathLike[str]) -> xr.Dataset:
     """Reads what `write` wrote. Raises ValueError for anything else, and where it was altered."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("explaind_track", "{}"))
+            content = json.loads((file.metadata() or {}).get("explaind_track", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no influence, or is damaged: {error}") from None
 
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no influence of this format ({FORMAT!r}): found {header.get('format')!r}")
-    if header.pop("sha256", None) != _digest(header, tensors):
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else content
+        raise ValueError(f"{path} holds no influence of this format ({FORMAT!r}): found {found!r}")
+    try:
+        header = msgspec.convert(content, Header)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: the influence in it has another header, {error}") from None
+    del content["sha256"]
+    if header.sha256 != _digest(content, tensors) or header.dims.keys() != tensors.keys():
         raise ValueError(f"{path} is damaged: the influence in it is not the one that was written")
 
-    variables: dict[str, Any] = {name: (axes, tensors[name].numpy()) for name, axes in header["dims"].items()}
-    for name, (axes, values) in header["words"].items():
+    variables: dict[str, Any] = {name: (axes, tensors[name].numpy()) for name, axes in header.dims.items()}
+    for name, (axes, values) in header.words.items():
         variables[name] = (axes, np.array(values, dtype=object))
     all_axes = {axis for axes, _ in variables.values() for axis in axes}
     labels = [name for name in variables if name in all_axes]
-    return xr.Dataset(variables, attrs=header["attrs"]).set_coords(labels)
+    return xr.Dataset(variables, attrs=header.attrs).set_coords(labels)  # a ValueError where axes do not fit
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

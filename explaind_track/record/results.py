@@ -12,10 +12,11 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import xarray as xr
@@ -24,10 +25,29 @@ from explaind_track.core.influence import Influence
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import Lock, json_sha256, make_directory, whole, write_atomic
 from explaind_track.record.remote import PREFIX, fetch_result
+from explaind_track.record.validation import Count, Sha256, checked, file_below, read_json
 
 REQUEST, LABELS = "request.json", "labels.safetensors"
 
 Array = np.ndarray[Any, Any]
+
+
+class ArrayEntry(TypedDict):
+    """An array as `request.json` has it."""
+
+    dims: list[str]
+    shape: list[Count]
+    dtype: str
+
+
+class ChunkEntry(TypedDict):
+    """A chunk that is done, as `request.json` has it."""
+
+    where: dict[str, tuple[Count | None, Count | None]]
+    """[start, stop] of its cells, along each axis that it has a part of."""
+    sha256: dict[str, Sha256]
+    """Of its cells, by array."""
+    note: Any
 
 
 @dataclass
@@ -35,11 +55,8 @@ class Contents:
     """What `request.json` says of its directory."""
 
     request: dict[str, Any]
-    arrays: dict[str, dict[str, Any]]
-    """By array: its `dims`, `shape` and `dtype`."""
-    chunks: dict[str, dict[str, Any]]
-    """By chunk that is done: `where` its cells are, [start, stop] along each axis that it has a part of; their `sha256`
-    by array; and a `note`."""
+    arrays: dict[str, ArrayEntry]
+    chunks: dict[str, ChunkEntry]
 
     def write(self, directory: Path) -> None:
         """Raises TrajectoryError where it cannot be written."""
@@ -49,18 +66,17 @@ class Contents:
     @classmethod
     def read(cls, directory: Path) -> "Contents":
         """Raises ValueError if it is missing or damaged."""
-        try:
-            content = json.loads((directory / REQUEST).read_bytes())
+        with suppress(TrajectoryError, KeyError, TypeError, AttributeError, RecursionError):
+            content = read_json(directory / REQUEST)
             if content.pop("digest") == json_sha256(content) and all(map(str.isidentifier, content["arrays"])):
-                return cls(**content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            pass
+                contents: Contents = checked(content, cls, directory / REQUEST)
+                return contents
         raise ValueError(f"{directory / REQUEST} is damaged: {_remedy(directory)}")
 
     def open(self, directory: Path, name: str, mode: Literal["r", "r+"]) -> Array:
         """An array, mapped into memory, with the cells of all chunks verified: one reading of the whole file. Raises
         ValueError if anything of it was altered."""
-        path, made = directory / f"{name}.npy", self.arrays[name]
+        path, made = file_below(directory, f"{name}.npy"), self.arrays[name]
         header, size = _layout(made)
         try:
             with path.open("rb") as file:
@@ -76,7 +92,7 @@ class Contents:
             raise ValueError(f"{path} was altered, and is not what was computed: {_remedy(directory)}")
         return array
 
-    def hash(self, name: str, array: Array, chunk: Mapping[str, Any]) -> str:
+    def hash(self, name: str, array: Array, chunk: ChunkEntry) -> str:
         """The sha256 of a chunk's cells of an array, read block by block."""
         parts = (chunk["where"].get(axis, (None, None)) for axis in self.arrays[name]["dims"])
         cells = array[tuple(slice(start, stop) for start, stop in parts)]
@@ -86,7 +102,7 @@ class Contents:
         return digest.hexdigest()
 
 
-def _layout(made: Mapping[str, Any]) -> tuple[bytes, int]:
+def _layout(made: ArrayEntry) -> tuple[bytes, int]:
     """What the file of an array begins with, and the bytes of the array behind that. Raises ValueError for what is no
     array of numbers."""
     dtype, shape = np.dtype(made["dtype"]), tuple(made["shape"])
@@ -165,7 +181,7 @@ class Store:
             return self._arrays[name]
 
         if name not in self._contents.arrays:  # what an interruption may have left of it is written over
-            made = {"dims": list(sizes), "shape": list(sizes.values()), "dtype": np.dtype(dtype).str}
+            made = ArrayEntry(dims=list(sizes), shape=list(sizes.values()), dtype=np.dtype(dtype).str)
             with whole(self.directory / f"{name}.npy") as scratch:
                 _make_zeros(scratch, *_layout(made))
             self._contents.arrays[name] = made
@@ -186,9 +202,9 @@ class Store:
                     "it goes on where it stopped"
                 ) from error
 
-        done = {"where": {axis: [part.start, part.stop] for axis, part in where.items()}, "note": note}
-        hashes = {name: self._contents.hash(name, array, done) for name, array in self._arrays.items()}
-        self._contents.chunks[chunk] = {**done, "sha256": hashes}
+        done = ChunkEntry(where={axis: (part.start, part.stop) for axis, part in where.items()}, sha256={}, note=note)
+        done["sha256"] = {name: self._contents.hash(name, array, done) for name, array in self._arrays.items()}
+        self._contents.chunks[chunk] = done
         self._contents.write(self.directory)
 
     def complete(self, data: xr.Dataset, cut: Mapping[str, int]) -> Influence:
@@ -218,14 +234,14 @@ def _make_zeros(path: Path, header: bytes, size: int) -> None:
 
 
 def load(directory: Path) -> Influence:
-    """The result in a directory that is complete, its large arrays verified and mapped into memory. Raises ValueError
-    otherwise."""
+    """The result in a directory that is complete, its large arrays verified and mapped into memory. Raises ValueError,
+    or TrajectoryError, otherwise."""
     if not (directory / LABELS).is_file():
         raise ValueError(
             f"{directory} holds no complete result; call explain with out={str(directory)!r} again to go on"
         )
     small = Influence.load(directory / LABELS).data
-    cut = json.loads(small.attrs.pop("cut"))
+    cut: dict[str, int] = checked(json.loads(str(small.attrs.pop("cut", ""))), dict[str, Count], directory / LABELS)
     contents = Contents.read(directory)
 
     variables = {}

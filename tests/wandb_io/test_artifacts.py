@@ -129,6 +129,63 @@ def test_a_broken_download_goes_on_where_it_stopped(server: Server, tmp_path: Pa
     assert trajectory.file(entry).read_bytes() == content
 
 
+def test_a_download_that_has_all_or_too_much_blocks_nothing(server: Server, tmp_path: Path) -> None:
+    """The server answers 416 where nothing is left of a file."""
+    _, _, run = train(tmp_path, 3)
+    trajectory = Trajectory.open(name_of(run))
+    entry = trajectory.manifest.entries[0]
+    content = (tmp_path / "t" / entry.path).read_bytes()
+    kept = cache_directory() / "files" / entry.sha256[:2] / entry.sha256
+    part = kept.with_suffix(".part")
+    part.parent.mkdir(parents=True)
+
+    before = server.downloads()
+    part.write_bytes(content)
+    assert trajectory.file(entry).read_bytes() == content
+    assert server.downloads() == before  # it was all there
+    kept.unlink()
+    part.write_bytes(content + b"more")
+    assert trajectory.file(entry).read_bytes() == content
+    kept.unlink()
+    part.write_bytes(b"x" * len(content))
+    with pytest.raises(TrajectoryError, match="is not what was written"):
+        trajectory.file(entry)
+    assert trajectory.file(entry).read_bytes() == content
+
+
+def test_a_file_of_another_length_does_not_arrive(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("explaind_track.record.remote.ATTEMPTS", 2)
+    _, _, run = train(tmp_path, 3)
+    trajectory = Trajectory.open(name_of(run))
+    entry = trajectory.manifest.entries[0]
+    content = (tmp_path / "t" / entry.path).read_bytes()
+    blob = server.state / "blobs" / hashlib.md5(content).hexdigest()
+
+    blob.write_bytes(content[:-10])  # the second attempt asks for what is behind it: 416
+    with pytest.raises(TrajectoryError, match="does not arrive"):
+        trajectory.file(entry)
+    blob.write_bytes(content + bytes(10**6))
+    assert trajectory.file(entry).read_bytes() == content  # what comes behind it is not taken
+
+
+@pytest.mark.usefixtures("server")
+def test_an_artifact_writes_nowhere_but_into_the_cache(tmp_path: Path) -> None:
+    opened = open_run("project", tmp_path)
+    (tmp_path / "evil").write_bytes(b"evil")
+    made = wandb.Artifact("influence-evil", "influence")
+    made.metadata = {"file": "evil", "sha256": "../../../../autostart/evil"}
+    made.add_file(str(tmp_path / "evil"), "evil")
+    opened.log_artifact(made).wait(30)
+    opened.finish()
+    before = {path for path in tmp_path.rglob("*") if cache_directory() not in path.parents}
+    with pytest.raises(TrajectoryError, match="no result of this package"):
+        open_influence(f"wandb:{opened.entity}/project/influence-evil:latest")
+    assert {path for path in tmp_path.rglob("*") if cache_directory() not in path.parents} == before
+    assert not list(cache_directory().rglob("*evil*"))
+
+
 def test_what_was_altered_on_the_way_is_refused(server: Server, tmp_path: Path) -> None:
     _, _, run = train(tmp_path, 3)
     trajectory = Trajectory.open(name_of(run))
