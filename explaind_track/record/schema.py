@@ -52,7 +52,7 @@ from explaind_track.record.batch_json import (
     words_of,
 )
 from explaind_track.record.files import TensorFile
-from explaind_track.record.signatures import signature
+from explaind_track.record.signatures import refuse_other_generators, signature
 from explaind_track.record.validation import BatchEntry, KeyframeHeader, SegmentHeader, StepEntry, checked
 
 FORMAT = "explaind_track trajectory 2"
@@ -155,8 +155,10 @@ def random_tensors(state: Tensors) -> dict[str, Tensor]:
 
 
 def random_state_in(file: TensorFile) -> Tensors:
-    """The state of the random generators that a file holds, by device."""
-    return file.prefixed("random:")
+    """The state of the random generators that a file holds, by device. Raises TrajectoryError for anything else."""
+    state = file.prefixed("random:")
+    refuse_other_generators(state)
+    return state
 
 
 def keyframe_header(observer: StepObserver, continues: bool) -> dict[str, Any]:
@@ -364,6 +366,7 @@ class Segment:
         weight, index = map(self._named, (entry.weight, entry.index))
         ids = None if entry.ids is None else words_of(self._find(entry.ids))
         random = {device: self._file[name] for device, name in entry.random.items()}
+        refuse_other_generators(random)
         altered = None if entry.altered is None else altered_of(entry.altered, self._named)
         data = self._data(entry.data)
 

@@ -1,6 +1,7 @@
 """Shape and type of tensors, as JSON has them; whether a tensor may stand where another was recorded."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,3 +52,15 @@ def refuse_spreading(state: Tensor, parameter: Tensor, what: str) -> None:
         return  # they have nothing in common: nothing spreads
     if math.prod(spread) > max(parameter.numel(), state.numel()):
         raise TrajectoryError(f"the record has {what} of shape {list(state.shape)} for one of {list(parameter.shape)}")
+
+
+def refuse_other_generators(state: Tensors) -> None:
+    """Raises TrajectoryError unless these are states of random generators, by device."""
+    for device, value in state.items():
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
+            raise TrajectoryError(f"the record has the state of a random generator on {device!r}, which is no device")
+        try:
+            if device == "cpu":
+                torch.Generator().set_state(value)  # which looks at all of it
+        except (RuntimeError, TypeError) as error:
+            raise TrajectoryError(f"the record has no state of a random generator, where it should: {error}") from None

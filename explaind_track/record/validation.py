@@ -96,7 +96,7 @@ def checked(content: Any, kind: type[T] | Any, name: object) -> T:
     try:
         found: T = msgspec.convert(content, kind)
         return found
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, UnicodeError, RecursionError) as error:
         raise TrajectoryError(f"{name} is not what this package writes: {error}") from None
 
 
