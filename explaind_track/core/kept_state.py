@@ -107,6 +107,11 @@ class KeptState:
         """Takes note that the optimizer has taken the step."""
         self._passed = True
 
+    def forget_step(self) -> None:
+        """Takes note that nobody has seen the step that the optimizer has taken: what it did shows as changes since the
+        last that was seen."""
+        self._passed = False
+
     def end_step(self, buffers: Tensors) -> None:
         """Keeps the model of now as the step's end, in the place of its beginning. buffers: the model's."""
         for name, parameter in self.parameters.items():

@@ -61,3 +61,14 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Gives every module its own mode back, training or not, at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

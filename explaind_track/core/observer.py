@@ -119,8 +119,18 @@ class StepObserver:
 
     def restart(self, buffers: Tensors) -> None:
         """Takes the model as it is for what the last step left behind: the next one does not follow from that."""
-        self.kept.restart(buffers)
         self._last_mark, self._state_versions = None, self._versions_of_state()
+        self.kept.restart(buffers)
+
+    def pass_over(self) -> None:
+        """Leaves out a step that the optimizer has taken, or begun, between `before()` and the end of `after()`, where
+        something interrupted it: what it did to the model is a change from outside, and what it left in the momentum
+        buffers, with what was there, is the past."""
+        self._last_validity.over = True
+        self.momentum_shares, self._past_known = {}, False
+        self._take_down_past()
+        self._state_versions = self._versions_of_state()
+        self.kept.forget_step()
 
     def before(self, buffers: Tensors, auxiliary: Mapping[str, Tensors] | None = None) -> None:
         """Takes down where a step begins, right before `optimizer.step()`.
@@ -143,8 +153,11 @@ class StepObserver:
     def continues(self, changed: State) -> bool:
         """Whether what the last step left behind, and the optimizer's state of now, follow from the steps before: who
         changed weights between steps may have changed that state too."""
-        is_state_kept = changed.is_empty or self._versions_of_state() == self._state_versions
-        return self._last_mark is not None and is_state_kept
+        return self._last_mark is not None and self.keeps_state(changed)
+
+    def keeps_state(self, changed: State) -> bool:
+        """Whether the optimizer's state is as the last step has left it, as far as one can know."""
+        return changed.is_empty or self._versions_of_state() == self._state_versions
 
     def after(self, number: int, buffers: Tensors, batches: tuple[Batch, ...] = ()) -> Step:
         """Tells of the step just taken, right after `optimizer.step()`; valid until `settle()` or the next step.
@@ -275,14 +288,15 @@ class StepObserver:
                 )
             return
 
-        self._past_known, self._state_loaded = True, False
-        past = self.momentum_shares.setdefault("past", {})
+        past = {}
         for name, parameter, settings in self._members():
             state = self.optimizer.state.get(parameter)
             if state:
                 buffer = update_rule(self.optimizer, settings, _upcast_state(state), False).buffer
                 if buffer is not None and buffer.any():
                     past[name] = buffer.clone()
+        self.momentum_shares["past"] = past
+        self._past_known, self._state_loaded = True, False
 
     def _versions_of_state(self) -> list[tuple[int, int]]:
         """Of every tensor in the optimizer's state: which it is, and how often it was written to."""

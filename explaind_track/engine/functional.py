@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from explaind_track.core.modules import parameters_of, uncompiled
+from explaind_track.core.modules import keeping_modes, parameters_of, uncompiled
 from explaind_track.core.rng import replayed_random_state
 from explaind_track.core.step import State
 from explaind_track.core.tensors import Tensors, low_precision
@@ -32,8 +32,8 @@ def differentiable_attention(fused: bool = False) -> Iterator[None]:
     """Attention by its formula: the fused kernels have no forward-mode derivative, nor a rule for `vmap`. fused: by
     these kernels, for plain backward passes alone."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
@@ -44,15 +44,10 @@ def differentiable_attention(fused: bool = False) -> Iterator[None]:
 def evaluation(model: nn.Module, fused: bool = False) -> Iterator[None]:
     """The model as queries see it: in eval mode. Every module gets its own mode back. fused: see
     `differentiable_attention`."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        with differentiable_attention(fused):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with keeping_modes(model), differentiable_attention(fused):
+        for module in model.modules():
+            module.training = False
+        yield
 
 
 def writable(state: State) -> State:

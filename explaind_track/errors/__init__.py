@@ -13,6 +13,7 @@ __all__ = [
     "ForwardModeFallbackWarning",
     "GradientMismatchWarning",
     "LoggingWarning",
+    "MissingStepWarning",
     "NonFiniteError",
     "ReplayWarning",
     "RerunWarning",
@@ -74,6 +75,14 @@ class LoggingWarning(UserWarning):
     Mostly W&B does not answer, or has not taken rows or files: `explaind-track sync DIRECTORY` sends what it lacks from
     the record on this disk. Or that disk is full: make room, for rows that could not be written are lost. Each kind of
     failure is told of once.
+    """
+
+
+class MissingStepWarning(UserWarning):
+    """A step is missing among those whose influences a Tracker gives.
+
+    An exception or Ctrl-C came while it was explained, and the Tracker has no record (`trajectory=`) to explain it from
+    again. The influences of the other steps are exact.
     """
 
 

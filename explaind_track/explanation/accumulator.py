@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +11,7 @@ from torch import Tensor
 
 from explaind_track.core.influence import AXES, Influence
 from explaind_track.engine.path_integral import Terms, arranged
-
-Row = dict[str, Tensor]
-"""The variables of an `Influence` by name, for one step or for the sum of all."""
+from explaind_track.explanation.step_rows import Block, FiledRows, Row
 
 
 @dataclass
@@ -26,6 +24,21 @@ class Reduced:
     up before the roots are taken."""
 
 
+class Span(NamedTuple):
+    """Which steps were taken in."""
+
+    first: int
+    last: int
+    steps: int
+    """How many."""
+    nodes: int
+    """The most that one of them took."""
+
+    def joined(self, later: "Span") -> "Span":
+        """Together with those of a stretch that follows."""
+        return Span(self.first, later.last, self.steps + later.steps, max(self.nodes, later.nodes))
+
+
 @dataclass
 class Sums:
     """All that an Accumulator has taken in; those of neighbouring stretches of steps can be joined."""
@@ -34,11 +47,10 @@ class Sums:
     """Of the parts, where it was asked for; else in that in which they come."""
     parts: tuple[str, ...] = ()
     """Of all steps; a step that lacks some of them has nothing in these."""
-    steps: list[int] = field(default_factory=list)
-    nodes: list[int] = field(default_factory=list)
-    """By step: the quadrature nodes it took."""
-    rows: list[tuple[tuple[str, ...], Row]] = field(default_factory=list)
-    """By step, where the step is kept: its parts, and its row."""
+    span: Span | None = None
+    """Of all steps; None: there was none yet."""
+    rows: list[Block] | FiledRows = field(default_factory=list)
+    """Of the steps, where the step is kept."""
     chunks: dict[int, Terms] = field(default_factory=dict)
     """Where the step is not kept: the sums over the steps, by the chunk's first query."""
     initial: dict[int, Tensor] = field(default_factory=dict)
@@ -47,9 +59,11 @@ class Sums:
     def extend(self, other: "Sums") -> None:
         """Takes in the sums of the steps that follow."""
         self.include(other.parts)
-        self.steps += other.steps
-        self.nodes += other.nodes
-        self.rows += other.rows
+        assert self.span is not None  # there are steps in both
+        assert other.span is not None
+        self.span = self.span.joined(other.span)
+        for block in other.rows:
+            self.rows.append(block)
         for start, terms in other.chunks.items():
             self.add(start, terms)
 
@@ -71,25 +85,33 @@ class Accumulator:
     """Sums the terms of steps into an `Influence` that keeps some axes. Where it does not keep the step, it holds the
     sum over steps for every group, query and output, since the importance takes absolute values only then."""
 
-    def __init__(self, keep: Sequence[str], groups: Sequence[str], parts: Sequence[str] | None = None) -> None:
-        """parts: in the order asked for; None: as they come. Raises ValueError for axes that there are not."""
+    def __init__(
+        self,
+        keep: Sequence[str],
+        groups: Sequence[str],
+        parts: Sequence[str] | None = None,
+        rows: FiledRows | None = None,
+    ) -> None:
+        """parts: in the order asked for; None: as they come. rows: for those of the steps; None: in memory.
+
+        Raises ValueError for axes that there are not.
+        """
         unknown = set(keep) - set(AXES)
         if unknown:
             raise ValueError(f"keep takes some of {AXES}, got {tuple(keep)}")
         self.keep = tuple(axis for axis in AXES if axis in keep)
         self.groups = tuple(groups)
-        self.sums = Sums(tuple(parts or ()))
+        self.sums = Sums(tuple(parts or ()), rows=[] if rows is None else rows)
+        self._begun = Span(0, 0, 0, 0)
+        """The step that has begun."""
         self._parts: tuple[str, ...] = ()
-        """Of the step that has begun."""
         self._open: list[Reduced] = []
         """Its chunks."""
 
     def begin(self, number: int, nodes: int, parts: tuple[str, ...]) -> None:
-        """Starts a step."""
-        self._parts = parts
+        """Starts a step. One that was started before and not closed is not in the rows."""
+        self._begun, self._parts, self._open = Span(number, number, 1, nodes), parts, []
         self.sums.include(parts)
-        self.sums.steps.append(number)
-        self.sums.nodes.append(nodes)
 
     def add(self, start: int, terms: Terms) -> None:
         """Adds the terms of the queries from row `start` on."""
@@ -105,16 +127,19 @@ class Accumulator:
 
     def end(self) -> Row:
         """Closes the step and returns its row (empty where steps are summed)."""
-        if "step" not in self.keep:
-            return {}
-        row = self._join(self._open)
+        row = {}
+        if "step" in self.keep:
+            row = self._join(self._open)
+            values = {name: value.unsqueeze(0) for name, value in row.items()}
+            step, nodes = np.array([self._begun.first]), np.array([self._begun.nodes])
+            self.sums.rows.append(Block(self._parts, step, nodes, values))
         self._open = []
-        self.sums.rows.append((self._parts, row))
+        self.sums.span = self._begun if self.sums.span is None else self.sums.span.joined(self._begun)
         return row
 
     def join(self, every: Sequence[Sums]) -> None:
         """Becomes what it would be, had it taken in the steps of all these sums, which follow on each other."""
-        taken = [sums for sums in every if sums.steps]
+        taken = [sums for sums in every if sums.span is not None]
         if not taken:
             return
         self.sums = taken[0]
@@ -181,13 +206,15 @@ class Accumulator:
     def result(self, attrs: Mapping[str, Any]) -> Influence:
         """The influence of all steps so far. Raises ValueError if there was none."""
         sums = self.sums
-        if not sums.steps:
+        if sums.span is None:
             raise ValueError("there is no step to sum over")
 
         dims, by_step = self.dims(), "step" in self.keep
-        values = self._stacked() if by_step else self._summed()
+        blocks = list(sums.rows)
+        values = self._stacked(blocks) if by_step else self._summed()
         variables: dict[str, Any] = {name: (dims[name], value.numpy()) for name, value in values.items()}
-        variables["nodes"] = (("step",), np.array(sums.nodes)) if by_step else ((), np.array(max(sums.nodes)))
+        nodes = np.concatenate([block.nodes for block in blocks]) if by_step else np.array(sums.span.nodes)
+        variables["nodes"] = (("step",) if by_step else (), nodes)
 
         # the predictions before the first and behind the last step, which only make sense by query and output
         if sums.initial:
@@ -200,10 +227,10 @@ class Accumulator:
 
         labels: dict[str, Any] = {"part": np.array(sums.parts, dtype=object)}
         if by_step:
-            labels["step"] = np.array(sums.steps)
+            labels["step"] = np.concatenate([block.steps for block in blocks])
         if "group" in self.keep:
             labels["group"] = np.array(self.groups, dtype=object)
-        span = {"first_step": sums.steps[0], "last_step": sums.steps[-1], "steps": len(sums.steps)}
+        span = {"first_step": sums.span.first, "last_step": sums.span.last, "steps": sums.span.steps}
         return Influence(xr.Dataset(variables, labels, {**attrs, **span}))
 
     def _summed(self) -> Row:
@@ -211,13 +238,13 @@ class Accumulator:
         sums = self.sums
         return self._join([self._reduce(sums.chunks[start].arranged(sums.parts)) for start in sorted(sums.chunks)])
 
-    def _stacked(self) -> Row:
+    def _stacked(self, blocks: Sequence[Block]) -> Row:
         """The rows of all steps as one, with the step axis in its place."""
         values: Row = {}
         for name, axes in self.dims().items():
             if "part" in axes:
-                rows = [arranged(row[name], parts, self.sums.parts) for parts, row in self.sums.rows]
-                values[name] = torch.stack(rows).movedim(0, 1)
+                rows = [arranged(block.values[name].movedim(1, 0), block.parts, self.sums.parts) for block in blocks]
+                values[name] = torch.cat(rows, 1)
             else:
-                values[name] = torch.stack([row[name] for _, row in self.sums.rows])
+                values[name] = torch.cat([block.values[name] for block in blocks])
         return values

@@ -15,7 +15,8 @@ from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, Terms
 from explaind_track.engine.targets import fitted_query
-from explaind_track.explanation.accumulator import Accumulator, Row
+from explaind_track.explanation.accumulator import Accumulator
+from explaind_track.explanation.step_rows import FiledRows, Row
 
 
 class Explainer:
@@ -32,6 +33,7 @@ class Explainer:
         quadrature: As in `explain`.
         close: As in `explain`.
         memory: Bytes one pass may take.
+        rows_in_file: Keep the rows of steps in a temporary file, for as many as a run may have, not in memory.
 
     Raises:
         ValueError: For axes that there are not, and a query whose target is not differentiable.
@@ -70,11 +72,13 @@ class Explainer:
         quadrature: Quadrature | None = None,
         close: bool = False,
         memory: int = MEMORY,
+        rows_in_file: bool = False,
     ) -> None:
         query = fitted_query(model, query)
         if not any("group" in keep for keep in keeps):
             groups = {"all": [name for names in groups.values() for name in names]}
-        self.accumulators = [Accumulator(keep, list(groups), parts) for keep in keeps]
+        self._groups, self._keeps, self._parts, self._rows_in_file = list(groups), keeps, parts, rows_in_file
+        self.forget()
         self.integrator = Integrator(model, query, groups, parts, quadrature, memory)
         self.close = close
 
@@ -117,6 +121,13 @@ class Explainer:
         rows = [accumulator.end() for accumulator in self.accumulators]
         self.residual = next((float(row["residual"]) for row in rows if row), float("nan"))
         return rows
+
+    def forget(self) -> None:
+        """Forgets all steps."""
+        self.accumulators = []
+        for keep in self._keeps:
+            rows = FiledRows() if self._rows_in_file and "step" in keep else None
+            self.accumulators.append(Accumulator(keep, self._groups, self._parts, rows))
 
     def _from_outside(self, step: Step) -> tuple[dict[int, Terms], int]:
         """The terms of what else changed the model since the step before, by the chunk's first row; and their nodes."""

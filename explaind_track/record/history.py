@@ -17,6 +17,7 @@ and whatever it likes.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ HISTORY = "history.jsonl"
 
 AXIS = "train/step"
 """The metric that all others are drawn over: the number of the training step."""
+
+FIRST = re.compile(rb'\{"train/step": (\d+)\b')
+"""How the line of a row begins."""
 
 KERNEL = "kernel"
 REGULARIZATION = "reg"
@@ -174,10 +178,26 @@ def row_in(line: bytes, name: str) -> dict[str, Any] | None:
 
 def steps_logged(directory: Path) -> set[int]:
     """The numbers of the steps that have a row."""
-    return {row[AXIS] for row in read_rows(directory)}
+    return {step for step in _steps_by_line(directory) if step is not None}
 
 
-def cut_history(directory: Path, number: int) -> None:
-    """Drops the rows of step `number` and later."""
-    rows = [row for row in read_rows(directory) if row[AXIS] < number]
-    write_atomic(directory / HISTORY, "".join(json.dumps(row) + "\n" for row in rows).encode())
+def cut_history(directory: Path, number: int) -> set[int]:
+    """Drops the rows of step `number` and later, and torn lines. Returns the numbers of the steps that have a row."""
+    found = _steps_by_line(directory)
+    kept = {step for step in found if step is not None and step < number}
+    if not kept.issuperset(found):
+        path = directory / HISTORY
+        with path.open("rb") as file:
+            lines = file.readlines()
+        write_atomic(path, b"".join(line for line, step in zip(lines, found, strict=True) if step in kept))
+    return kept
+
+
+def _steps_by_line(directory: Path) -> list[int | None]:
+    """The number of each row's step, which is the first that a line says; None for a torn one. Reads no further."""
+    path = file_below(directory, HISTORY)
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        begun = ((FIRST.match(line), line.endswith(b"}\n")) for line in file)
+        return [int(match[1]) if match and is_whole else None for match, is_whole in begun]

@@ -20,14 +20,12 @@ steps/00000100.safetensors        the steps from 100 on (`Segment`)
     buffer:STEP:NAME              the model's buffers after the step, if it moved them
     batch:STEP:PLACE:NUMBER       the tensors of a batch that had no index, counted from 1
     batch:STEP:PLACE:random:DEVICE    the random generators before the batch's forward pass
-    index:HASH, weight:HASH       of batches: once in a trajectory, in the first segment that uses them
+    index:HASH, weight:HASH       of batches: once, in the first segment that uses them; again where that is long ago
     ids:HASH                      the samples' names, where these are words: a list in JSON; likewise once
     random:DEVICE                 the random generators, where the run could be taken up
     header                        steps: an entry for each step, with its settings, its auxiliary losses and its batches
 """
 
-import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -42,15 +40,7 @@ from explaind_track.core.observer import StepObserver
 from explaind_track.core.step import Batch, State
 from explaind_track.core.tensors import Tensors
 from explaind_track.errors import TrajectoryError
-from explaind_track.record.batch_json import (
-    Fields,
-    altered_json,
-    altered_of,
-    as_bytes,
-    as_json,
-    refuse_other_size,
-    words_of,
-)
+from explaind_track.record.batch_json import Fields, altered_of, refuse_other_size, words_of
 from explaind_track.record.files import TensorFile
 from explaind_track.record.signatures import refuse_other_generators, signature
 from explaind_track.record.validation import BatchEntry, KeyframeHeader, SegmentHeader, StepEntry, checked
@@ -233,94 +223,6 @@ class StepRecord:
     batches: tuple[Batch, ...]
     frozen: tuple[str, ...] = ()
     """The parameters that learned nothing, with gradients that are kept zeros."""
-
-
-class SegmentDraft:
-    """Steps that wait in memory to be written as one segment."""
-
-    def __init__(self, written: set[str]) -> None:
-        """written: the names of the indices and weights that the trajectory holds; those of this segment are added."""
-        self.first = 0
-        self.steps: list[dict[str, Any]] = []
-        self.tensors: dict[str, Tensor] = {}
-        self.size = 0
-        """Of the tensors, in bytes."""
-        self._settings: Settings | None = None
-        self._written = written
-
-    def add(self, number: int, record: StepRecord) -> None:
-        """Adds the next step. Of its tensors, only those that the training loop owns are copied: its batches'."""
-        if not self.steps:
-            self.first = number
-        for name, value in outside_tensors(number, record.outside).items():
-            self._keep(name, value)
-        for name, gradient in record.gradients.items():
-            self._keep(f"gradient:{number}:{name}", gradient)
-        for loss, gradients in record.auxiliary.items():
-            for name, gradient in gradients.items():
-                self._keep(f"auxiliary:{number}:{loss}:{name}", gradient)
-        for name, buffer in record.buffers.items():
-            self._keep(f"buffer:{number}:{name}", buffer)
-
-        changed = record.settings != self._settings
-        entry = {
-            "settings": record.settings if changed else None,
-            "auxiliary": list(record.auxiliary),
-            "batches": [self._batch(f"batch:{number}:{place}", batch) for place, batch in enumerate(record.batches)],
-        }
-        if record.frozen:
-            entry["frozen"] = list(record.frozen)
-        self._settings = record.settings
-        self.steps.append(entry)
-
-    def extend(self, other: "SegmentDraft") -> None:
-        """Takes in the steps of a draft that follows."""
-        if not self.steps:
-            self.first = other.first
-        if other.steps:
-            self._settings = other._settings
-        self.steps += other.steps
-        self.tensors |= other.tensors
-        self.size += other.size
-
-    def _batch(self, name: str, batch: Batch) -> dict[str, Any]:
-        numbers = itertools.count(1)
-
-        def put(tensor: Tensor) -> dict[str, str]:
-            key = f"{name}:{next(numbers)}"
-            self._keep(key, tensor.detach().clone())
-            return {"tensor": key}
-
-        for device, state in batch.random_state.items():
-            self._keep(f"{name}:random:{device}", state)
-        return {
-            "size": batch.size,
-            "weight": self._weight(batch.weight),
-            "index": None if batch.index is None else self._once("index", batch.index),
-            **({} if batch.ids is None else {"ids": self._once("ids", as_bytes(batch.ids))}),
-            **({} if batch.altered is None else {"altered": altered_json(batch.altered, self._weight)}),
-            "data": as_json(batch.data, put) if batch.index is None else None,
-            "clipped": batch.clipped,
-            "random": {device: f"{name}:random:{device}" for device in batch.random_state},
-        }
-
-    def _weight(self, weight: Tensor | float) -> str | float:
-        return self._once("weight", weight) if isinstance(weight, Tensor) else weight
-
-    def _once(self, kind: str, tensor: Tensor) -> str:
-        """Keeps a tensor unless the trajectory has it already; returns its name, the hash of all that it is."""
-        content = tensor.detach().cpu().contiguous()
-        described = f"{content.dtype} {tuple(content.shape)}:".encode()
-        bits = content.reshape(-1).view(torch.uint8).numpy().tobytes()
-        name = f"{kind}:{hashlib.sha256(described + bits).hexdigest()[:32]}"
-        if name not in self._written:
-            self._keep(name, content.clone())
-            self._written.add(name)
-        return name
-
-    def _keep(self, name: str, tensor: Tensor) -> None:
-        self.tensors[name] = tensor
-        self.size += tensor.numel() * tensor.element_size()
 
 
 class Segment:

@@ -29,6 +29,9 @@ from explaind_track.record.run_summary import run_summary
 from explaind_track.record.schema import Keyframe, Segment, random_state_in
 from explaind_track.record.signatures import is_low_precision, signature, stands_for
 
+REMEMBERED = 100
+"""So many indices and weights, the last that were read, are kept for the steps that share them."""
+
 
 class Trajectory(Summarized):
     """A recorded run: the same steps as the live ones, as often as wanted.
@@ -328,7 +331,7 @@ class Trajectory(Summarized):
 
     def random_state(self) -> dict[str, Tensor]:
         """The state of the random generators where the record ends, by device."""
-        last = self.segments[-1] if self.segments else self._keyframes[0]
+        last = self._keyframes.get(len(self)) or self.segments[-1]
         return dict(random_state_in(self.read(last)))
 
     # ----------------------------------------------------------------------------------------------------- files
@@ -355,12 +358,14 @@ class Trajectory(Summarized):
 
     def _find(self, file: TensorFile, name: str) -> Tensor:
         """An index or weights, which are written once for all steps: in this segment, or in an earlier one that used
-        them first. Kept, so that steps share them."""
+        them first. Kept for a while, so that steps share them."""
         if name not in self._written_once:
             files = itertools.chain([file], map(self.read, self.segments))  # one by one: each may be a download
             holder = next((one for one in files if name in one), None)
             if holder is None:
                 raise TrajectoryError(f"{self.directory} lacks {name!r}, which its steps refer to")
+            if len(self._written_once) == REMEMBERED:
+                del self._written_once[next(iter(self._written_once))]
             self._written_once[name] = holder[name]
         return self._written_once[name]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from explaind_track.core.rng import random_state
 from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import Tensors
 from explaind_track.errors import TrajectoryError
+from explaind_track.record.draft import ONCE, SegmentDraft
 from explaind_track.record.files import Lock, make_directory
 from explaind_track.record.manifest import KEYFRAMES, STEPS, Entry, Manifest
 from explaind_track.record.schema import (
-    SegmentDraft,
     StepRecord,
     checkpoint_tensors,
     head_of,
@@ -32,8 +33,30 @@ KEYFRAME_EVERY = 100
 SEGMENT_BYTES = 2**26
 
 
+REMEMBERED = 1000
+"""So many indices and weights, the last that were written, are not written again."""
+
+
+@dataclass(frozen=True)
+class TakeUpPoint:
+    """Where the run could be taken up."""
+
+    number: int
+    """Of the step that would come next: all before it are behind."""
+    random: Tensors
+    """The state of the random generators."""
+    buffers: Tensors
+    """The model's."""
+    changed: State | None
+    """What had been changed from outside since the last step; None: what is changed now."""
+
+
 class TrajectoryWriter:
-    """Writes the steps of a live run, segment by segment. What is on disk is a whole trajectory at any moment."""
+    """Writes the steps of a live run, segment by segment. What is on disk is a whole trajectory at any moment.
+
+    So is what is in memory, between any two instructions, whatever interrupts them: a step that is added is not written
+    before the take-up point is behind it, and that is moved by a single assignment.
+    """
 
     def __init__(
         self,
@@ -60,19 +83,14 @@ class TrajectoryWriter:
         self._model = model
         self._device = next(model.parameters()).device
 
-        # where the run could be taken up
-        self._random: Tensors = {}
-        self._buffers: Tensors = self._model_buffers
-        self._changed: State | None = None
-        """What had been changed from outside since the last step; None: what is changed now."""
-
         self._manifest = Manifest(head or head_of(model, observer), tuple(entries or ()))
         self._keyframes = {entry.first for entry in self._manifest.entries if entry.is_keyframe}
-        self._written_once: set[str] = set()
-        self._draft = SegmentDraft(self._written_once)
-        self._last = SegmentDraft(self._written_once)
-        """The last step, where something else may change the model behind it: the run can be taken up before that step
-        until the next one begins."""
+        self._written_once: dict[str, None] = {}
+        """The names of the last indices and weights that were written."""
+        self._draft = SegmentDraft(self._manifest.steps, self._written_once)
+        """Steps that are not written yet. Where something else changes the model between steps, the last is behind the
+        take-up point only when the next begins."""
+        self._point = TakeUpPoint(self._manifest.steps, random_state(self._device), self._model_buffers, None)
 
         try:
             make_directory(self.directory)
@@ -91,19 +109,23 @@ class TrajectoryWriter:
 
         buffers: as they are now; they have to last as long as the step.
         """
-        self._take_up_at(buffers)
-
         # a sweep over the parameters that is paid only where something is written, or something was changed before
-        if self._observer.kept.restless or self._is_due(number):
-            self._changed = self._observer.kept.changes(buffers).copy()
+        kept = self._observer.kept
+        looks = kept.restless or self._is_due(number)
+        self._take_up_at(number, buffers, kept.changes(buffers).copy() if looks else None)
         if self._draft.size >= SEGMENT_BYTES:
             self._write_segment()
 
-    def _take_up_at(self, buffers: Tensors) -> None:
-        """Lets the run be taken up here, behind all steps so far."""
-        self._draft.extend(self._last)
-        self._last = SegmentDraft(self._written_once)
-        self._random, self._buffers, self._changed = random_state(self._device), buffers, None
+    def pass_over(self, number: int, buffers: Tensors) -> None:
+        """As `begin`, where the optimizer has moved since step `number` − 1 in a step that is not recorded: the run can
+        be taken up from where that has led to, and no more as it was before."""
+        self._write_segment()
+        self._take_up_at(number, buffers, self._observer.kept.changes(buffers).copy())
+        self._write_keyframe(continues=False)
+
+    def _take_up_at(self, number: int, buffers: Tensors, changed: State | None = None) -> None:
+        """Lets the run be taken up here, behind the steps before `number`."""
+        self._point = TakeUpPoint(number, random_state(self._device), buffers, changed)
 
     def _is_due(self, number: int) -> bool:
         return number % self._every == 0 and number not in self._keyframes
@@ -111,15 +133,22 @@ class TrajectoryWriter:
     def before(self, number: int) -> None:
         """Right before the optimizer takes step `number`, with the observer ready: writes a keyframe where one is due,
         or where the optimizer's state may have been changed since its last step."""
-        if self._changed is None:
-            self._changed = self._observer.kept.changed
-        continues = self._observer.continues(self._observer.kept.changed)
-        if self._is_due(number) or (not continues and number not in self._keyframes):
-            self._write_segment()
-            self._write_keyframe(number, self._changed, continues)
+        changed = self._observer.kept.changed
+        if self._point.changed is None:
+            self._point = replace(self._point, changed=changed)
 
-    def record(self, step: Step, buffers_moved: bool, auxiliary: Mapping[str, Tensors]) -> None:
-        """Takes in the step that was just made. auxiliary: the gradients that went into the StepObserver before it."""
+        continues = self._observer.continues(changed)
+        if number in self._keyframes:
+            is_wanted = not self._observer.keeps_state(changed)  # something has changed it since that was written
+        else:
+            is_wanted = self._is_due(number) or not continues
+        if is_wanted:
+            self._write_segment()
+            self._write_keyframe(continues)
+
+    def add(self, step: Step, buffers_moved: bool, auxiliary: Mapping[str, Tensors]) -> None:
+        """Takes in the step that was just made; it counts once `reach` is told of it. auxiliary: the gradients that
+        went into the StepObserver before it."""
         gradients = {}
         for name in step.updates:
             gradient = self._observer.parameters[name].grad
@@ -130,19 +159,19 @@ class TrajectoryWriter:
         outside = State({}, {}) if step.outside is None else step.outside.changed.copy()
         frozen = tuple(name for name, update in step.updates.items() if update.frozen)
         record = StepRecord(settings, outside, gradients, auxiliary, buffers, step.batches, frozen)
-        if self._observer.kept.restless:
-            self._last.add(step.number, record)
-            return
-
         self._draft.add(step.number, record)
-        self._take_up_at(self._model_buffers)
+
+    def reach(self, number: int) -> None:
+        """Lets the run be taken up right behind the last step: `number` are recorded."""
+        if not self._observer.kept.restless:
+            self._take_up_at(number, self._model_buffers)
         if self._draft.size >= SEGMENT_BYTES:
             self._write_segment()
 
-    def flush(self) -> None:
-        """Writes what is pending; after it, nothing of the steps so far can be lost."""
-        if self._last.steps:
-            self._take_up_at(self._model_buffers)
+    def flush(self, number: int) -> None:
+        """Writes what is pending of the `number` recorded steps; after it, nothing of them can be lost."""
+        if self._point.number < number:
+            self._take_up_at(number, self._model_buffers)
         self._write_segment()
 
     def leave(self) -> None:
@@ -154,34 +183,47 @@ class TrajectoryWriter:
         self._write_segment()
 
     def _write_segment(self) -> None:
-        draft = self._draft
-        if not draft.steps:
+        point, draft = self._point, self._draft
+        if point.number <= draft.first:
             return
-        first, last = draft.first, draft.first + len(draft.steps)
-        changed = self._observer.kept.changes(self._buffers) if self._changed is None else self._changed
-        tensors = draft.tensors | outside_tensors(last, changed) | random_tensors(self._random)
-        self._write(STEPS, first, last, tensors, {"steps": draft.steps})
-        self._draft = SegmentDraft(self._written_once)
+        changed = self._observer.kept.changes(point.buffers) if point.changed is None else point.changed
+        tensors, header = draft.until(point.number)
+        more = outside_tensors(point.number, changed) | random_tensors(point.random)
+        self._write(STEPS, draft.first, point.number, tensors | more, header)
+
+        self._written_once |= {name: None for name in tensors if name.startswith(ONCE)}
+        while len(self._written_once) > REMEMBERED:
+            del self._written_once[next(iter(self._written_once))]
+        self._draft = draft.rest(point.number, self._written_once)
 
     def close(self, number: int) -> None:
         """Ends the record behind step number − 1, with a keyframe that proves the last steps."""
-        self._buffers, self._changed = self._model_buffers, None
-        self.flush()
-        if not self._observer.kept.has_begun:  # no step was taken: the run ends where it would have begun
-            self._observer.kept.restart(self._buffers)
-        changed = self._observer.kept.changes(self._buffers)
+        if self._point.number < number:
+            self._take_up_at(number, self._model_buffers)
+        if not self._observer.kept.is_known:  # no step was taken, or the end of the last one was not kept
+            self._observer.restart(self._model_buffers)
+        changed = self._observer.kept.changes(self._model_buffers)
+        self._point = replace(self._point, buffers=self._model_buffers, changed=changed)
+
+        self._write_segment()
         if number not in self._keyframes or not changed.is_empty:
-            self._write_keyframe(number, changed, self._observer.continues(changed))
+            self._write_keyframe(self._observer.continues(changed))
+        self.release()
+
+    def release(self) -> None:
+        """Lets other processes write here."""
         self._lock.release()
 
-    def _write_keyframe(self, number: int, changed: State, continues: bool) -> None:
-        """changed: from outside, where the run could be taken up. continues: whether the keyframe follows from the
-        steps before it, so that it can prove their replay."""
+    def _write_keyframe(self, continues: bool) -> None:
+        """Writes one of where the run could be taken up. continues: whether it follows from the steps before it, so
+        that it can prove their replay."""
+        number, changed = self._point.number, self._point.changed
+        assert changed is not None  # known wherever a keyframe is written
         tensors = (
             checkpoint_tensors(self._observer, self._observer.kept.left)
             | share_tensors(self._observer)
             | outside_tensors(number, changed)
-            | random_tensors(self._random)
+            | random_tensors(self._point.random)
         )
         self._write(KEYFRAMES, number, number, tensors, keyframe_header(self._observer, continues))
         self._keyframes.add(number)

@@ -1,15 +1,21 @@
 """What a Tracker has found so far: influences, scores, residuals, and its record."""
 
+import warnings
+
 from torch import Tensor
+from tqdm import tqdm
 
 from explaind_track.core.checks import require_known
 from explaind_track.core.influence import Influence
 from explaind_track.core.observer import StepObserver
+from explaind_track.core.step import Step
 from explaind_track.core.summary import Summarized, Summary, curve
+from explaind_track.errors import MissingStepWarning
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live import LIVE_AXES, Live
 from explaind_track.tracking.outputs import Outputs
+from explaind_track.tracking.step_watch import StepWatch, has_finite_gradients
 
 
 class Findings(Summarized):
@@ -19,13 +25,19 @@ class Findings(Summarized):
     _live: Live
     _observer: StepObserver
     _outputs: Outputs
+    _watch: StepWatch
+    _finishing: bool
+    """Whether the run is over, and what has changed the model behind its last step is told too."""
+    every: int
 
     def _summary(self) -> Summary:
         writer, explainers = self._outputs.writer, self._live.explainers
         where = "recorded nowhere" if writer is None else f"recorded in {writer.directory}"
         rows = []
         for name, explainer in explainers.items():
-            residuals = [float(row["residual"]) for _, row in explainer.accumulators[0].sums.rows]
+            residuals = [
+                one for block in explainer.accumulators[0].sums.rows for one in block.values["residual"].tolist()
+            ]
             last, course = (residuals[-1], curve(residuals)) if residuals else (None, "")
             rows.append([name, len(residuals), last, course])
         groups = ", ".join(self._live.groups)
@@ -42,8 +54,32 @@ class Findings(Summarized):
         self._outputs.refuse_fork()
         if self._outputs.writer is None:
             raise ValueError("this Tracker records nothing; make it with trajectory=, a directory for the record")
-        self._outputs.writer.flush()
+        self._outputs.writer.flush(self._watch.number)
         return Trajectory.open(self._outputs.writer.directory)
+
+    def _catch_up(self, summed: bool) -> None:
+        """Has all steps so far in the influences: explains those of the record again, where some were taken before this
+        Tracker was made, or something interrupted it while it explained one.
+
+        summed: whether the influences are sums over the steps. Where there is no record, these raise RuntimeError, and
+        a step that is missing among others is told of by a MissingStepWarning.
+        """
+        if self._live.upto >= self._watch.number:
+            return
+        if self._outputs.writer is None:
+            _tell_of_missing_step(summed)
+            return
+
+        record = self.recorded()
+        self._live.forget()
+        for step in tqdm(record.steps(), "catch up", len(record), unit="step"):
+            if self._finishing if step.closing else self._is_due(step) and has_finite_gradients(step):
+                self._live.add(step)
+            self._live.pass_by(step.number)
+
+    def _is_due(self, step: Step) -> bool:
+        """Whether the step is one of those that are explained, if its gradient is finite."""
+        return step.number % self.every == 0 and bool(step.updates or step.outside)
 
     def influence(self, query: str, keep: tuple[str, ...] = LIVE_AXES[0]) -> Influence:
         """The influences of the steps so far on a query.
@@ -54,7 +90,8 @@ class Findings(Summarized):
 
         Raises:
             ValueError: For a query that there is not, and for other axes, which `explain` takes from the record.
-            RuntimeError: On other ranks than zero.
+            RuntimeError: On other ranks than zero; for sums over the steps, where something interrupted the explaining
+                of one and there is no record to sum them up from again.
 
         Example:
             >>> import torch
@@ -71,6 +108,7 @@ class Findings(Summarized):
             True
         """
         self._ranks.refuse_others()
+        self._catch_up(summed="step" not in keep)
         return self._live.influence(query, keep)
 
     def parts(self, query: str) -> tuple[str, ...]:
@@ -119,6 +157,7 @@ class Findings(Summarized):
             {'weight': (3, 4), 'bias': (3,)}
         """
         self._ranks.refuse_others()
+        self._catch_up(summed=True)
         return self._live.parameter_scores(self._observer.parameters)
 
     def residual(self, query: str) -> float:
@@ -144,3 +183,10 @@ class Findings(Summarized):
         """
         self._ranks.refuse_others()
         return self._live.explainer(query).residual
+
+
+def _tell_of_missing_step(summed: bool) -> None:
+    told = "something interrupted the explaining of a step, and there is no record (trajectory=) to explain it from"
+    if summed:
+        raise RuntimeError(f"{told}: the sums over the steps hold an unknown part of it; ask for ('step', 'group')")
+    warnings.warn(f"{told}: it is missing among the steps", MissingStepWarning, stacklevel=4)

@@ -1,6 +1,7 @@
 """The explaining of live steps: influences on each query of a Tracker, and the row of metrics that shows them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from explaind_track.analysis.parameter_scores import ParameterScores
 from explaind_track.core.checks import require_known
 from explaind_track.core.groups import Groups
 from explaind_track.core.influence import Influence
-from explaind_track.core.modules import parameters_of
+from explaind_track.core.modules import keeping_modes, parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
 from explaind_track.core.tensors import low_precision, upcast
@@ -17,6 +18,8 @@ from explaind_track.engine.path_integral import Quadrature
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.record import history
 from explaind_track.tracking.metrics import change_row, importance_row
+
+NEVER = -1
 
 LIVE_AXES = (("step", "group"), ("query", "output"))
 
@@ -54,32 +57,55 @@ class Live:
 
         Raises ValueError for queries that cannot be differentiated.
         """
-        self.groups, self._quadrature = groups, quadrature
+        self._model, self.groups, self._quadrature = model, groups, quadrature
         is_low_precision = low_precision(parameters_of(model)) is not None
         self.parts = {name: live_parts(query, auxiliary, is_low_precision) for name, query in queries.items()}
         """By query: the names of the parts that a step is split into."""
         self.explainers = {
-            name: Explainer(model, query, groups, LIVE_AXES, self.parts[name], quadrature, memory=memory)
+            name: Explainer(
+                model, query, groups, LIVE_AXES, self.parts[name], quadrature, memory=memory, rows_in_file=True
+            )
             for name, query in queries.items()
         }
+        self._scores: Callable[[], ParameterScores] | None = None
+        if scores is not None:
+            scored = self.explainers[scores].integrator.query
+            self._scores = partial(ParameterScores, model, scored, quadrature=quadrature, memory=memory)
+        self.scores = None if self._scores is None else self._scores()
+
+        self.upto = 0
+        """All steps before this one are in what was summed up, as far as they were to be explained."""
         self.losses = [name for name, query in queries.items() if query.is_loss]
-        self.scores = (
-            None
-            if scores is None
-            else ParameterScores(model, self.explainers[scores].integrator.query, quadrature=quadrature, memory=memory)
-        )
 
     def add(self, step: Step) -> tuple[dict[str, float], list[str]]:
         """Explains a step. Returns its row of metrics, and what is to be doubted about it."""
         metrics: dict[str, float] = {}
         doubts: list[str] = []
-        for name, explainer in self.explainers.items():
-            row, _ = explainer.add(step)
-            metrics |= self._metrics(name, explainer.integrator.parts(step), row)
-            doubts += self._doubts(name, step.number, row)
-        if self.scores is not None:
-            self.scores.add(step)
+
+        # where something interrupts this, half a step is in the sums; and an interruption may come to where a query
+        # gives the modules their modes back, too
+        upto, self.upto = self.upto, NEVER
+        with keeping_modes(self._model):
+            for name, explainer in self.explainers.items():
+                row, _ = explainer.add(step)
+                metrics |= self._metrics(name, explainer.integrator.parts(step), row)
+                doubts += self._doubts(name, step.number, row)
+            if self.scores is not None:
+                self.scores.add(step)
+        self.upto = upto
         return metrics, doubts
+
+    def pass_by(self, number: int) -> None:
+        """Takes note that all that was to be explained of step `number` is."""
+        if self.upto == number:
+            self.upto += 1
+
+    def forget(self) -> None:
+        """Forgets all steps, to be given them again from the first on."""
+        self.upto = 0
+        for explainer in self.explainers.values():
+            explainer.forget()
+        self.scores = None if self._scores is None else self._scores()
 
     def _metrics(self, name: str, parts: Sequence[str], row: Mapping[str, Tensor]) -> dict[str, float]:
         """The numbers of a query; row: the step's, of its explainer."""

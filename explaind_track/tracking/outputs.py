@@ -97,11 +97,17 @@ class Outputs:
         """Waits until W&B has the rows, or gives up; `send` tells of it."""
         self._unsent = self.panels.close()
 
-    def end_record(self, steps: int) -> None:
-        """The record is complete, with so many steps."""
-        if self.writer is not None:
+    def end_record(self, steps: int, interrupted: bool) -> None:
+        """The record is complete, with so many steps. interrupted: the optimizer has moved behind the last of them, in
+        a step that is none of the record's; so the model is not what the record ends with."""
+        if self.writer is None:
+            return
+        if interrupted:
+            self.writer.leave()
+            self.writer.release()
+        else:
             self.writer.close(steps)
-            mark_finished(self.writer.directory, steps)
+        mark_finished(self.writer.directory, steps)
 
     def send(self) -> float:
         """Waits until W&B has the record. Warns, with the command that completes them, of rows and files that it does

@@ -25,7 +25,11 @@ from explaind_track.tracking.wrappers import puts_off_steps
 
 
 class StepWatch:
-    """Follows each step from before its first forward pass to the `Step` that it was, and has it recorded."""
+    """Follows each step from before its first forward pass to the `Step` that it was, and has it recorded.
+
+    An exception or Ctrl-C may come between any two instructions, and the loop may go on behind it. So a step counts
+    from one assignment on, that of `number`: before it, nothing of the step is in the record, and behind it, all.
+    """
 
     def __init__(
         self,
@@ -34,21 +38,26 @@ class StepWatch:
         ranks: Ranks,
         samples: LiveSamples | None,
         writer: TrajectoryWriter | None,
+        number: int,
         auxiliary: Mapping[str, Callable[[nn.Module], Tensor]],
         mark_nonfinite: bool,
         stopwatch: Stopwatch,
         wrapper: object,
     ) -> None:
-        """mark_nonfinite: note a gradient that is not finite in `nonfinite` instead of raising NonFiniteError.
-        wrapper: the optimizer as the loop has it."""
+        """number: of the step that comes next. mark_nonfinite: note a gradient that is not finite in `nonfinite`
+        instead of raising NonFiniteError. wrapper: the optimizer as the loop has it."""
         self._model, self._observer, self._ranks, self._samples = model, observer, ranks, samples
         self._writer, self._auxiliary = writer, auxiliary
         self._mark_nonfinite, self._stopwatch = mark_nonfinite, stopwatch
         self._wrapper = wrapper
+        self.number = number
+        """The number of the next step; all before it are recorded."""
+        self._moving: int | None = None
+        """The number of the step that the optimizer has begun to take last."""
+        self._begun: int | None = None
+        """The number of the step that was begun to be watched last."""
         self.open = False
         """Whether a step is going on, between `begin` and `end`."""
-        self.taken = False
-        """Whether the optimizer has taken the step."""
         self.skipped = False
         """Whether the optimizer leaves the step out, from inside of its `step`."""
         self.put_off = False
@@ -56,7 +65,6 @@ class StepWatch:
         self.batches = StepBatches()
         self.nonfinite: list[str] = []
         """The parameters whose gradients hold numbers that are not finite."""
-        self._number = 0
         self._buffers: dict[str, Tensor] = {}
         self._auxiliary_gradients: dict[str, dict[str, Tensor]] = {}
 
@@ -65,26 +73,49 @@ class StepWatch:
         """Whether steps are recorded."""
         return self._writer is not None
 
-    def begin(self, number: int) -> None:
-        """Begins to watch step `number`, before anything random is drawn for it. Raises RuntimeError if one is open."""
+    @property
+    def taken(self) -> bool:
+        """Whether the optimizer has taken the step that was begun, and it is recorded."""
+        return self._begun is not None and self._begun < self.number
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the optimizer has moved since the last recorded step, in one that something interrupted before it was
+        recorded."""
+        return self._moving == self.number
+
+    def refuse_open(self) -> None:
+        """Raises RuntimeError if a step is open."""
         if self.open:
             raise RuntimeError("tracker.step() is open already; close it before the next step")
+
+    def begin(self) -> None:
+        """Begins to watch the next step, before anything random is drawn for it."""
         if not self.put_off:
             self._ranks.refuse_uneven_steps()
             self._buffers = {name: buffer.detach().clone() for name, buffer in buffers_of(self._model).items()}
+            if self.is_interrupted:
+                self._pass_over()
             self._observer.begin(self._buffers)
             self._observer.kept.forget_forward()
-            self._number = number
             with self._stopwatch.timed("trajectory"):
                 if self._writer is not None:
-                    self._writer.begin(number, self._buffers)
+                    self._writer.begin(self.number, self._buffers)
             self.batches = StepBatches()
-        self.open, self.taken = True, False
+        self._begun = self.number
+        self.open = True
+
+    def _pass_over(self) -> None:
+        """Goes on from where an interrupted step has led to, which is none of the record's."""
+        self._observer.pass_over()
+        if self._writer is not None:
+            self._writer.pass_over(self.number, self._buffers)
+        self._moving = None
 
     def meet(self, batch: Batch) -> None:
         """Takes in a batch, right before its forward pass."""
         kept = self._observer.kept
-        if not self.batches.local and (kept.restless or self._number < CHECKED_STEPS):
+        if not self.batches.local and (kept.restless or self.number < CHECKED_STEPS):
             kept.look_before_forward()
         self.batches.local.append(batch)
 
@@ -92,19 +123,20 @@ class StepWatch:
         self.open = False
         self.put_off = not self.taken and puts_off_steps(self._wrapper)
 
-    def before(self, number: int, arguments: Sequence[Any]) -> None:
-        """Takes in what step `number` starts from and is made of, right before the optimizer takes it.
+    def before(self, arguments: Sequence[Any]) -> None:
+        """Takes in what the step starts from and is made of, right before the optimizer takes it.
 
         arguments: those of the optimizer's `step`. Raises RuntimeError or ValueError for a step that cannot be
         explained, with the parameters still as they were.
         """
         if not self.open:
             raise RuntimeError("the optimizer took a step outside of `with tracker.step():`; put it inside")
-        if self.taken:
+        if self.taken or self.is_interrupted:
             raise RuntimeError("the optimizer took two steps in one tracker.step(); give each its own")
         if any(callable(argument) and argument is not self._observer.optimizer for argument in arguments):
             raise ValueError("optimizer.step(closure) has its gradient too late to be seen; call the closure before it")
 
+        number = self.number
         self.skipped = self._scaler_found_overflow()
         if self.skipped:
             return
@@ -136,25 +168,33 @@ class StepWatch:
             if self._writer is not None:
                 self._writer.before(number)
 
-    def after(self, number: int) -> Step:
+    def let_move(self) -> None:
+        """Takes note that the optimizer takes the step from here on."""
+        self._moving = self.number
+
+    def after(self) -> Step:
         """Proves and records the step that the optimizer has just taken. It holds until `settle`."""
         buffers = {name: buffer.detach() for name, buffer in buffers_of(self._model).items()}
-        step = self._observer.after(number, buffers, self.batches.of_all_ranks)
+        step = self._observer.after(self.number, buffers, self.batches.of_all_ranks)
         with self._stopwatch.timed("trajectory"):
             if self._writer is not None:
-                self._writer.record(step, buffers_moved(step), self._auxiliary_gradients)
-        self.taken = True
+                self._writer.add(step, buffers_moved(step), self._auxiliary_gradients)
+            self.number += 1  # from here on, the step counts
+            if self._writer is not None:
+                self._writer.reach(self.number)
         return step
 
     def settle(self) -> None:
         """Lets go of the step, which has served."""
         self._observer.settle()
 
-    def closing(self, number: int) -> Step | None:
+    def closing(self) -> Step | None:
         """Finds what has changed the model behind the last step: a step numbered like the one that would follow. None
-        where nothing has, or no step was taken."""
+        where nothing has, or no step was taken, or where that is an interrupted one."""
+        if self.is_interrupted or not self.number:
+            return None
         buffers = {name: buffer.detach() for name, buffer in buffers_of(self._model).items()}
-        return self._observer.closing(number, buffers) if number else None
+        return self._observer.closing(self.number, buffers)
 
     def _scaler_found_overflow(self) -> bool:
         """Whether a GradScaler has told a fused optimizer, which unscales by itself, to leave the step out."""
@@ -222,3 +262,8 @@ def hook_optimizer(
 
 def _nonfinite(gradients: Tensors) -> list[str]:
     return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+
+
+def has_finite_gradients(step: Step) -> bool:
+    """Whether the gradients of a step are finite, all of them."""
+    return not _nonfinite({name: update.gradient for name, update in step.updates.items()})

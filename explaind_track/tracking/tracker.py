@@ -1,7 +1,8 @@
 """The Tracker: a plugin for an ordinary training loop that explains every step as it is taken."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +31,7 @@ from explaind_track.tracking.live_audit import LiveAudit
 from explaind_track.tracking.live_samples import LiveSamples
 from explaind_track.tracking.outputs import Outputs, begin_record
 from explaind_track.tracking.step_calls import StepCalls
-from explaind_track.tracking.step_watch import StepWatch, hook_optimizer
+from explaind_track.tracking.step_watch import StepWatch, has_finite_gradients, hook_optimizer
 from explaind_track.tracking.stopwatch import Stopwatch
 from explaind_track.tracking.wrappers import plain_model, plain_optimizer
 
@@ -172,34 +173,51 @@ class Tracker(StepCalls, Findings):
             )
         begun = ranks.at_zero(lambda: begin_record(trajectory, resume, keyframe_every, model, self._observer))
         record, writer = begun or (None, None)
-        self.number: int = ranks.gather(0 if record is None else len(record))[0]
-        """The number of the next step."""
+        with ExitStack() as undo:  # where something fails, the directory and the optimizer are free for another Tracker
+            if writer is not None:
+                undo.callback(writer.release)
+            number: int = ranks.gather(0 if record is None else len(record))[0]
 
-        # how it is watched
-        self._stopwatch = Stopwatch()
-        mark = on_nonfinite == "mark"
-        watch = StepWatch(model, self._observer, ranks, samples, writer, auxiliary, mark, self._stopwatch, optimizer)
-        super().__init__(model, ranks, samples, watch, index_needed=bool(samples_every))
+            # how it is watched
+            self._stopwatch = Stopwatch()
+            mark = on_nonfinite == "mark"
+            watch = StepWatch(
+                model, self._observer, ranks, samples, writer, number, auxiliary, mark, self._stopwatch, optimizer
+            )
+            super().__init__(model, ranks, samples, watch, index_needed=bool(samples_every))
 
-        # where it is shown
-        self._row: dict[str, Any] = {}
-        about = configuration(model, self.optimizer, self.groups, queries, self.quadrature, every, samples_every)
-        self._outputs = Outputs(self.run, writer, [*history.SECTIONS, *queries], about)
-        self.staging_mb = 0.0
-        """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
-        self._hooks = hook_optimizer(self.optimizer, self._before, self._after)
-        if record is not None:
-            self._catch_up(record)
+            # where it is shown
+            self._row: dict[str, Any] = {}
+            """Of the step at hand, or the next."""
+            self._finishing = False
+            self._told = -1
+            """The number of the last step whose row is whole."""
+            about = configuration(model, self.optimizer, self.groups, queries, self.quadrature, every, samples_every)
+            self._outputs = Outputs(self.run, writer, [*history.SECTIONS, *queries], about)
+            undo.callback(self._outputs.call_off_exit)
+            self.staging_mb = 0.0
+            """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
+            if record is not None:
+                self._complete_rows(record)
+            self._hooks = hook_optimizer(self.optimizer, self._before, self._after)
+            undo.pop_all()
 
-    def _catch_up(self, record: Trajectory) -> None:
-        """Explains the steps that were taken before, as they were explained then, and completes the rows of metrics."""
-        history.cut_history(record.directory, self.number)
-        written = history.steps_logged(record.directory)
-        for step in tqdm(record.steps(), "catch up", len(record), unit="step"):
-            if step.number % self.every == 0 and (step.updates or step.outside) and not step.closing:
-                row, _ = self._live.add(step)
-                if step.number not in written:
-                    self._outputs.log(step.number, row)
+    @property
+    def number(self) -> int:
+        """The number of the next step: so many are recorded, and explained."""
+        return self._watch.number
+
+    def _complete_rows(self, record: Trajectory) -> None:
+        """Drops the rows of steps that are not in the record, and makes those that were lost."""
+        written = history.cut_history(record.directory, self.number)
+        missing = [number for number in range(0, self.number, self.every) if number not in written]
+        with tqdm(desc="complete the rows", total=len(missing), disable=not missing, unit="step") as bar:
+            for first, last in _stretches(missing, self.every):
+                for step in record.steps(first, last + 1):
+                    if self._is_due(step) and has_finite_gradients(step):
+                        row, _ = self._live.add(step)
+                        self._outputs.log(step.number, row)
+                        bar.update()
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -229,21 +247,33 @@ class Tracker(StepCalls, Findings):
             1
         """
         self._outputs.refuse_fork()
-        self._watch.begin(self.number)
+        self._watch.refuse_open()
+        if self._finishing:
+            raise RuntimeError("this Tracker is finished; make one with resume=True to go on with the run")
         try:
-            with self._stopwatch.step():
-                yield
+            try:
+                self._watch.begin()
+                with self._stopwatch.step():
+                    yield
+            finally:
+                self._end_step()
         finally:
-            self._watch.end()
+            self._watch.open = False  # also where that was interrupted
+
+    def _end_step(self) -> None:
+        """Ends the step, and logs its row if it was taken; not where something interrupted the explaining, for what is
+        missing in the rows of a record is made when that is gone on with."""
+        self._watch.end()
         if self._watch.put_off:
             return
-
         training, tracking = self._stopwatch.take_lap()
-        if self._watch.taken:
+        if not self._watch.taken:
+            return
+
+        row, self._row = self._row, {}
+        if self._told == self.number - 1:
             seconds = {history.SECONDS_TRAINING: training, history.SECONDS_INFLUENCE: tracking}
-            self._outputs.log(self.number, {**self._row, **seconds})
-            self._row = {}
-            self.number += 1
+            self._outputs.log(self._told, {**row, **seconds})
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the row of the current step; between steps, to that of the next, which starts from there.
@@ -282,16 +312,22 @@ class Tracker(StepCalls, Findings):
         """
         if self._outputs.is_forked:
             return
+        self._finishing = True
         for hook in self._hooks:
             hook.remove()
-        self._outputs.call_off_exit()
-        if (closing := self._watch.closing(self.number)) is not None:
+
+        # what has changed the model behind the last step
+        if self._told < self.number and (closing := self._watch.closing()) is not None:
             self._explain(closing)
-        if self._row:
-            self._outputs.log(self.number, self._row)
+            self._told = closing.number
+        row, self._row = self._row, {}
+        if row:
+            self._outputs.log(self.number, row)
+
         self._outputs.end_rows()
         with self._stopwatch.timed("trajectory"):
-            self._outputs.end_record(self.number)
+            self._outputs.end_record(self.number, self._watch.is_interrupted)
+        self._outputs.call_off_exit()
         self._ranks.gather(None)  # from here on, every rank finds the trajectory complete
         self.staging_mb = self._outputs.send()
 
@@ -301,20 +337,27 @@ class Tracker(StepCalls, Findings):
         """arguments: those of the optimizer's `step`; compiled: whether that is."""
         self._outputs.refuse_fork()
         self._observer.compiled = compiled
-        self._watch.before(self.number, arguments)
-        if not self._watch.skipped and self._watch.batches.loss is not None:
+        self._watch.before(arguments)
+        if self._watch.skipped:
+            return
+        if self._watch.batches.loss is not None:
             self._row[history.TRAIN_LOSS] = self._watch.batches.loss
+        self._watch.let_move()
 
     def _after(self) -> None:
         if self._watch.skipped:
             return
 
-        step = self._watch.after(self.number)
-        if self._watch.nonfinite:
-            self._row[history.NONFINITE] = len(self._watch.nonfinite)
-        elif self.number % self.every == 0 and (step.updates or step.outside):
-            self._explain(step)
-        self._watch.settle()
+        step = self._watch.after()
+        try:
+            if self._watch.nonfinite:
+                self._row[history.NONFINITE] = len(self._watch.nonfinite)
+            elif self._is_due(step):
+                self._explain(step)
+            self._live.pass_by(step.number)
+            self._told = step.number
+        finally:
+            self._watch.settle()
 
     def _explain(self, step: Step) -> None:
         with self._stopwatch.timed("influence"):
@@ -332,3 +375,10 @@ class Tracker(StepCalls, Findings):
                 self._row[history.SAMPLES_OWN_STEP] = shown.own_step
                 if self._outputs.seen:
                     self._outputs.panels.attempt("draw the samples", lambda: self._row.update(shown.draw()))
+
+
+def _stretches(numbers: Sequence[int], every: int) -> Iterator[tuple[int, int]]:
+    """The first and the last of those that follow on each other, in steps of `every`."""
+    for _, stretch in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0] * every):
+        found = [number for _, number in stretch]
+        yield found[0], found[-1]

@@ -55,7 +55,8 @@ class Recording:
 
     def record(self, step: Step, auxiliary: dict[str, Tensors]) -> None:
         """Right behind the optimizer's step."""
-        self._writer.record(step, buffers_moved(step), auxiliary)
+        self._writer.add(step, buffers_moved(step), auxiliary)
+        self._writer.reach(step.number + 1)
 
     def close(self) -> Trajectory:
         """Ends the record, and opens it."""
