@@ -97,12 +97,12 @@ class Outputs:
         """Waits until W&B has the rows, or gives up; `send` tells of it."""
         self._unsent = self.panels.close()
 
-    def end_record(self, steps: int, interrupted: bool) -> None:
-        """The record is complete, with so many steps. interrupted: the optimizer has moved behind the last of them, in
-        a step that is none of the record's; so the model is not what the record ends with."""
+    def end_record(self, steps: int, astray: bool) -> None:
+        """The record is complete, with so many steps. astray: a step that is not in the record may have changed the
+        model behind the last of them, so that it is not what the record ends with."""
         if self.writer is None:
             return
-        if interrupted:
+        if astray:
             self.writer.leave()
             self.writer.release()
         else:

@@ -58,6 +58,8 @@ class StepWatch:
         """The number of the step that was begun to be watched last."""
         self.open = False
         """Whether a step is going on, between `begin` and `end`."""
+        self._broken_off = False
+        """Whether the step that was begun last did not get to its end."""
         self.skipped = False
         """Whether the optimizer leaves the step out, from inside of its `step`."""
         self.put_off = False
@@ -84,6 +86,12 @@ class StepWatch:
         recorded."""
         return self._moving == self.number
 
+    @property
+    def is_model_astray(self) -> bool:
+        """Whether the model may have been changed since the last recorded step by one that something interrupted: by
+        the optimizer, or by a forward pass that moves buffers."""
+        return self.is_interrupted or (self._broken_off and not self.taken)
+
     def refuse_open(self) -> None:
         """Raises RuntimeError if a step is open."""
         if self.open:
@@ -103,7 +111,7 @@ class StepWatch:
                     self._writer.begin(self.number, self._buffers)
             self.batches = StepBatches()
         self._begun = self.number
-        self.open = True
+        self.open = self._broken_off = True
 
     def _pass_over(self) -> None:
         """Goes on from where an interrupted step has led to, which is none of the record's."""
@@ -118,6 +126,10 @@ class StepWatch:
         if not self.batches.local and (kept.restless or self.number < CHECKED_STEPS):
             kept.look_before_forward()
         self.batches.local.append(batch)
+
+    def pass_body(self) -> None:
+        """Takes note that the loop has got to the step's end."""
+        self._broken_off = False
 
     def end(self) -> None:
         self.open = False
@@ -191,7 +203,7 @@ class StepWatch:
     def closing(self) -> Step | None:
         """Finds what has changed the model behind the last step: a step numbered like the one that would follow. None
         where nothing has, or no step was taken, or where that is an interrupted one."""
-        if self.is_interrupted or not self.number:
+        if self.is_model_astray or not self.number:
             return None
         buffers = {name: buffer.detach() for name, buffer in buffers_of(self._model).items()}
         return self._observer.closing(self.number, buffers)

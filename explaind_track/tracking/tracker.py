@@ -255,6 +255,7 @@ class Tracker(StepCalls, Findings):
                 self._watch.begin()
                 with self._stopwatch.step():
                     yield
+                self._watch.pass_body()
             finally:
                 self._end_step()
         finally:
@@ -326,7 +327,7 @@ class Tracker(StepCalls, Findings):
 
         self._outputs.end_rows()
         with self._stopwatch.timed("trajectory"):
-            self._outputs.end_record(self.number, self._watch.is_interrupted)
+            self._outputs.end_record(self.number, self._watch.is_model_astray)
         self._outputs.call_off_exit()
         self._ranks.gather(None)  # from here on, every rank finds the trajectory complete
         self.staging_mb = self._outputs.send()

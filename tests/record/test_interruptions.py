@@ -18,6 +18,8 @@ import explaind_track
 from explaind_track import Query, Tracker, Trajectory, explain
 from explaind_track.record.history import read_rows
 
+pytestmark = pytest.mark.filterwarnings("ignore::explaind_track.errors.ResumeWarning")
+
 PACKAGE = str(Path(explaind_track.__file__).parent)
 STEPS = 4
 
