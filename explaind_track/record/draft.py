@@ -17,6 +17,10 @@ from explaind_track.record.schema import Settings, StepRecord, outside_tensors
 ONCE = ("index:", "weight:", "ids:")
 """How the names of tensors begin that many steps may refer to."""
 
+REMEMBERED = 200
+"""So many of these, the last ones, are not written again, and are kept for the steps that share them where they are
+read."""
+
 
 @dataclass(frozen=True)
 class StepDraft:

@@ -20,6 +20,7 @@ from explaind_track.core.modules import parameters_of
 from explaind_track.core.step import Batch, State, Step
 from explaind_track.core.summary import Summarized, Summary
 from explaind_track.errors import TrajectoryError
+from explaind_track.record.draft import REMEMBERED
 from explaind_track.record.files import TensorFile
 from explaind_track.record.manifest import Entry, Manifest
 from explaind_track.record.remote import PREFIX, RemoteArtifact
@@ -28,9 +29,6 @@ from explaind_track.record.run_directory import trajectory_directory
 from explaind_track.record.run_summary import run_summary
 from explaind_track.record.schema import Keyframe, Segment, random_state_in
 from explaind_track.record.signatures import is_low_precision, signature, stands_for
-
-REMEMBERED = 100
-"""So many indices and weights, the last that were read, are kept for the steps that share them."""
 
 
 class Trajectory(Summarized):
@@ -331,8 +329,7 @@ class Trajectory(Summarized):
 
     def random_state(self) -> dict[str, Tensor]:
         """The state of the random generators where the record ends, by device."""
-        last = self._keyframes.get(len(self)) or self.segments[-1]
-        return dict(random_state_in(self.read(last)))
+        return dict(random_state_in(self.read(self._keyframes.get(len(self)) or self.segments[-1])))
 
     # ----------------------------------------------------------------------------------------------------- files
 

@@ -15,7 +15,7 @@ from explaind_track.core.rng import random_state
 from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import Tensors
 from explaind_track.errors import TrajectoryError
-from explaind_track.record.draft import ONCE, SegmentDraft
+from explaind_track.record.draft import ONCE, REMEMBERED, SegmentDraft
 from explaind_track.record.files import Lock, make_directory
 from explaind_track.record.manifest import KEYFRAMES, STEPS, Entry, Manifest
 from explaind_track.record.schema import (
@@ -31,10 +31,6 @@ from explaind_track.record.schema import (
 
 KEYFRAME_EVERY = 100
 SEGMENT_BYTES = 2**26
-
-
-REMEMBERED = 1000
-"""So many indices and weights, the last that were written, are not written again."""
 
 
 @dataclass(frozen=True)
