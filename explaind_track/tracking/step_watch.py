@@ -76,6 +76,11 @@ class StepWatch:
         return self._writer is not None
 
     @property
+    def at_hand(self) -> int:
+        """The number of the step at hand, or of the next one where none is open."""
+        return self._begun if self.open and self._begun is not None else self.number
+
+    @property
     def taken(self) -> bool:
         """Whether the optimizer has taken the step that was begun, and it is recorded."""
         return self._begun is not None and self._begun < self.number

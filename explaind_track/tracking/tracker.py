@@ -204,13 +204,13 @@ class Tracker(StepCalls, Findings):
 
     @property
     def number(self) -> int:
-        """The number of the next step: so many are recorded, and explained."""
-        return self._watch.number
+        """The number of the next step; inside of `step`, of the one at hand. All before it are recorded."""
+        return self._watch.at_hand
 
     def _complete_rows(self, record: Trajectory) -> None:
         """Drops the rows of steps that are not in the record, and makes those that were lost."""
-        written = history.cut_history(record.directory, self.number)
-        missing = [number for number in range(0, self.number, self.every) if number not in written]
+        written = history.cut_history(record.directory, self._watch.number)
+        missing = [number for number in range(0, self._watch.number, self.every) if number not in written]
         with tqdm(desc="complete the rows", total=len(missing), disable=not missing, unit="step") as bar:
             for first, last in _stretches(missing, self.every):
                 for step in record.steps(first, last + 1):
@@ -272,7 +272,7 @@ class Tracker(StepCalls, Findings):
             return
 
         row, self._row = self._row, {}
-        if self._told == self.number - 1:
+        if self._told == self._watch.number - 1:
             seconds = {history.SECONDS_TRAINING: training, history.SECONDS_INFLUENCE: tracking}
             self._outputs.log(self._told, {**row, **seconds})
 
@@ -318,16 +318,16 @@ class Tracker(StepCalls, Findings):
             hook.remove()
 
         # what has changed the model behind the last step
-        if self._told < self.number and (closing := self._watch.closing()) is not None:
+        if self._told < self._watch.number and (closing := self._watch.closing()) is not None:
             self._explain(closing)
             self._told = closing.number
         row, self._row = self._row, {}
         if row:
-            self._outputs.log(self.number, row)
+            self._outputs.log(self._watch.number, row)
 
         self._outputs.end_rows()
         with self._stopwatch.timed("trajectory"):
-            self._outputs.end_record(self.number, self._watch.is_model_astray)
+            self._outputs.end_record(self._watch.number, self._watch.is_model_astray)
         self._outputs.call_off_exit()
         self._ranks.gather(None)  # from here on, every rank finds the trajectory complete
         self.staging_mb = self._outputs.send()
@@ -367,7 +367,7 @@ class Tracker(StepCalls, Findings):
                 self._row |= row
                 for doubt in doubts:
                     self._outputs.panels.alert("Large residual", doubt)
-                if self._audit is not None and self.audit_every and self.number % self.audit_every == 0:
+                if self._audit is not None and self.audit_every and step.number % self.audit_every == 0:
                     self._audit.look(self._observer.lasting(step))
 
             # every rank has samples of its own

@@ -138,7 +138,7 @@ def test_a_run_that_was_killed_is_the_run_that_was_not(tmp_path: Path) -> None:
     train(tmp_path / "whole", whole)[0].finish()
 
     tracker, _ = train(tmp_path / "killed", killed, last=5)
-    tracker._outputs.writer.flush()  # type: ignore[union-attr]
+    tracker._outputs.writer.flush(tracker.number)  # type: ignore[union-attr]
     tracker._outputs.writer._lock.release()  # type: ignore[union-attr]
     resumed, _ = train(tmp_path / "killed", again, resume=True)
     resumed.finish()
