@@ -28,6 +28,7 @@ from explaind_track.record.trajectory import Trajectory
 from explaind_track.tracking.tracker import Tracker
 from explaind_track.wandb_io.artifacts import log_result
 from explaind_track.wandb_io.run import open_run, where_to_look
+from explaind_track.what_if.counterfactual import counterfactual
 from explaind_track.what_if.rerun import Rerun, rerun
 
 __version__ = version("explaind_track")
@@ -54,7 +55,8 @@ __all__ = [  # noqa: RUF022 (by use)
     "CheckpointSeries",
     "explain_checkpoints",
     "Checkpoint",
-    # what if: a run trained again with something changed
+    # what if: the derivative of a run, and a run trained again with something changed
+    "counterfactual",
     "rerun",
     "Rerun",
     # extend: optimizers and loops of one's own

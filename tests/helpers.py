@@ -1,6 +1,6 @@
 """The engine on a case, what the oracle wants of it, and how the two are compared."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,13 @@ def cases(*names: str) -> pytest.MarkDecorator:
     assert set(names) <= {case.id for case in CASES}
     chosen = [pytest.param(case, id=case.id) for case in CASES if not names or case.id in names]
     return pytest.mark.parametrize("case", chosen)
+
+
+def some_of(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Parameters for a test: all of the names, those that are not `quick` marked slow."""
+    known = list(names)
+    assert set(quick) <= set(known)
+    return [pytest.param(name, id=name, marks=() if name in quick else pytest.mark.slow) for name in known]
 
 
 def run(case: Case, *keeps: Sequence[str], first: int = 0, groups: Groups | None = None, **options: Any) -> Any:

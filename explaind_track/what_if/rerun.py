@@ -16,7 +16,7 @@ from explaind_track.core.checks import require_callable, require_instance, requi
 from explaind_track.core.faithfulness import faithfulness
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.queries import Query
-from explaind_track.core.step import Batch, State
+from explaind_track.core.step import State
 from explaind_track.core.tensors import cuts
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.functional import Functional, evaluation
@@ -26,7 +26,8 @@ from explaind_track.explanation.sample_axis import Data
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.what_if.changes import Change
 from explaind_track.what_if.recording import Recording
-from explaind_track.what_if.retraining import AuxiliaryLosses, Proof, Retraining, records
+from explaind_track.what_if.repeatable import require_repeatable
+from explaind_track.what_if.retraining import AuxiliaryLosses, Proof, Retraining
 
 INPUTS_AT_ONCE = 256
 
@@ -106,7 +107,9 @@ def rerun(
     stop = len(trajectory) if stop is None else require_int("stop=", stop, 0)
     if not start < stop <= len(trajectory):
         raise ValueError(f"start={start}, stop={stop}: the record has the steps 0 to {len(trajectory)}")
-    _check(trajectory, start, stop, changes, data, auxiliary or {})
+    seen = require_repeatable(trajectory, start, stop, data, auxiliary or {}, bool(changes))
+    for one in changes:
+        one.check(list(trajectory.manifest.head["parameters"]), seen)
 
     retraining = Retraining(trajectory, model, sample_loss, data, auxiliary or {}, changes, start)
     recording = None if out is None else Recording(trajectory, retraining.replay, changes, Path(out))
@@ -213,66 +216,6 @@ def _distances(one: State, two: State, groups: dict[str, tuple[str, ...]]) -> li
     """‖θ − θ'‖₂ of each group."""
     squares = {n: float((p - two.parameters[n]).double().square().sum()) for n, p in one.parameters.items()}
     return [sum(squares[name] for name in names) ** 0.5 for names in groups.values()]
-
-
-def _check(
-    trajectory: Trajectory,
-    start: int,
-    stop: int,
-    changes: Sequence[Change],
-    data: Data | None,
-    auxiliary: AuxiliaryLosses,
-) -> None:
-    """Raises ValueError for steps that cannot be taken again."""
-    seen: set[int] = set()
-    for number, record in enumerate(records(trajectory, start, stop), start):
-        require_repeatable(number, record.batches, record.gradients, data)
-        lacking = [loss for loss in record.auxiliary if loss not in auxiliary]
-        if lacking:
-            raise ValueError(f"the run had auxiliary losses, {lacking}: pass auxiliary=, as the Tracker was given it")
-        for batch in record.batches:
-            seen |= set() if batch.index is None else set(batch.index.tolist())
-        if trajectory.is_replaced(number) and number > start:
-            raise ValueError(
-                f"before step {number} the optimizer's state was replaced by something other than its steps, which no "
-                f"record can do again; start there, start={number}, or end there, stop={number}"
-            )
-
-    for change in changes:
-        change.check(list(trajectory.manifest.head["parameters"]), seen)
-    outside = sorted(n for n in from_outside(trajectory) if start < n <= stop)
-    if changes and outside:
-        raise ValueError(
-            f"something other than the optimizer changed the model before {len(outside)} of these steps (step "
-            f"{outside[0]} is the first), and what it would have done to another run is not recorded; choose start= "
-            "and stop= such that there are none after the start"
-        )
-
-
-def require_repeatable(number: int, batches: Sequence[Batch], gradients: object, data: Data | None) -> None:
-    """Raises ValueError unless the gradient of step `number` can be computed again from its batches."""
-    if gradients and not batches:
-        raise ValueError(
-            f"step {number} has no record of its batches; in training, call tracker.batch(batch, index=…) for each"
-        )
-    for batch in batches:
-        if batch.data is None and data is None:
-            raise ValueError(
-                f"the record holds the indices of step {number}'s samples but not the samples; pass data=, a function "
-                "from an index tensor (N,) to the batch of sample_loss, such as lambda index: (x[index], y[index])"
-            )
-        unknown = batch.clipped and batch.altered is None
-        if unknown or (batch.altered and any(one.kind == "other" for one in batch.altered.changes)):
-            raise ValueError(
-                f"the loop altered the gradient of step {number} in a way that is not recorded, so that the step "
-                "cannot be taken again; clip by tracker.clip_grad_norm_ or tracker.clip_grad_value_"
-            )
-
-
-def from_outside(trajectory: Trajectory) -> set[int]:
-    """The steps before which something other than the optimizer changed the model."""
-    names = (name for entry in trajectory.segments for name in trajectory.read(entry).names)
-    return {int(name.split(":")[1]) for name in names if name.startswith("outside:")}
 
 
 def _state(trajectory: Trajectory, step: int) -> State:

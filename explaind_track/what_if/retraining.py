@@ -116,7 +116,8 @@ class Retraining:
     def _anew(self, record: StepRecord, acting: Sequence[Change]) -> StepRecord:
         """The step's record with everything in it that follows from where the parameters are now."""
         batches = [_weighted(batch, acting) for batch in record.batches]
-        moving = [name for name in self.replay.parameters if name in record.gradients and name not in record.frozen]
+        in_order = self._trajectory.manifest.head["parameters"]  # as clipping adds up their norms
+        moving = [name for name in in_order if name in record.gradients and name not in record.frozen]
         gradients, buffers = self._backward(batches, moving)
         auxiliary = self._auxiliary_gradients(record, moving)
         for found in auxiliary.values():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import some_of
 from jobs import Job, make_job, sample_loss
 from loops import LOOPS, Loop
 from low_precision_loops import LOW_PRECISION_LOOPS
@@ -35,18 +36,25 @@ def rerun_of(loop: Loop, directory: Path, **options: Any) -> tuple[Rerun, Trajec
     return rerun(trajectory, loop.make(), loop.sample_loss, data, **options), trajectory
 
 
-@pytest.mark.parametrize("loop", BY_NAME.values(), ids=BY_NAME.keys())
-def test_a_rerun_with_nothing_changed_is_the_run_bit_for_bit(loop: Loop, tmp_path: Path) -> None:
-    found, trajectory = rerun_of(loop, tmp_path)
+QUICK = ("weighted samples", "class weights", "auxiliary loss (L1)", "gradient accumulation", "clipping by norm",
+         "clipping by value", "OneCycle, Adam's betas", "warm start", "frozen later, zero gradients kept",
+         "parameter group added later", "bfloat16 autocast", "GradScaler with a skipped step", "dropout", "batch norm",
+         "activation checkpointing", "tied weights", "samples named by words", "float32", "bfloat16 weights, fused",
+         "bfloat16 weights and batch norm", "weights clamped between steps", "target network copied every other step",
+         "averaged weights copied in at the end", "batch-norm statistics reset", "embedding with max_norm")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", some_of(BY_NAME, QUICK))
+def test_a_rerun_with_nothing_changed_is_the_run_bit_for_bit(name: str, tmp_path: Path) -> None:
+    found, trajectory = rerun_of(BY_NAME[name], tmp_path)
     assert found.proof.exact
     assert found.proof.keyframes == [0, 4, len(trajectory)]
     wanted = trajectory.state_dict(len(trajectory))
     assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["clipping by norm", "dropout", "batch norm", "weights clamped between steps",
-                                  "tied weights", "bfloat16 weights"])  # fmt: skip
-@pytest.mark.parametrize("start", [0, 3, 4])
+@pytest.mark.parametrize("name", ["clipping by norm", "batch norm", "weights clamped between steps", "tied weights"])
+@pytest.mark.parametrize("start", [0, 3])
 def test_the_record_of_a_rerun_is_a_whole_one(name: str, start: int, tmp_path: Path) -> None:
     found, trajectory = rerun_of(BY_NAME[name], tmp_path, start=start, out=tmp_path / "again")
     own = found.trajectory
