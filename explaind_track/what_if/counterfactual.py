@@ -154,6 +154,7 @@ def plan_counterfactual(
         ...     print(plan.describe())  # doctest: +ELLIPSIS
         influences: 4 query × 4 sample, 0.0 MB
         work:       1 steps in 1 pass(es), with about ... MB
+        mode:       reverse, an adjoint and a Hessian-vector product for each target
         time:       about ... s
     """
     require_instance("the trajectory", trajectory, Trajectory, "write Trajectory.open(directory)")
@@ -177,6 +178,5 @@ def plan_counterfactual(
     chosen = choose_samples(source, sample_loss, data, samples, partition)
     require_repeatable(trajectory, source.first, len(trajectory), data, auxiliary or {}, changed=True)
     return CounterfactualPlan(
-        trajectory, model, query, keep, (source.first, source.last), chosen, auxiliary or {}, initial, memory, progress,
-        out,
-    )  # fmt: skip
+        trajectory, source, model, query, keep, chosen, auxiliary or {}, initial, memory, progress, out
+    )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from explaind_track.core import distributed
 from explaind_track.core.influence import Influence
@@ -24,10 +24,10 @@ from explaind_track.core.tensors import size_in_bytes
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.targets import kept_targets, output_count, some_outputs
-from explaind_track.explanation.digests import fingerprint, function_digest, query_digest
+from explaind_track.explanation.digests import Digest, fingerprint, model_digest, query_digest, told_apart
 from explaind_track.explanation.plan import ExplanationPlan
-from explaind_track.explanation.sample_axis import Array, SampleAxis, labels_of
-from explaind_track.explanation.step_source import Window
+from explaind_track.explanation.sample_axis import Array, SampleAxis, data_digest, labels_of
+from explaind_track.explanation.step_source import RepeatableSteps
 from explaind_track.explanation.tiles import Tile, cut_tiles
 from explaind_track.record.results import Store
 from explaind_track.record.trajectory import Trajectory
@@ -56,10 +56,10 @@ class CounterfactualPlan(ExplanationPlan):
     def __init__(
         self,
         trajectory: Trajectory,
+        source: RepeatableSteps,
         model: nn.Module,
         query: Query,
         keep: Sequence[str],
-        window: Window,
         samples: SampleAxis,
         auxiliary: AuxiliaryLosses,
         initial: bool,
@@ -70,7 +70,8 @@ class CounterfactualPlan(ExplanationPlan):
         super().__init__(progress, out)
         self.keep = tuple(axis for axis in AXES if axis in keep)
         self.query = kept_targets(query, keep)
-        self._trajectory, self._model, self._window, self._samples = trajectory, model, window, samples
+        self._trajectory, self._source, self._model, self._samples = trajectory, source, model, samples
+        self._window = (source.first, source.last)
         self._auxiliary, self._initial, self._memory = auxiliary, initial, memory
         self._curvature = Curvature(model, samples.loss, auxiliary, memory)
         if "sample" not in keep:
@@ -125,6 +126,10 @@ class CounterfactualPlan(ExplanationPlan):
         return targets * COPIES * self._parameter_bytes + 2 * self._memory
 
     @property
+    def mode(self) -> str:
+        return "reverse, an adjoint and a Hessian-vector product for each target"
+
+    @property
     def passes(self) -> int:
         return len(self.tiles())
 
@@ -159,17 +164,20 @@ class CounterfactualPlan(ExplanationPlan):
         """In memory, or in a directory, where it goes on with the tiles that are not done."""
         if self.out is not None and (distributed.processes() > 1 or self._initial):
             raise ValueError("out= is for one process, and without initial=; keep fewer axes, or take fewer targets")
-        store = None if self.out is None else Store(self.out, self._request())
+        if self.out is None:
+            return self._compute(None)
+        with Store(self.out, self._request()) as store:
+            return store.result() or self._compute(store)
+
+    def _compute(self, store: Store | None) -> Influence:
         arrays = self._arrays(store)
-        initial = {
-            name: np.zeros((*arrays.effect.shape[1:3], *p.shape), self.dtype) for name, p in self._initials.items()
-        }
+        targets = arrays.effect.shape[1:3]
+        initial = {name: np.zeros((*targets, *p.shape), self.dtype) for name, p in self._initials.items()}
         mismatch: Notes = {} if store is None else store.notes
 
-        tiles = [tile for tile in self.tiles() if tile.name not in mismatch]
-        shared = distributed.share(tiles)
-        with tqdm(total=len(shared) * self._length, desc="back", unit="step", disable=not self.progress) as bar:
-            for tile in shared:
+        tiles = distributed.share([tile for tile in self.tiles() if tile.name not in mismatch])
+        with tqdm(total=len(tiles) * self._length, desc="back", unit="step", disable=not self.progress) as bar:
+            for tile in tiles:
                 sweep, cells = self._sweep(tile), _of_tile(arrays, tile)
                 for cell in (cells.effect, cells.rate, cells.decay):
                     cell[...] = 0  # where an interrupted sweep may have left its beginning
@@ -182,7 +190,7 @@ class CounterfactualPlan(ExplanationPlan):
                     cell[tile.rows, tile.outputs] = rows.reshape(cell[tile.rows, tile.outputs].shape)
                 mismatch[tile.name] = {str(number): value for number, value in sweep.mismatch.by_step.items()}
                 if store is not None:
-                    store.done(tile.name, mismatch[tile.name])
+                    store.done(tile.name, {"query": tile.rows, "output": tile.outputs}, mismatch[tile.name])
                 if sweep.mismatch.wrong:
                     sweep.mismatch.warn()
         distributed.add_up(arrays.effect, arrays.rate, arrays.decay, *initial.values())
@@ -265,10 +273,18 @@ class CounterfactualPlan(ExplanationPlan):
             "keep": self.keep,
             "window": list(self._window),
             "samples": fingerprint(self._samples.labels, sorted(self._samples.place.items())),
-            "sample_loss": function_digest(self._samples.loss),
-            "query": query_digest(self.query),
+            "modes": fingerprint([module.training for module in self._model.modules()]),
+            **told_apart(
+                {
+                    "sample_loss": Digest().add(self._samples.loss, "sample_loss"),
+                    "auxiliary": Digest().add(dict(self._auxiliary), "auxiliary"),
+                    "query": query_digest(self.query),
+                    "model": model_digest(self._model),
+                    "data": data_digest(self._source, self._samples.data),
+                }
+            ),
             "targets": [len(self.query), self.outputs],
-            "trajectory": self._trajectory.fingerprint,
+            "trajectory": self._source.fingerprint,
             "walks": [tile.name for tile in self.tiles()],
         }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from explaind_track.core.checks import require_callable, require_instance, require_int
 from explaind_track.core.faithfulness import faithfulness
