@@ -47,6 +47,9 @@ TRAIN = "train"
 SECTIONS = (KERNEL, REGULARIZATION, PAST, OUTSIDE, DIFFERENCE, RESIDUAL, LOSS, COST, TRAIN)
 """The first parts of the keys of numbers; those of a query's own numbers begin with its name."""
 
+TRACKERS_SECTIONS = frozenset((KERNEL, REGULARIZATION, PAST, OUTSIDE, DIFFERENCE, RESIDUAL, COST))
+"""Those that hold nothing but numbers of a Tracker, each as it is over all steps."""
+
 TOTAL = "total"
 """In the place of a group: all groups together."""
 

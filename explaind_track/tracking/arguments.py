@@ -22,6 +22,7 @@ from explaind_track.core.queries import Query
 from explaind_track.core.step import PARTS, SHARES
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.record import history
+from explaind_track.record.row_writers import RowWriter
 
 SECTION_OF_SAMPLES = "samples"
 TAKEN_BY_SECTIONS = {*history.SECTIONS, SECTION_OF_SAMPLES}
@@ -86,6 +87,7 @@ def check_outputs(
     render: Callable[[int], Any] | None,
     on_nonfinite: str,
     has_queries: bool,
+    writers: Any,
 ) -> None:
     """Where the results go. Raises TypeError and ValueError."""
     if not has_queries and trajectory is None:
@@ -101,6 +103,11 @@ def check_outputs(
         raise TypeError(f"trajectory= is the path of a directory, not {shown(trajectory)}")
     if render is not None:
         require_callable("render=", render, "from a sample's index to its image")
+    if not isinstance(writers, list | tuple) or not all(isinstance(writer, RowWriter) for writer in writers):
+        raise TypeError(
+            f"writers= is a list of objects with a method write(step, row), such as [CSVWriter('rows.csv')], not "
+            f"{shown(writers)}"
+        )
     require_one_of("on_nonfinite=", on_nonfinite, ("raise", "mark"))
 
 

@@ -17,6 +17,7 @@ from explaind_track.core.observer import StepObserver
 from explaind_track.errors import LoggingWarning
 from explaind_track.record.history import AXIS, steps_logged
 from explaind_track.record.resume import resume as resume_run
+from explaind_track.record.row_writers import RowWriter
 from explaind_track.record.run_directory import mark_finished
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import TrajectoryWriter
@@ -56,20 +57,20 @@ class Outputs:
         self,
         run: "wandb.Run | None",
         writer: TrajectoryWriter | None,
-        sections: Sequence[str],
         configuration: Mapping[str, Any],
+        row_writers: Sequence[RowWriter],
     ) -> None:
-        """sections, configuration: see `Panels`."""
+        """configuration, row_writers: see `Panels`."""
         self.writer = writer
         self._process = os.getpid()
-        self.seen = run is not None or writer is not None
+        self.seen = run is not None or writer is not None or bool(row_writers)
         """Whether anybody will see what goes out."""
         directory = None if writer is None else writer.directory
 
         # a W&B run that is gone on with has rows of these already
         again = run is not None and directory is not None and is_tied(directory, run)
         logged = steps_logged(directory) if directory is not None and again else set()
-        self.panels = Panels(run, directory, sections, configuration, logged)
+        self.panels = Panels(run, directory, configuration, logged, row_writers)
         self._upload = None if run is None or directory is None else _begin_upload(run, directory)
         self._unsent = 0
         self.call_off_exit = before_exit(self._leave) if self.seen else lambda: None

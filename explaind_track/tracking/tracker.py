@@ -20,6 +20,7 @@ from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, require_quadrature
 from explaind_track.record import history
+from explaind_track.record.row_writers import RowWriter
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import KEYFRAME_EVERY
 from explaind_track.tracking import arguments
@@ -85,6 +86,7 @@ class Tracker(StepCalls, Findings):
         resume: bool | int = False,
         scores: str | None = None,
         audit_every: int | None = None,
+        writers: Sequence[RowWriter] = (),
     ) -> None:
         """Makes ready to watch; nothing is written where an argument is wrong.
 
@@ -118,6 +120,8 @@ class Tracker(StepCalls, Findings):
                 from `tracker.number`, with its own data order and learning-rate schedule there.
             scores: A query's name: sum up the influence of every single parameter on it (`parameter_scores`).
             audit_every: Audit every n-th step on the first query (see `audit`), and warn of what differs.
+            writers: What else gets every row: a `CSVWriter`, a `TensorBoardWriter`, or any object with their method
+                `write(step, row)`.
 
         Raises:
             TypeError: For an optimizer without a rule, and for arguments that are no numbers, queries, runs or whatever
@@ -130,7 +134,7 @@ class Tracker(StepCalls, Findings):
         """
         arguments.check_model(model, optimizer)
         arguments.check_questions(queries, auxiliary, sample_loss, scores)
-        arguments.check_outputs(run, trajectory, render, on_nonfinite, bool(queries))
+        arguments.check_outputs(run, trajectory, render, on_nonfinite, bool(queries), writers)
         require_quadrature(quadrature)
         every, samples_every, map_queries, keyframe_every, memory, resume = arguments.check_numbers(
             every, samples_every, map_queries, keyframe_every, memory, resume
@@ -193,7 +197,7 @@ class Tracker(StepCalls, Findings):
             self._told = -1
             """The number of the last step whose row is whole."""
             about = configuration(model, self.optimizer, self.groups, queries, self.quadrature, every, samples_every)
-            self._outputs = Outputs(self.run, writer, [*history.SECTIONS, *queries], about)
+            self._outputs = Outputs(self.run, writer, about, writers if ranks.rank == 0 else ())
             undo.callback(self._outputs.call_off_exit)
             self.staging_mb = 0.0
             """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""

@@ -3,14 +3,17 @@
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from explaind_track.errors import LoggingWarning
-from explaind_track.record.history import AXIS, NONFINITE, append_row
+from explaind_track.record.history import AXIS, NONFINITE, append_row, numbers_in, read_rows
+from explaind_track.record.row_writers import RowWriter
 from explaind_track.wandb_io.media import for_wandb
-from explaind_track.wandb_io.run import FINISH_SECONDS, define_metrics
+from explaind_track.wandb_io.run import FINISH_SECONDS, define_metric
 from explaind_track.wandb_io.sender import Sender
+from explaind_track.wandb_io.summary import RunSummary
 
 if TYPE_CHECKING:
     import wandb
@@ -25,27 +28,29 @@ class Panels:
         self,
         run: "wandb.Run | None",
         directory: Path | None,
-        sections: Sequence[str],
         config: Mapping[str, Any] | None = None,
         logged: Collection[int] = (),
+        writers: Sequence[RowWriter] = (),
     ) -> None:
         """directory: of the record, whose history gets every row.
-        sections:  the first parts of the keys that are drawn over our axis.
         config:    what the run's configuration says of the tracking, as `explaind_track`.
         logged:    steps that the W&B run has rows of already: taken again after a resume, they only go to the history.
+        writers:   what else gets every row.
         """
-        self._run, self._directory, self._logged = run, directory, logged
+        self._run, self._directory, self._logged, self._writers = run, directory, logged, writers
         self._warned: set[str] = set()
+        self._defined: set[str] = set()
+        self._summary = RunSummary()
         self._asked = self._taken = 0
         if run is not None:
             self._sender = Sender()
-            self.attempt("define the panels' axis", lambda: define_metrics(run, sections))
+            self.attempt("define the panels' axis", lambda: run.define_metric(AXIS, hidden=True))
             if config is not None:
                 about = {"explaind_track": dict(config)}
                 self.attempt("tell W&B the configuration", lambda: run.config.update(about, allow_val_change=True))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Sends one row. Numbers that are not finite are left out, and `residual/nonfinite` counts them."""
+        """Sends one row to all that take it, without numbers that are not finite, which `residual/nonfinite` counts."""
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
         clean = {name: value for name, value in row.items() if name not in bad}
@@ -54,6 +59,10 @@ class Panels:
         if (directory := self._directory) is not None:
             # from here on, the row's pictures are in files
             self.attempt("write the history", lambda: clean.update(append_row(directory, clean)))
+
+        self._summary.add(clean)
+        for writer in self._writers:
+            self.attempt(f"write to {type(writer).__name__}", partial(writer.write, clean.get(AXIS, 0), clean))
 
         if clean.get(NONFINITE):
             named = f": {', '.join(bad[:10])}" if bad else " among the gradients"
@@ -74,15 +83,29 @@ class Panels:
     def close(self) -> int:
         """Waits until W&B's SDK has all rows, at most `FINISH_SECONDS`; returns how many it has not taken."""
         if self._run is not None:
+            self._sender.put(lambda: self.attempt("sum up at W&B", self._sum_up))
             self._sender.close(FINISH_SECONDS)
         return self._asked - self._taken
 
     def _send(self, row: Mapping[str, Any]) -> None:
         assert self._run is not None  # asked for only where there is one
         run = self._run
+        for key in numbers_in(row).keys() - self._defined - {AXIS}:
+            self._defined.add(key)
+            self.attempt("define the panels' axis", partial(define_metric, run, key))
         self._taken += self.attempt("log to W&B", lambda: run.log(for_wandb(row)))
 
-    def attempt(self, what: str, action: Callable[[], None]) -> bool:
+    def _sum_up(self) -> None:
+        """The run's numbers in its summary: of all its rows, those of a process before this one included."""
+        assert self._run is not None  # asked for only where there is one
+        summary = self._summary
+        if self._directory is not None and self._logged:
+            summary = RunSummary()
+            for row in read_rows(self._directory):
+                summary.add(row)
+        self._run.summary.update(summary.numbers())
+
+    def attempt(self, what: str, action: Callable[[], object]) -> bool:
         """Does something of which a failure is warned of, once for each `what`, instead of raised. Returns whether it
         went well."""
         try:

@@ -3,7 +3,6 @@
 import json
 import os
 import warnings
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +17,6 @@ if TYPE_CHECKING:
 
 FINISH_SECONDS = 600.0
 """How long the end of a run waits for what W&B has not confirmed yet."""
-
-SUMMARIES = {
-    history.RESIDUAL: "mean,max",
-    history.COST: "mean",
-    history.TRAIN: "last,min,max",
-    **dict.fromkeys(
-        (history.KERNEL, history.REGULARIZATION, history.PAST, history.OUTSIDE, history.DIFFERENCE), "mean,last"
-    ),
-    history.LOSS: "last",
-}
-"""What W&B's table of runs shows of the metrics of a section; the last value, of those that are not named."""
 
 
 def open_run(project: str, directory: str | os.PathLike[str] | None = None, **options: Any) -> "wandb.Run":
@@ -96,11 +84,10 @@ def is_offline(run: "wandb.Run") -> bool:
     return bool(run.settings._offline)
 
 
-def define_metrics(run: "wandb.Run", sections: Iterable[str]) -> None:
-    """Draws the metrics `<section>/…` over the training step."""
-    run.define_metric(history.AXIS, hidden=True)
-    for section in sections:
-        run.define_metric(f"{section}/*", step_metric=history.AXIS, summary=SUMMARIES.get(section, "last"))
+def define_metric(run: "wandb.Run", key: str) -> None:
+    """Draws a metric over the training step. By its own name, and not by that of its section, in which the training
+    loop may log metrics that have no training step."""
+    run.define_metric(key, step_metric=history.AXIS)
 
 
 def tie(directory: Path, run: "wandb.Run") -> None:

@@ -15,14 +15,15 @@ from tqdm.auto import tqdm
 
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import Lock
-from explaind_track.record.history import AXIS, read_rows, section_of
+from explaind_track.record.history import AXIS, numbers_in, read_rows
 from explaind_track.record.manifest import MANIFEST, Manifest
 from explaind_track.record.media import from_json
 from explaind_track.record.run_directory import Tie, read_tie, trajectory_directory
 from explaind_track.wandb_io.artifacts import trajectory_version
 from explaind_track.wandb_io.media import for_wandb
 from explaind_track.wandb_io.media_sync import check_media, send_lost_media
-from explaind_track.wandb_io.run import FINISH_SECONDS, define_metrics
+from explaind_track.wandb_io.run import FINISH_SECONDS, define_metric
+from explaind_track.wandb_io.summary import RunSummary
 
 if TYPE_CHECKING:
     import wandb
@@ -93,9 +94,14 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
         rows = read_rows(directory)
         missing = _missing(rows, _steps_at_wandb(path, run.starting_step) if has_run else Counter())
         media_sent = send_lost_media(run, _find_run(path), directory, tie) if has_run else 0
-        define_metrics(run, {section for row in missing for key in row if (section := section_of(key)) is not None})
+        for key in dict.fromkeys(key for row in missing for key in numbers_in(row) if key != AXIS):
+            define_metric(run, key)
         for row in tqdm(missing, "rows", unit="row", disable=not progress or not missing):
             run.log(for_wandb(from_json(row, directory, damaged="leave out")))
+        summary = RunSummary()
+        for row in rows:
+            summary.add(row)
+        run.summary.update(summary.numbers())
         artifact_sent = _send_trajectory(run, directory, f"{entity}/{tie.project}/{tie.artifact}")
         expected, url = run.starting_step + len(missing), run.url or path
     finally:

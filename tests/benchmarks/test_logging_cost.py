@@ -20,7 +20,7 @@ KEYS, ROWS = 60, 400
 def test_a_row_beside_a_bare_run_log(mode: str, server: Server, tmp_path: Path) -> None:
     """Both in turns in one process and one run, so that whatever else the machine does meets both."""
     run = open_run("project", tmp_path, mode=mode)
-    panels = Panels(run, tmp_path, ["kernel"])
+    panels = Panels(run, tmp_path)
     spent: dict[str, list[float]] = {"bare": [], "ours": []}
     for number in range(ROWS):
         row = {AXIS: number, **{f"kernel/group{key}": number * 0.1 + key for key in range(KEYS - 1)}}

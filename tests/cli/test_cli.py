@@ -107,7 +107,7 @@ def test_show_draws_the_last_step_and_follows_the_record(run: Path) -> None:
     follower = Follower(run / "trajectory")
     assert follower.read()
     assert not follower.read()
-    panels = Panels(None, run / "trajectory", [])
+    panels = Panels(None, run / "trajectory")
     panels.log({"train/step": 9})
     with (run / "trajectory" / "history.jsonl").open("a") as file:
         file.write('{"train/st')
@@ -118,7 +118,7 @@ def test_show_draws_the_last_step_and_follows_the_record(run: Path) -> None:
 def test_a_long_record_is_followed_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("explaind_track.cli.live_view.TAIL_BYTES", 100)
     for step in range(50):
-        Panels(None, tmp_path, []).log({"train/step": step})
+        Panels(None, tmp_path).log({"train/step": step})
     follower = Follower(tmp_path)
     follower.read()
     found = [row["train/step"] for row in follower.rows]

@@ -348,7 +348,7 @@ def test_what_cannot_be_synced_is_refused(tmp_path: Path) -> None:
 
 
 def test_our_own_full_disk_tears_no_row(small_disk: Path) -> None:
-    panels = Panels(None, small_disk, [])
+    panels = Panels(None, small_disk)
     panels.log({"train/step": 0, "a": "x" * 4000})
     with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -371,7 +371,7 @@ def test_our_own_full_disk_tears_no_row(small_disk: Path) -> None:
 
 
 def test_a_row_that_was_torn_is_left_out(tmp_path: Path) -> None:
-    panels = Panels(None, tmp_path, [])
+    panels = Panels(None, tmp_path)
     for step in range(3):
         panels.log({"train/step": step, "a": 1.5})
     path = tmp_path / "history.jsonl"
