@@ -39,7 +39,8 @@ from explaind_track.explanation.digests import Digest, model_digest, query_diges
 SMALLEST = 1e-7
 """A residual that is small enough, whatever the change is: what float32 leaves of a loss of a few nats."""
 
-MOST_NODES = 64
+FEWEST_NODES, MOST_NODES = 2, 64
+"""The midpoint alone is seldom enough, and what it takes is lost where it is not."""
 
 BY_TENSOR: Mapping[str, GroupSpec] = {"tensor": "tensor"}
 
@@ -267,13 +268,13 @@ class _Study:
         return self.optimizer(self.model), True
 
     def _refined(self, step: SimulatedStep, bar: tqdm) -> tuple[int, Terms]:
-        """With 1, 2, 4 … nodes, the first terms of the step that leave no more than is tolerated; and their nodes."""
-        nodes = 1
+        """With 2, 4, 8 … nodes, the first terms of the step that leave no more than is tolerated; and their nodes."""
+        nodes = FEWEST_NODES
         while True:
             bar.set_postfix(step=step.number, nodes=nodes)
             ((_, terms),) = self.integrator.terms(step, nodes)
             left, change = abs(float(terms.remainder)), abs(float(terms.change))
-            if left <= max(self.tolerance * change, SMALLEST) or nodes == MOST_NODES:
+            if left <= max(self.tolerance * change, SMALLEST) or nodes >= MOST_NODES:
                 return nodes, terms
             nodes *= 2
 

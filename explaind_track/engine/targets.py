@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query, require_query
 from explaind_track.core.rng import random_state, replayed_random_state
 from explaind_track.core.step import State
-from explaind_track.core.tensors import tree_map, tree_tensors, upcast
+from explaind_track.core.tensors import tree_map, tree_tensors, tree_with, upcast
 from explaind_track.engine.derivatives import refuse_reentrant
 from explaind_track.engine.functional import Functional, evaluation, writable
+
+FLOAT64_BYTES = 2**24
+"""Of a model's output, what goes through the target in float64 at a time."""
 
 
 def target_of(query: Query, chunk: Query) -> Callable[[nn.Module], Tensor]:
@@ -29,14 +33,33 @@ def in_float64(query: Query) -> Query:
     a step, float32's softmax loses the change's fifth digit."""
     target = query.target
 
-    def of_double(output: Any, *labels: Tensor) -> Tensor:
+    def of_rows(output: Any, labels: tuple[Tensor, ...]) -> Tensor:
         return target(tree_map(_double, output), *labels)
 
-    return replace(query, target=of_double)
+    def of_output(output: Any, *labels: Tensor) -> Tensor:
+        first, *others = _pieces((output, labels))
+        if not others:
+            return of_rows(*first)
+        # again on the way back: a vocabulary's scores in float64, several times over, take more than the model
+        values = [checkpoint(of_rows, *piece, use_reentrant=False) for piece in (first, *others)]
+        return torch.cat(values)
+
+    return replace(query, target=of_output)
 
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _pieces(tree: Any) -> list[Any]:
+    """The tree cut into rows that take so little in float64; the tree itself where its tensors have other rows."""
+    tensors = tree_tensors(tree)
+    counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    row_bytes = max(1, 8 * sum(tensor.numel() for tensor in tensors) // max(counts, default=1))
+    size = max(1, FLOAT64_BYTES // row_bytes)
+    if len(counts) != 1 or size >= max(counts):
+        return [tree]
+    return [tree_with(tree, rows) for rows in zip(*(tensor.split(size) for tensor in tensors), strict=True)]
 
 
 def kept_targets(query: Query, keep: Sequence[str]) -> Query:

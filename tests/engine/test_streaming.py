@@ -11,7 +11,8 @@ from models_hf import Family, gpt2, llama
 from torch import Tensor, nn
 
 from explaind_track import Explainer, Influence, Quadrature, Query, Step, StepObserver, explain, plan_explanation
-from explaind_track.engine import directions
+from explaind_track.engine import directions, targets
+from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.streaming import inner_product, streamed
 
 
@@ -127,6 +128,30 @@ def test_the_change_of_a_loss_is_not_lost_in_float32s_softmax() -> None:
     assert lost > 10 * error
     assert float(streaming.residual[0]) < float(plain.residual[0])
     assert float(streaming.data["residual_floor"][0]) > 1e-9  # outputs are known to float32 alone
+
+
+def test_rows_of_large_outputs_go_through_the_target_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, sizes = nn.Linear(4, 50).double(), []
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.randint(50, (7,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    observer = StepObserver(optimizer, dict(model.named_parameters()))
+    F.cross_entropy(model(x), y).backward()
+    observer.before({})
+    optimizer.step()
+
+    def target(output: Tensor, y: Tensor) -> Tensor:
+        sizes.append(len(output))
+        return F.cross_entropy(output, y, reduction="none")
+
+    step, query = observer.after(0, {}), Query.loss(x, y, target).mean()
+    integrator = Integrator(model, query, {"all": ["weight", "bias"]}, memory=1, microbatch=7)
+    ((_, whole),) = integrator.terms(step, 1)
+    monkeypatch.setattr(targets, "FLOAT64_BYTES", 3 * 51 * 8)
+    sizes.clear()
+    ((_, cut),) = integrator.terms(step, 1)
+    assert set(sizes) == {3, 1}
+    check(cut.influence, whole.influence, tolerance=1e-14)
 
 
 def test_a_target_that_cannot_be_computed_in_float64_stays_in_float32() -> None:
