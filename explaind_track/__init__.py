@@ -24,7 +24,7 @@ from explaind_track.explanation.explain import explain, plan_explanation
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.explanation.task import Task
 from explaind_track.record.results import open_influence
-from explaind_track.record.row_writers import CSVWriter, RowWriter, TensorBoardWriter
+from explaind_track.record.row_writers import CSVWriter, TensorBoardWriter
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.tracking.tracker import Tracker
 from explaind_track.wandb_io.artifacts import log_result
@@ -62,10 +62,9 @@ __all__ = [  # noqa: RUF022 (by use)
     "counterfactual",
     "rerun",
     "Rerun",
-    # extend: optimizers, loops and writers of one's own
+    # extend: optimizers and loops of one's own
     "update_rule",
     "Rule",
-    "RowWriter",
     "StepObserver",
     "Explainer",
     "Step",
