@@ -31,6 +31,7 @@ from explaind_track.wandb_io.artifacts import log_result
 from explaind_track.wandb_io.run import open_run, where_to_look
 from explaind_track.what_if.counterfactual import counterfactual
 from explaind_track.what_if.rerun import Rerun, rerun
+from explaind_track.what_if.smoothness import smoothness
 
 __version__ = version("explaind_track")
 
@@ -60,6 +61,7 @@ __all__ = [  # noqa: RUF022 (by use)
     "Checkpoint",
     # what if: the derivative of a run, and a run trained again with something changed
     "counterfactual",
+    "smoothness",
     "rerun",
     "Rerun",
     # extend: optimizers and loops of one's own

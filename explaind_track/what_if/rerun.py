@@ -185,7 +185,7 @@ class Rerun:
     def _at(self, step: int, query: Query, groups: dict[str, tuple[str, ...]]) -> xr.Dataset:
         start, run = (_state(self.original, number) for number in (self.start, step))
         own = self.state if step == self.stop or self.trajectory is None else _state(self.trajectory, step)
-        values = torch.stack([_values(self.model, query, state) for state in (run, own)])
+        values = torch.stack([targets_at(self.model, query, state) for state in (run, own)])
 
         found: dict[str, Any] = {"value": (("run", "query", "output"), values.numpy())}
         if query.is_loss:
@@ -223,7 +223,7 @@ def _state(trajectory: Trajectory, step: int) -> State:
     return State({name: p.detach() for name, p in replay.parameters.items()}, replay.buffers)
 
 
-def _values(model: nn.Module, query: Query, state: State) -> Tensor:
+def targets_at(model: nn.Module, query: Query, state: State) -> Tensor:
     """The query's targets, (X, O)."""
     device = next(iter(state.parameters.values())).device
     functional, upcast = Functional(model), state.upcast()
