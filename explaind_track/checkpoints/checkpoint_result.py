@@ -114,6 +114,7 @@ def by_grouping(rows: Sequence[xr.Dataset], groups: Groups, extrapolate: bool) -
 
 _SCALARS = (
     "rounding", "change", "remainder", "loss_after", "nodes", "floor", "gradient_norm", "estimated", "seconds",
+    "peak_mb",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Explains a run that nobody watched: what a step from each of its checkpoints does to the loss of unseen data (§6)."""
 
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -97,7 +98,8 @@ def explain_checkpoints(
     Returns:
         An `Influence` for each grouping, over part, step (how many steps the run had taken) and group. Beside its
         variables there are, by step, `loss_before` and `loss_after` (of the query), `gradient_norm` (before clipping),
-        `estimated` and `seconds`; and `by_source` (step, source, group) and `extrapolated` (step, group) if asked for.
+        `estimated`, `seconds` and `peak_mb` (the most memory that this process has held so far); and `by_source` (step,
+        source, group) and `extrapolated` (step, group) if asked for.
 
     Raises:
         ValueError: Before any work, for a query with more than one target, a model in low precision, groups that are no
@@ -252,6 +254,7 @@ class _Study:
             values["by_source"] = (("source", "tensor"), self._by_source(checkpoint, feature).numpy())
             labels["source"] = list(self.labels)
         values["seconds"] = ((), perf_counter() - started)
+        values["peak_mb"] = ((), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return xr.Dataset(values, labels, {"step": checkpoint.step})
 
     def _optimizer(self, checkpoint: Checkpoint) -> tuple[torch.optim.Optimizer, bool]:

@@ -22,6 +22,8 @@ from explaind_track import (
 )
 from explaind_track.checkpoints import explain_checkpoints as explain_module
 
+COST = ["seconds", "peak_mb"]
+
 # ------------------------------------------------------------ what it leaves behind
 
 
@@ -119,7 +121,7 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     loaded = [checkpoint.loaded for checkpoint in series]
     found = explain_checkpoints(series, model, **asked)["tensor"].data
     assert [checkpoint.loaded - was for checkpoint, was in zip(series, loaded, strict=True)] == [0, 1, 1]
-    xr.testing.assert_identical(found.drop_vars("seconds"), wanted.drop_vars("seconds"))
+    xr.testing.assert_identical(found.drop_vars(COST), wanted.drop_vars(COST))
 
     again = explain_checkpoints(series, model, **asked, groups={"layer": None})["layer"]
     assert series[0].loaded == loaded[0]
@@ -199,4 +201,4 @@ def test_two_processes_share_the_checkpoints(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         found = Influence.load(tmp_path / f"{rank}.safetensors").data
-        xr.testing.assert_allclose(found.drop_vars("seconds"), wanted.drop_vars("seconds"), rtol=1e-12)
+        xr.testing.assert_allclose(found.drop_vars(COST), wanted.drop_vars(COST), rtol=1e-12)
