@@ -184,6 +184,22 @@ def steps_logged(directory: Path) -> set[int]:
     return {step for step in _steps_by_line(directory) if step is not None}
 
 
+def in_words(steps: Iterable[int]) -> str:
+    """Numbers of steps, for a message.
+
+    Example:
+        >>> in_words([7, 3, 4, 5])
+        '3 to 5, 7'
+    """
+    stretches: list[list[int]] = []
+    for step in sorted(steps):
+        if stretches and step == stretches[-1][-1] + 1:
+            stretches[-1][1:] = [step]
+        else:
+            stretches.append([step])
+    return ", ".join(" to ".join(map(str, stretch)) for stretch in stretches)
+
+
 def cut_history(directory: Path, number: int) -> set[int]:
     """Drops the rows of step `number` and later, and torn lines. Returns the numbers of the steps that have a row."""
     found = _steps_by_line(directory)

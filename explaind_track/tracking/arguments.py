@@ -1,14 +1,15 @@
 """The arguments of a Tracker, looked at before anything is made: kinds, bounds, and names that would share a key."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from explaind_track.core.checks import (
-    plain_number,
     require_callable,
     require_instance,
     require_int,
@@ -143,12 +144,25 @@ def plain_metrics(metrics: Any) -> dict[str, Any]:
     Raises TypeError for what a row cannot hold, ValueError for keys that are the Tracker's.
     """
     require_mapping("tracker.log()'s argument", metrics, "{'test/accuracy': 0.9}")
-    for key, value in metrics.items():
+    for key in metrics:
         if key == history.AXIS or history.section_of(key) in TRACKERS_ALONE or key.startswith(history.SECONDS):
             raise ValueError(
                 f"tracker.log() was given {key!r}, which is a key of the Tracker's own numbers: choose another, such "
                 f"as 'own/{key.rpartition('/')[2]}'"
             )
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise TypeError(f"{key!r} is a tensor of shape {tuple(value.shape)}; a row holds single numbers")
-    return {key: value.item() if isinstance(value, Tensor) else plain_number(value) for key, value in metrics.items()}
+    return {key: _plain_metric(key, value) for key, value in metrics.items()}
+
+
+def _plain_metric(key: str, value: Any) -> int | float | str:
+    """A number (of 64 bits, if it is whole) or a word. Raises TypeError for anything else."""
+    is_array = isinstance(value, Tensor | np.ndarray | np.generic)
+    if is_array and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        value = float(value)
+    if not isinstance(value, int | float | str):
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
+        raise TypeError(
+            f"{key!r} is {found}, and a row holds single numbers and words; log anything else to W&B alone, by run.log"
+        )
+    return value

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from explaind_track.core.observer import StepObserver
-from explaind_track.errors import LoggingWarning
-from explaind_track.record.history import AXIS, steps_logged
+from explaind_track.errors import LoggingWarning, ResumeWarning
+from explaind_track.record.history import AXIS, in_words, read_rows
+from explaind_track.record.media import from_json
 from explaind_track.record.resume import resume as resume_run
 from explaind_track.record.row_writers import RowWriter
 from explaind_track.record.run_directory import mark_finished
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import TrajectoryWriter
 from explaind_track.wandb_io.panels import Panels
-from explaind_track.wandb_io.run import is_tied, tie
+from explaind_track.wandb_io.rows_at_wandb import steps_at_wandb
+from explaind_track.wandb_io.run import is_disabled, is_offline, is_tied, tie
 from explaind_track.wandb_io.upload import TrajectoryUpload
 
 if TYPE_CHECKING:
@@ -59,22 +61,40 @@ class Outputs:
         writer: TrajectoryWriter | None,
         configuration: Mapping[str, Any],
         row_writers: Sequence[RowWriter],
+        number: int,
     ) -> None:
-        """configuration, row_writers: see `Panels`."""
+        """configuration, row_writers: see `Panels`. number: of the step that the run begins with, or goes on with."""
+        run = None if run is None or is_disabled(run) else run
         self.writer = writer
         self._process = os.getpid()
         self.seen = run is not None or writer is not None or bool(row_writers)
         """Whether anybody will see what goes out."""
         directory = None if writer is None else writer.directory
 
-        # a W&B run that is gone on with has rows of these already
-        again = run is not None and directory is not None and is_tied(directory, run)
-        logged = steps_logged(directory) if directory is not None and again else set()
-        self.panels = Panels(run, directory, configuration, logged, row_writers)
+        self.panels = Panels(run, directory, configuration, row_writers)
+        if run is not None and directory is not None and is_tied(directory, run):
+            self._go_on(run, directory, number)
         self._upload = None if run is None or directory is None else _begin_upload(run, directory)
         self._unsent = 0
         self.call_off_exit = before_exit(self._leave) if self.seen else lambda: None
         """Calls off what is done where the process goes before the end of the run."""
+
+    def _go_on(self, run: "wandb.Run", directory: Path, number: int) -> None:
+        """Completes the rows of a W&B run that was tied to the record before, as an outage or a kill has left them."""
+        rows = [row for row in read_rows(directory) if row[AXIS] < number]
+        if not is_offline(run):
+            path, expected = f"{run.entity}/{run.project}/{run.id}", run.starting_step
+            shown = [from_json(row, directory, damaged="leave out") for row in rows]
+            self.panels.go_on(shown, lambda: steps_at_wandb(path, expected))
+            return
+        self.panels.go_on([], tuple)
+        if rows:
+            warnings.warn(
+                f"the offline run of W&B that begins here has no rows of the steps before {number}, which are in an "
+                f"earlier one: send all with `explaind-track sync {directory}`, rather than with `wandb sync`",
+                LoggingWarning,
+                stacklevel=4,
+            )
 
     @property
     def is_forked(self) -> bool:
@@ -93,6 +113,16 @@ class Outputs:
         """One row of the panels; none in a forked process."""
         if not self.is_forked:
             self.panels.log({AXIS: step, **row})
+
+    def tell_of_lost_rows(self, steps: Sequence[int]) -> None:
+        """Warns of those steps of a run that is gone on with whose rows had not been written."""
+        if steps:
+            warnings.warn(
+                f"the rows of the steps {in_words(steps)} were not written before the run ended: their influences are "
+                "computed again, but not what the loop itself had logged, nor tables of samples",
+                ResumeWarning,
+                stacklevel=5,
+            )
 
     def end_rows(self) -> None:
         """Waits until W&B has the rows, or gives up; `send` tells of it."""

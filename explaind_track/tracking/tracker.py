@@ -197,7 +197,7 @@ class Tracker(StepCalls, Findings):
             self._told = -1
             """The number of the last step whose row is whole."""
             about = configuration(model, self.optimizer, self.groups, queries, self.quadrature, every, samples_every)
-            self._outputs = Outputs(self.run, writer, about, writers if ranks.rank == 0 else ())
+            self._outputs = Outputs(self.run, writer, about, writers if ranks.rank == 0 else (), number)
             undo.callback(self._outputs.call_off_exit)
             self.staging_mb = 0.0
             """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
@@ -214,7 +214,8 @@ class Tracker(StepCalls, Findings):
     def _complete_rows(self, record: Trajectory) -> None:
         """Drops the rows of steps that are not in the record, and makes those that were lost."""
         written = history.cut_history(record.directory, self._watch.number)
-        missing = [number for number in range(0, self._watch.number, self.every) if number not in written]
+        lost = [number for number in range(self._watch.number) if number not in written]
+        missing = [number for number in lost if number % self.every == 0]
         with tqdm(desc="complete the rows", total=len(missing), disable=not missing, unit="step") as bar:
             for first, last in _stretches(missing, self.every):
                 for step in record.steps(first, last + 1):
@@ -222,6 +223,7 @@ class Tracker(StepCalls, Findings):
                         row, _ = self._live.add(step)
                         self._outputs.log(step.number, row)
                         bar.update()
+        self._outputs.tell_of_lost_rows(lost)
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -79,6 +79,13 @@ def where_to_look(run: "wandb.Run") -> str:
     return f"Look at the run with `wandb leet {directory}`, upload it with `wandb sync {directory}`"
 
 
+def is_disabled(run: "wandb.Run") -> bool:
+    """Whether the run goes nowhere at all, neither to W&B nor to this disk."""
+    with suppress(Exception):  # a run that is broken is told of where it is used
+        return run.disabled is True
+    return False
+
+
 def is_offline(run: "wandb.Run") -> bool:
     """Whether the run stays on this disk until it is synced. W&B's settings tell so by no public name."""
     return bool(run.settings._offline)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,14 +21,12 @@ from explaind_track.record.run_directory import Tie, read_tie, trajectory_direct
 from explaind_track.wandb_io.artifacts import trajectory_version
 from explaind_track.wandb_io.media import for_wandb
 from explaind_track.wandb_io.media_sync import check_media, send_lost_media
+from explaind_track.wandb_io.rows_at_wandb import find_run, missing_rows, steps_at_wandb
 from explaind_track.wandb_io.run import FINISH_SECONDS, define_metric
 from explaind_track.wandb_io.summary import RunSummary
 
 if TYPE_CHECKING:
     import wandb
-
-SETTLE_SECONDS = 120.0
-"""How long W&B may take until its history shows the rows that it has received."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,10 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
 
     entity = tie.entity or wandb.Api().default_entity
     path = f"{entity}/{tie.project}/{tie.id}"
-    had_run = has_run = _find_run(path) is not None
+    had_run = has_run = find_run(path) is not None
     if not has_run and tie.offline and Path(tie.directory).is_dir():
         _send_offline_run(Path(tie.directory), tie, entity)
-        has_run = _find_run(path) is not None
+        has_run = find_run(path) is not None
 
     # what W&B lacks goes through the SDK, as if the run went on
     new: dict[str, Any] = {} if has_run else {"config": dict(tie.config), "name": tie.name}
@@ -92,41 +89,29 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
     )
     try:
         rows = read_rows(directory)
-        missing = _missing(rows, _steps_at_wandb(path, run.starting_step) if has_run else Counter())
-        media_sent = send_lost_media(run, _find_run(path), directory, tie) if has_run else 0
-        for key in dict.fromkeys(key for row in missing for key in numbers_in(row) if key != AXIS):
+        lacking = missing_rows(rows, steps_at_wandb(path, run.starting_step) if has_run else Counter())
+        media_sent = send_lost_media(run, find_run(path), directory, tie) if has_run else 0
+        for key in dict.fromkeys(key for row in lacking for key in numbers_in(row) if key != AXIS):
             define_metric(run, key)
-        for row in tqdm(missing, "rows", unit="row", disable=not progress or not missing):
+        for row in tqdm(lacking, "rows", unit="row", disable=not progress or not lacking):
             run.log(for_wandb(from_json(row, directory, damaged="leave out")))
         summary = RunSummary()
         for row in rows:
             summary.add(row)
         run.summary.update(summary.numbers())
         artifact_sent = _send_trajectory(run, directory, f"{entity}/{tie.project}/{tie.artifact}")
-        expected, url = run.starting_step + len(missing), run.url or path
+        expected, url = run.starting_step + len(lacking), run.url or path
     finally:
         run.finish()
 
     # what counts is what W&B shows
-    if lost := _missing(rows, _steps_at_wandb(path, expected)):
+    if lost := missing_rows(rows, steps_at_wandb(path, expected)):
         raise TrajectoryError(f"W&B has not taken {len(lost)} rows of {path}; run the same command again")
-    check_media(_find_run(path), directory)
+    check_media(find_run(path), directory)
     if had_run:
-        return Synced(path, url, len(rows), len(missing), media_sent, artifact_sent)
+        return Synced(path, url, len(rows), len(lacking), media_sent, artifact_sent)
     # an offline run's own log has sent some of it
     return Synced(path, url, len(rows), len(rows), media_sent, artifact_sent=(directory / MANIFEST).is_file())
-
-
-def _find_run(path: str) -> Any:
-    """The run at W&B, or None."""
-    import wandb
-
-    try:
-        return wandb.Api().run(path)
-    except (wandb.errors.Error, ValueError) as error:
-        if "not find" in str(error) or "not found" in str(error):
-            return None
-        raise
 
 
 def _send_offline_run(directory: Path, tie: Tie, entity: str | None) -> None:
@@ -140,34 +125,6 @@ def _work_directory(tie: Tie) -> str | None:
     """The directory that W&B has put the run's own into, beside all others of that place; None where it is gone."""
     place = Path(tie.directory).parent
     return str(place.parent) if place.name == "wandb" and place.is_dir() else None
-
-
-def _steps_at_wandb(path: str, expected: int) -> Counter[int]:
-    """How often each training step is in the run's history, once that shows all the rows that W&B has received.
-
-    expected: the `_step` that comes next. Raises TrajectoryError if W&B does not get there, since rows that are not
-    shown yet would be sent twice.
-    """
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while True:
-        run = _find_run(path)
-        steps = [row["_step"] for row in run.scan_history(keys=["_step"])] if run is not None else []
-        if max(steps, default=-1) + 1 >= expected:
-            return Counter(int(row[AXIS]) for row in run.scan_history(keys=[AXIS])) if steps else Counter()
-        if time.monotonic() > deadline:
-            raise TrajectoryError(f"W&B does not show all the rows of {path} that it has received; try again later")
-        time.sleep(0.5)
-
-
-def _missing(rows: list[dict[str, Any]], at_wandb: Counter[int]) -> list[dict[str, Any]]:
-    """The rows that W&B lacks; of several rows of a step, the last."""
-    found, missing = Counter(at_wandb), []
-    for row in rows:
-        if found[row[AXIS]]:
-            found[row[AXIS]] -= 1
-        else:
-            missing.append(row)
-    return missing
 
 
 def _send_trajectory(run: "wandb.Run", directory: Path, name: str) -> bool:
