@@ -1,6 +1,5 @@
 """The manifest of a trajectory: what was trained, and every file with its hash; sealed by a digest of all that."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -99,7 +98,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The manifest as its file holds it."""
-        return json.dumps({**self._content(), "digest": self.digest}, indent=1).encode()
+        content = {**self.head, "files": self.entries, "digest": self.digest}
+        return msgspec.json.format(msgspec.json.encode(content), indent=1)
 
     def write(self, directory: Path) -> None:
         """Raises TrajectoryError where it cannot be written."""

@@ -72,7 +72,7 @@ def head_of(model: nn.Module, observer: StepObserver) -> dict[str, Any]:
         "buffers": signature(buffers),
         "aliases": aliases,
         "saved": [name for name in map(plain_name, model.state_dict()) if name in everything or name in buffers],
-        "packages": {"torch": torch.__version__, "explaind_track": version("explaind_track")},
+        "packages": {"torch": str(torch.__version__), "explaind_track": version("explaind_track")},
     }
 
 

@@ -104,6 +104,7 @@ class StepWatch:
 
     def begin(self) -> None:
         """Begins to watch the next step, before anything random is drawn for it."""
+        self._begun = self.number
         if not self.put_off:
             self._ranks.refuse_uneven_steps()
             self._buffers = {name: buffer.detach().clone() for name, buffer in buffers_of(self._model).items()}
@@ -115,7 +116,6 @@ class StepWatch:
                 if self._writer is not None:
                     self._writer.begin(self.number, self._buffers)
             self.batches = StepBatches()
-        self._begun = self.number
         self.open = self._broken_off = True
 
     def _pass_over(self) -> None:

@@ -195,7 +195,7 @@ class Tracker(StepCalls, Findings):
             """Of the step at hand, or the next."""
             self._finishing = False
             self._told = -1
-            """The number of the last step whose row is whole."""
+            """The number of the step whose row is whole and not logged; −1: there is none."""
             about = configuration(model, self.optimizer, self.groups, queries, self.quadrature, every, samples_every)
             self._outputs = Outputs(self.run, writer, about, writers if ranks.rank == 0 else (), number)
             undo.callback(self._outputs.call_off_exit)
@@ -278,9 +278,10 @@ class Tracker(StepCalls, Findings):
             return
 
         row, self._row = self._row, {}
-        if self._told == self._watch.number - 1:
+        told, self._told = self._told, -1
+        if told == self._watch.number - 1:
             seconds = {history.SECONDS_TRAINING: training, history.SECONDS_INFLUENCE: tracking}
-            self._outputs.log(self._told, {**row, **seconds})
+            self._outputs.log(told, {**row, **seconds})
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the row of the current step; between steps, to that of the next, which starts from there.
@@ -324,7 +325,7 @@ class Tracker(StepCalls, Findings):
             hook.remove()
 
         # what has changed the model behind the last step
-        if self._told < self._watch.number and (closing := self._watch.closing()) is not None:
+        if self._told != self._watch.number and (closing := self._watch.closing()) is not None:
             self._explain(closing)
             self._told = closing.number
         row, self._row = self._row, {}
