@@ -74,6 +74,7 @@ class CounterfactualPlan(ExplanationPlan):
         self._window = (source.first, source.last)
         self._auxiliary, self._initial, self._memory = auxiliary, initial, memory
         self._curvature = Curvature(model, samples.loss, auxiliary, memory)
+        self._curvature.statistics.require_affine()
         if "sample" not in keep:
             self._samples = replace(samples, labels=["all"], place=dict.fromkeys(samples.place, 0))
 
@@ -225,9 +226,13 @@ class CounterfactualPlan(ExplanationPlan):
             query = query.rows(tile.rows.start, tile.rows.stop, next(iter(state.parameters.values())).device)
         if tile.outputs != slice(0, self.outputs):
             query = some_outputs(query, tile.outputs.start, tile.outputs.stop)
+        # ∂f/∂θ_N, and with the norms' weights and biases, by the running statistics
+        statistics = self._curvature.statistics
+        moved = tuple(dict.fromkeys((*names, *statistics.scales)))
         features = Features(Functional(self._model), query, self._memory)
-        gradients = features.of(Standstill(len(self._trajectory), state, state, names), 1)
-        return Sweep(Adjoint(gradients), self._curvature, self._samples, self._window)
+        gradients = features.of(Standstill(len(self._trajectory), state, state, moved), 1)
+        adjoint = {**{name: gradients[name] for name in names}, **statistics.of_targets(gradients, state)}
+        return Sweep(Adjoint(adjoint), self._curvature, self._samples, self._window)
 
     def _result(
         self,

@@ -14,12 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from explaind_track.core.rng import random_state, replayed_random_state
 from explaind_track.core.step import Batch, State
-from explaind_track.core.tensors import Tensors, cuts, tree_slice
+from explaind_track.core.tensors import Tensors, cuts
 from explaind_track.engine.batch_losses import BatchLosses, SampleLoss
-from explaind_track.engine.functional import Functional, differentiable_attention
+from explaind_track.engine.functional import Functional, differentiable_attention, writable
 from explaind_track.engine.memory import activation_bytes
 from explaind_track.what_if.retraining import AuxiliaryLosses
+from explaind_track.what_if.running_statistics import RunningStatistics
+
+Settled = dict[str, tuple[float, Tensor]]
+"""How a pass moves running statistics, b ← slope · b + offset, by name."""
 
 
 class Curvature:
@@ -29,6 +34,7 @@ class Curvature:
         """memory: bytes that one pass may take."""
         self._losses, self._auxiliary, self._memory = BatchLosses(model, sample_loss), auxiliary, memory
         self._functional: Functional = self._losses.functional
+        self.statistics = RunningStatistics(model)
         self._batched = True
         """Whether reverse passes of several targets go together."""
         self._activation_bytes = 0
@@ -45,24 +51,32 @@ class Curvature:
             return self._losses.at(state, batch).held(leaves, pull)
 
     def along(
-        self, state: State, batch: Batch, adjoint: Tensors, names: list[str]
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Returns ⟨λ, ∇L_k⟩, (R, N); Σ_k w_k ∇²L_k λ with respect to the parameters named, (R, *shape) each; and
-        Σ_k w_k ∇L_k by parameter.
+        self, state: State, batch: Batch, adjoint: Tensors, names: list[str], running: Tensors, before: int
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Settled]:
+        """Returns ⟨λ, ∇L_k⟩, (R, N); Σ_k w_k ∇²L_k λ with respect to the parameters named, (R, *shape) each, and with
+        it what the running statistics add; Σ_k w_k ∇L_k by parameter; and how the pass moves the statistics.
 
-        adjoint: λ by parameter, (R, *shape).
+        adjoint: λ by parameter, (R, *shape); running: of the running statistics behind the batch. before: how many
+        batches of the step have run already.
         """
         leaves = _leaves(state, list(dict.fromkeys((*adjoint, *names))))
 
-        def products(losses: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        at_once = self._at_once(state, batch)
+
+        def products(losses: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Settled]:
+            settled = self.statistics.settled(list(seen), state.buffers, before)
             weight = loss_weights(batch, losses).requires_grad_()
             gradient = _with_graph(losses, {name: leaves[name] for name in adjoint}, weight)
             wanted = {"": weight, **{name: leaves[name] for name in names}}
-            rows = self._pulled(gradient, adjoint, wanted, self._at_once(state, batch, len(leaves)))
-            return rows.pop(""), rows, _filled([gradient.get(name) for name in adjoint], leaves, adjoint)
 
-        with differentiable_attention():
-            return self._losses.at(state, batch).held(leaves, products)
+            outputs = {**gradient, **{name: offset for name, (_, offset) in settled.items()}}
+            rows = self._pulled(outputs, {**adjoint, **running}, wanted, at_once)
+            found = _filled([gradient.get(name) for name in adjoint], leaves, adjoint)
+            return rows.pop(""), rows, found, {n: (slope, offset.detach()) for n, (slope, offset) in settled.items()}
+
+        losses = self._losses.at(state, batch)
+        with differentiable_attention(), self.statistics.inputs() as seen:
+            return losses.held(leaves, products)
 
     def along_auxiliary(
         self, state: State, loss: str, adjoint: Tensors, names: list[str]
@@ -118,12 +132,13 @@ class Curvature:
         ]
         return tuple(torch.stack(of_one) for of_one in zip(*singles, strict=True))
 
-    def _at_once(self, state: State, batch: Batch, parameters: int) -> int:
+    def _at_once(self, state: State, batch: Batch) -> int:
         """How many targets' passes the memory allows together."""
         if not self._activation_bytes:
-            first = tree_slice(batch.data, 0, 1)
-            kept = activation_bytes(self._functional, state, lambda model: self._losses.sample_loss(model, first))
-            self._activation_bytes = max(1, kept)
+            point, device = writable(state), next(iter(state.parameters.values())).device
+            with replayed_random_state(random_state(device)):
+                kept = activation_bytes(self._functional, point, lambda m: self._losses.sample_loss(m, batch.data))
+            self._activation_bytes = max(1, kept // batch.size)
         return max(1, self._memory // (4 * self._activation_bytes * batch.size))
 
 

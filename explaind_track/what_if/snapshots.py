@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from explaind_track.core.step import Step
-from explaind_track.core.tensors import Tensors, same_bits
+from explaind_track.core.tensors import Tensors
 from explaind_track.record.schema import StepRecord
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.what_if.retraining import records
@@ -28,15 +28,6 @@ class Snapshot:
     """By parameter: its group's place among the optimizer's groups, and the group's settings."""
     record: StepRecord
     optimizer: torch.optim.Optimizer
-
-    @property
-    def moves_buffers(self) -> bool:
-        """Whether a buffer of real numbers, such as a running mean, is not what it was before."""
-        before = self.step.before.buffers
-        return any(
-            value.is_floating_point() and not same_bits(value, before[name])
-            for name, value in self.record.buffers.items()
-        )
 
 
 def snapshots_back(trajectory: Trajectory, first: int, last: int, memory: int) -> Iterator[Snapshot]:

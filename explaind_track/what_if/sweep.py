@@ -14,6 +14,7 @@ from explaind_track.explanation.step_source import Window
 from explaind_track.what_if.adjoint import Adjoint, through_alterations
 from explaind_track.what_if.curvature import Curvature, loss_weights
 from explaind_track.what_if.retraining import alter
+from explaind_track.what_if.running_statistics import Settling
 from explaind_track.what_if.snapshots import Snapshot
 
 
@@ -58,7 +59,6 @@ class Sweep:
         first, last = self._window
         for snapshot in snapshots:
             number = snapshot.step.number
-            _refuse_moving_buffers(snapshot)
             directions, settings = self.adjoint.through_optimizer(snapshot)
             if first <= number < last:
                 for place, found in settings.items():
@@ -72,7 +72,10 @@ class Sweep:
 
     def _through_gradient(self, snapshot: Snapshot, directions: dict[str, Tensor], effect: Array | None) -> None:
         """Goes back from λ_G to the samples' weights and to θ_s; effect: (query, output, sample), to be added to."""
-        state, names = snapshot.step.before, list(self.adjoint.parameters)
+        state = snapshot.step.before
+        names, running = (
+            [n for n in self.adjoint.parameters if (n in state.buffers) == held] for held in (False, True)
+        )
         batches = list(self._samples.batches(snapshot.step))
         altered = batches[0][0].altered if batches else None
         changes = () if altered is None else altered.changes
@@ -80,10 +83,15 @@ class Sweep:
             whole = self._whole_gradient(snapshot, state, [batch for batch, *_ in batches], list(directions))
             directions = through_alterations(changes, whole, directions)
 
+        settling = Settling()
         total = {name: torch.zeros_like(snapshot.record.gradients[name]) for name in directions}
-        for batch, places, _ in batches:
-            products, curved, gradient = self._curvature.along(state, batch, directions, names)
+        for before, (batch, places, _) in reversed(list(enumerate(batches))):
+            behind = {name: self.adjoint.parameters[name] for name in running}
+            products, curved, gradient, settled = self._curvature.along(state, batch, directions, names, behind, before)
             self._add(curved, gradient, total)
+            settling.add(settled)
+            for name in running:
+                self.adjoint.parameters[name] = behind[name] * settled[name][0]
             if effect is not None:
                 cell, chosen = torch.from_numpy(effect), places >= 0
                 weighted = (products * loss_weights(batch, products[0])).reshape(*cell.shape[:2], -1).to(cell)
@@ -91,6 +99,7 @@ class Sweep:
         for loss in snapshot.record.auxiliary:
             curved, gradient = self._curvature.along_auxiliary(state, loss, directions, names)
             self._add(curved, gradient, total)
+        _refuse_moving_buffers(snapshot, settling)
 
         # the samples have to make up the gradient that the optimizer saw
         for change in changes:
@@ -123,10 +132,11 @@ def _norm(tensors: Mapping[str, Tensor]) -> float:
     return float(sum(float(value.square().sum()) for value in tensors.values()) ** 0.5)
 
 
-def _refuse_moving_buffers(snapshot: Snapshot) -> None:
-    if snapshot.moves_buffers:
+def _refuse_moving_buffers(snapshot: Snapshot, settling: Settling) -> None:
+    wrong = settling.unexplained(snapshot.step.before.buffers, snapshot.record.buffers)
+    if wrong:
         raise ValueError(
-            f"step {snapshot.step.number} moved buffers of the model, such as the running statistics of batch norm, "
-            "and through them the targets depend on samples in ways that are not differentiated here; use norms "
-            "without running statistics (group or layer norm, track_running_stats=False), or batch norm in eval mode"
+            f"step {snapshot.step.number} moved the buffers {', '.join(wrong[:5])} in another way than "
+            "the running statistics of batch norm do, and through them the targets may depend on samples in ways that "
+            "are not differentiated here; or the model is in another mode than it was trained in"
         )

@@ -1,7 +1,7 @@
 """The derivative of a run against central differences of training again, in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,6 @@ def check(found: Any, wanted: np.ndarray[Any, Any], tolerance: float = 1e-6) -> 
 
 REFUSED = {
     "clipping by value": "no sum over samples",
-    "batch norm": "moved buffers",
     **{loop.id: "something other than the optimizer" for loop in OUTSIDE_LOOPS if loop.dtype is torch.float64},
 }
 del REFUSED["weights swapped for others and restored"]
@@ -104,7 +103,8 @@ BY_NAME = {loop.id: loop for loop in (*LOOPS, *OUTSIDE_LOOPS) if loop.dtype is t
 
 
 QUICK = ("weighted samples", "auxiliary loss (L1)", "gradient accumulation", "clipping by norm", "warm start, Nesterov",
-         "frozen, thawed later", "parameter group added later", "dropout", "tied weights", "samples named by words",
+         "frozen, thawed later", "parameter group added later", "dropout", "batch norm", "tied weights",
+         "samples named by words",
          "activation checkpointing", "OneCycle, SGD's momentum")  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_effects_are_differences_of_training_again(name: str, tmp_path: Path) ->
     check(effects["effect"].sel(sample=sample), run.difference(weighted(sample)))
 
 
-@pytest.mark.parametrize("name", some_of(REFUSED, ("clipping by value", "batch norm", "pruning masks")))
+@pytest.mark.parametrize("name", some_of(REFUSED, ("clipping by value", "pruning masks")))
 def test_what_has_no_derivative_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=REFUSED[name]):
         of_loop(BY_NAME[name], tmp_path).effects()
@@ -159,6 +159,49 @@ def test_rates_and_decays_of_single_steps_are_differentiated(name: str, tmp_path
         check(effects[variable].sel(step=2).isel(settings=-1), run.difference(other(key)))
 
 
+class Norms(nn.Module):
+    """A norm that averages all batches so far and is used twice, a frozen one, and one without running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.twice, self.frozen = nn.BatchNorm1d(5, momentum=None), nn.BatchNorm1d(5, momentum=0.3)
+        self.fresh = nn.BatchNorm1d(5, track_running_stats=False)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.twice(torch.tanh(self.twice(self.first(x))))
+        return self.last(torch.tanh(self.frozen(hidden)) + self.fresh(hidden) if self.training else hidden)
+
+
+def test_targets_depend_on_batches_through_running_statistics(tmp_path: Path) -> None:
+    loop = BY_NAME["gradient accumulation"]
+    run = of_loop(replace(loop, model=Norms), tmp_path)
+    effects = run.effects()
+    for sample in effects["sample"].values[:2]:
+        check(effects["effect"].sel(sample=sample), run.difference(weighted(sample)))
+
+
+class Counting(nn.Module):
+    """With a buffer that follows its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale.mul_(0.9).add_(0.1 * x.detach().std())
+        return self.linear(x) / self.scale
+
+
+def test_buffers_that_move_in_another_way_are_refused(tmp_path: Path) -> None:
+    run = of_loop(replace(BY_NAME["ragged batches"], model=Counting), tmp_path)
+    with pytest.raises(ValueError, match="moved the buffers scale in another way"):
+        run.effects()
+
+
 # ------------------------------------------------------------- that the check can fail
 
 
@@ -176,8 +219,8 @@ def test_without_the_hessian_or_the_second_moment_it_is_wrong(tmp_path: Path, mo
     along, through = Curvature.along, Adjoint.through_optimizer
 
     def flat(*arguments: Any) -> Any:
-        products, curved, gradient = along(*arguments)
-        return products, {name: 0 * value for name, value in curved.items()}, gradient
+        products, curved, *others = along(*arguments)
+        return products, {name: 0 * value for name, value in curved.items()}, *others
 
     def without_second_moment(self: Adjoint, snapshot: Any) -> Any:
         found = through(self, snapshot)
