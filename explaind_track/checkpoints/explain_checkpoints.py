@@ -19,6 +19,7 @@ from explaind_track.checkpoints.simulated_step import SimulatedStep, adjoints_of
 from explaind_track.checkpoints.training_batch import TrainingBatch
 from explaind_track.core import distributed
 from explaind_track.core.checks import (
+    plain_number,
     require_callable,
     require_instance,
     require_int,
@@ -34,6 +35,7 @@ from explaind_track.core.tensors import low_precision
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.path_integral import Terms
+from explaind_track.engine.renormalizing import renormalizing
 from explaind_track.engine.targets import fitted_query, output_count
 from explaind_track.explanation.digests import Digest, model_digest, query_digest, told_apart
 
@@ -131,6 +133,8 @@ def explain_checkpoints(
     """
     require_instance("the series", series, CheckpointSeries, "write CheckpointSeries.open(directory)")
     require_mapping("groups=", groups, '{"type": "type", "layer": "layer"}')
+    if not groups:
+        raise ValueError('groups= asks for nothing: name at least one, such as {"layer": "layer"}')
     groupings = {name: resolve_groups(spec, model) for name, spec in groups.items()}
     if extrapolate and len(series) < 2:
         raise ValueError("extrapolate= needs the steps from one checkpoint to the next, and there is one checkpoint")
@@ -188,6 +192,11 @@ class _Study:
                 f"the model's parameters are in {coarse}, in which a step's parts are lost: pass it in float32, "
                 "model.float(), which the checkpoints' numbers are read into as they are"
             )
+        if renormalizing(model):
+            raise ValueError(
+                "the model has an embedding with max_norm, which shortens rows of its weight in the forward pass: the "
+                "step from a checkpoint would not be training's; train it with a Tracker instead"
+            )
         require_callable("loss=", loss, "(model, samples) → unreduced losses (n,)")
         if optimizer is not None:
             require_callable("optimizer=", optimizer, "of the model, which makes its optimizer")
@@ -205,7 +214,7 @@ class _Study:
         names = resolve_groups("tensor", model)
         integrator = Integrator(model, query, names, memory=1, microbatch=microbatch)  # so little that it streams
 
-        labels = [] if sources is None else [str(source) for source in sources]
+        labels = [] if sources is None else [str(plain_number(source)) for source in sources]
         if sources is not None and len(labels) != batch.size:
             raise ValueError(f"sources= has {len(labels)} labels for the {batch.size} samples of train=")
         known = tuple(dict.fromkeys(labels))
@@ -276,6 +285,11 @@ class _Study:
         while True:
             bar.set_postfix(step=step.number, nodes=nodes)
             ((_, terms),) = self.integrator.terms(step, nodes)
+            if not terms.change.isfinite().all():
+                raise ValueError(
+                    f"the query is {float(terms.after - terms.change)} at the checkpoint of step {step.number}, and "
+                    f"{float(terms.after)} behind the step: its target has to be finite"
+                )
             left, change = abs(float(terms.remainder)), abs(float(terms.change))
             if left <= max(self.tolerance * change, SMALLEST) or nodes >= MOST_NODES:
                 return nodes, terms

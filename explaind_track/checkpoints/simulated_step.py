@@ -49,14 +49,14 @@ class Move:
 
     def rows(self, place: slice) -> dict[str, Tensor]:
         """The parts at some of the parameter's entries."""
-        before, kernel = self.before.view(-1)[place], self.kernel.view(-1)[place]
-        past = torch.zeros_like(before) if self.past is None else self.past.view(-1)[place]
-        decay = before * self.decay if isinstance(self.decay, float) else self.decay.view(-1)[place]
+        before, kernel = self.before.reshape(-1)[place], self.kernel.reshape(-1)[place]
+        past = torch.zeros_like(before) if self.past is None else self.past.reshape(-1)[place]
+        decay = before * self.decay if isinstance(self.decay, float) else self.decay.reshape(-1)[place]
         return {"kernel": kernel, "past": past, "regularization": decay}
 
     def end(self, place: slice, time: float = 1.0) -> Tensor:
         """θ_s(t) = θ_s − t Σ parts, at some of the entries."""
-        return self.before.view(-1)[place].sub(sum(self.rows(place).values()), alpha=time)
+        return self.before.reshape(-1)[place].sub(sum(self.rows(place).values()), alpha=time)
 
     def whole(self, part: str) -> Tensor:
         """One of the parts."""
@@ -109,7 +109,7 @@ class SimulatedStep(Change):
             rows = move.rows(place)
             found = [rows[part] for part in parts]
             if rest:
-                left = move.before.view(-1)[place] - move.end(place)
+                left = move.before.reshape(-1)[place] - move.end(place)
                 for row in found:
                     left -= row
                 found.append(left)
@@ -136,7 +136,7 @@ class _Joined(Mapping[str, Tensor]):
 def _rounding(move: Move) -> Tensor:
     """(θ_s − θ_{s+1}) − Σ parts."""
     everything = slice(None)
-    left = move.before.view(-1) - move.end(everything)
+    left = move.before.reshape(-1) - move.end(everything)
     for row in move.rows(everything).values():
         left -= row
     return left.reshape(move.before.shape)
@@ -160,7 +160,7 @@ def moves_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Mo
         free = [value for value in state.values() if _is_like(value, parameter) and value is not rule.buffer]
         kernel = update.gradient.copy_(kernel) if _is_like(update.gradient, parameter) else kernel
         past = past if past is None or rule.buffer is None else rule.buffer.copy_(past)
-        scratch = free[0] if free else torch.empty_like(parameter.detach())
+        scratch = free[0] if free else torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         moves[name] = Move(parameter.detach(), kernel, past, decay, scratch, 0.0 if rule.buffer is None else rule.beta)
 
     take_step(optimizer, parameters, move)

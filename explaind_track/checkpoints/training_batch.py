@@ -1,5 +1,6 @@
 """The batch of training data that a checkpoint's step is taken on: its gradient, and those of its parts."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -49,6 +50,11 @@ class TrainingBatch:
 
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient of the training batch is {norm}: loss= gives numbers that are not finite (as the mean "
+                "over a sample without labels is) for some of train=, or the checkpoint's weights do"
+            )
         self._scale = 1.0 if self._clip is None else min(1.0, self._clip / (norm + 1e-6))  # as torch has it
         if self._scale < 1:
             for gradient in gradients:

@@ -245,6 +245,52 @@ def test_weights_alone_make_an_estimate_with_an_optimizer_and_nothing_without(tm
     assert data["residual"][3] < 1e-4
 
 
+class Image(nn.Module):
+    """Convolutions whose weights lie in memory in another order, and statistics of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = x.repeat(1, 12).reshape(-1, 3, 4, 4)
+        return self.head(self.norm(self.conv(images)).square().mean((2, 3)))
+
+
+def test_buffers_and_memory_formats_are_the_checkpoints(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make = OPTIMIZERS["adamw"]
+    trained, model = Image().double(), Image().double()
+    optimizer = make(trained)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(trained(X), Y).backward()
+        optimizer.step()
+    assert not trained.conv.weight.is_contiguous()
+    checkpoint = HeldCheckpoint(2, trained, optimizer, make, tmp_path)
+    asked = {**SMALL, "microbatch": 6}  # whose statistics are the batch's
+    data = explain_checkpoints(CheckpointSeries([checkpoint]), model, **asked)["tensor"].data
+    for name, value in checkpoint.parameters.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    check(data["loss_before"], [F.cross_entropy(trained.eval()(X[6:]), Y[6:]).item()])
+
+    optimizer = checkpoint.optimizer(model)
+    assert optimizer is not None
+    observer, buffers = StepObserver(optimizer, dict(model.named_parameters())), dict(model.named_buffers())
+    kept = {name: value.clone() for name, value in buffers.items()}
+    SMALL["loss"](model.train(), SMALL["train"]).mean().backward()
+    for name, value in buffers.items():
+        value.copy_(kept[name])
+    observer.before(buffers)
+    optimizer.step()
+    more: dict[str, Any] = {"quadrature": Quadrature.fixed(int(data["nodes"][0])), "progress": False}
+    wanted = explain([observer.after(0, buffers)], model, SMALL["query"], groups="tensor", **more).data
+    parts = data["part"].values
+    check(data["influence"][:, 0], wanted["influence"].sel(part=parts)[:, 0], float(abs(wanted["influence"]).max()))
+
+
 def test_a_folder_is_not_written_to(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     train(gpt2(), tmp_path, max_steps=2, save_steps=2)

@@ -148,7 +148,10 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         ({"sources": ["en", "de"]}, "2 labels for the 6 samples"),
         ({"groups": "type"}, r"groups= is a mapping, such as"),
         ({"groups": {"mine": {"first": "first.*"}}}, r"parameters in no group: frozen, second\.weight"),
+        ({"groups": {}}, "groups= asks for nothing"),
         ({"microbatch": 0}, "microbatch= is at least 1"),
+        ({"train": (X[:6] / 0, Y[:6])}, "the gradient of the training batch is nan"),
+        ({"query": Query.function(X[6:], lambda output: output.sum(1) / 0).mean()}, "its target has to be finite"),
         ({"clip": 0}, "clip= is a number above 0"),
         ({"tolerance": float("nan")}, "tolerance= is nan"),
         ({"loss": None}, r"loss= is a function \(model, samples\)"),
@@ -160,6 +163,13 @@ def test_what_is_wrong_is_refused_in_words(wrong: dict[str, Any], message: str, 
     series, model = small(tmp_path, learning(OPTIMIZERS["adamw"]), 1)
     with pytest.raises((ValueError, TypeError), match=message):
         explain_checkpoints(series, model, **{**SMALL, **wrong})
+
+
+def test_a_model_that_shortens_rows_in_its_forward_pass_is_refused(tmp_path: Path) -> None:
+    series, model = small(tmp_path, learning(OPTIMIZERS["adamw"]), 1)
+    model.rows = nn.Embedding(3, 4, max_norm=1.0)
+    with pytest.raises(ValueError, match=r"max_norm.*Tracker"):
+        explain_checkpoints(series, model, **SMALL)
 
 
 def test_a_model_in_low_precision_is_refused(tmp_path: Path) -> None:
