@@ -154,7 +154,7 @@ def _examine(checkpoint: Checkpoint, model: nn.Module, found: CheckpointFinding)
     """Notes what the files hold and whether it fits the model; the optimizer, if there is one."""
     parameters = parameters_of(model)
     found.parameters = sum(value.numel() for value in parameters.values() if value.requires_grad)
-    pairs = dict(fitted(model, checkpoint.weights(), checkpoint.path))
+    pairs = dict(fitted(model, checkpoint.weights_for(model), checkpoint.path))
     found.weights = _types(source for name, (_, source) in pairs.items() if name in parameters)
     found.notes += tokens_beyond(checkpoint.path, model)
 

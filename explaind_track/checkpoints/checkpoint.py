@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from explaind_track.checkpoints.conversions import in_the_models_names
 from explaind_track.checkpoints.optimizer_state import SavedOptimizer, build_optimizer
 from explaind_track.checkpoints.settings import Settings, complete
 from explaind_track.checkpoints.weights import put_into
@@ -71,6 +72,10 @@ class Checkpoint(ABC):
     def weights(self) -> Mapping[str, Tensor]:
         """The model's tensors by the names in the files, each read when it is asked for."""
 
+    def weights_for(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The model's tensors by the names in the model, where they are others than those in the files."""
+        return in_the_models_names(self.weights(), model, self.path)
+
     @abstractmethod
     def saved_optimizer(self, model: nn.Module) -> SavedOptimizer | None:
         """The optimizer's settings as of the next step and its state, by the parameters' names; None if there is none.
@@ -93,7 +98,7 @@ class Checkpoint(ABC):
             CheckpointError: The files are torn, or hold other names, shapes or types than the model; all are named
                 and nothing is written.
         """
-        put_into(model, self.weights(), self.path)
+        put_into(model, self.weights_for(model), self.path)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
         """The optimizer over the model's parameters, with the checkpoint's state and the settings of its next step.
@@ -129,7 +134,7 @@ class Checkpoint(ABC):
         saved = self.saved_optimizer(model)
         if saved is None:
             return None
-        groups = complete(saved.groups, self.settings, saved.kind, self.step, self.path)
+        groups = complete(saved, self.settings, self.step, self.path)
         low = low_precision(self.weights())
         told = [] if low is None else [NO_MASTER.format(str(low).removeprefix("torch."))]
         return replace(saved, groups=groups, warnings=[*saved.warnings, *told])

@@ -3,11 +3,24 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from explaind_track.checkpoints.accelerate import AccelerateCheckpoint
 from explaind_track.checkpoints.checkpoint import Checkpoint
+from explaind_track.checkpoints.deepspeed import DeepSpeedCheckpoint
+from explaind_track.checkpoints.distributed import DistributedCheckpoint
+from explaind_track.checkpoints.olmo import OlmoCheckpoint
 from explaind_track.checkpoints.trainer import TrainerCheckpoint
+from explaind_track.checkpoints.trajectory import TrajectoryCheckpoint
 from explaind_track.checkpoints.weights_alone import WeightsAlone
 
-FORMATS: tuple[type[Checkpoint], ...] = (TrainerCheckpoint, WeightsAlone)
+FORMATS: tuple[type[Checkpoint], ...] = (
+    TrajectoryCheckpoint,
+    DeepSpeedCheckpoint,
+    DistributedCheckpoint,
+    OlmoCheckpoint,
+    AccelerateCheckpoint,
+    TrainerCheckpoint,
+    WeightsAlone,
+)
 
 
 def checkpoints_in(path: Path) -> Sequence[Checkpoint]:

@@ -12,7 +12,7 @@ from explaind_track.checkpoints.torch_files import read_torch
 from explaind_track.errors import CheckpointError
 
 SAFETENSORS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
-TORCH = ("pytorch_model.bin", "model.bin", "model.pt")
+TORCH = ("pytorch_model.bin", "pytorch_model_fsdp.bin", "model.bin", "model.pt")
 
 
 class SafeTensors(Mapping[str, Tensor]):

@@ -28,6 +28,8 @@ class SavedOptimizer:
     """By parameter; read when it is asked for."""
     warnings: list[str] = field(default_factory=list)
     """What its reader is not sure of."""
+    replaceable: tuple[str, ...] = ()
+    """Settings that the files tell of another step than the next, and that the user's own replace."""
 
 
 def build_optimizer(saved: SavedOptimizer, model: nn.Module, path: Path) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from explaind_track.checkpoints.optimizer_state import SavedOptimizer
 from explaind_track.core.checks import require_mapping
 from explaind_track.errors import CheckpointError
 
@@ -25,15 +26,12 @@ def require_settings(settings: Any) -> Settings:
     return dict(settings)
 
 
-def complete(
-    groups: list[dict[str, Any]], settings: Settings, kind: type[torch.optim.Optimizer], step: int, path: Path
-) -> list[dict[str, Any]]:
+def complete(saved: SavedOptimizer, settings: Settings, step: int, path: Path) -> list[dict[str, Any]]:
     """The groups with the settings that the files have left open.
 
     Args:
-        groups: As the files tell them.
+        saved: As the files tell it.
         settings: As the user tells them.
-        kind: Of the optimizer.
         step: Of the checkpoint, which settings that are functions are given.
         path: For messages.
 
@@ -42,20 +40,21 @@ def complete(
     """
     told = {name: value(step) if callable(value) else value for name, value in settings.items()}
     for name, value in told.items():
-        of_files = [group[name] for group in groups if name in group]
-        if of_files and not any(_same(value, known) for known in of_files):
+        of_files = [group[name] for group in saved.groups if name in group and name not in saved.replaceable]
+        if len(of_files) == len(saved.groups) and not any(_same(value, known) for known in of_files):
             raise CheckpointError(
                 f"settings= says {name}={value!r}, and {path} says {', '.join(map(repr, of_files))}, as of the step "
                 f"that comes next: leave {name} out of settings=, or open the checkpoints that it is of"
             )
 
-    completed = [{**told, **group} for group in groups]
-    if issubclass(kind, torch.optim.Adam):
+    replacing = {name: value for name, value in told.items() if name in saved.replaceable}
+    completed = [{**told, **group, **replacing} for group in saved.groups]
+    if issubclass(saved.kind, torch.optim.Adam):
         open_ones = sorted({name for group in completed for name in NEEDED if name not in group})
         if open_ones:
             asked = ", ".join(f"{name!r}: …" for name in open_ones)
             raise CheckpointError(
-                f"{path} does not tell {', '.join(open_ones)} of {kind.__name__}: pass settings={{{asked}}} to "
+                f"{path} does not tell {', '.join(open_ones)} of {saved.kind.__name__}: pass settings={{{asked}}} to "
                 "CheckpointSeries.open (lr as a function of the step, where there was a schedule)"
             )
     return completed

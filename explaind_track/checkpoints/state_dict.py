@@ -33,7 +33,10 @@ def saved_by_state_dict(content: Any, model: nn.Module, path: Path) -> SavedOpti
     if not isinstance(content, Mapping) or not {"state", "param_groups"} <= content.keys():
         raise CheckpointError(f"{path} holds no optimizer's state_dict(): expected its 'state' and 'param_groups'")
     groups = [group for group in content["param_groups"] if group["params"]]
-    names = name_groups(groups, content["state"], model, path)
+    if all(isinstance(name, str) for group in groups for name in group["params"]):  # gathered by FSDP
+        names = [list(group["params"]) for group in groups]
+    else:
+        names = name_groups(groups, content["state"], model, path)
 
     state = {
         name: content["state"][number]
@@ -50,6 +53,14 @@ def saved_by_state_dict(content: Any, model: nn.Module, path: Path) -> SavedOpti
     if kind is torch.optim.AdamW and any("decoupled_weight_decay" not in g and g["weight_decay"] for g in settings):
         warnings.append(f"{path.name} does not tell AdamW from Adam (torch < 2.7): taken as AdamW")
     return SavedOptimizer(kind, settings, state, warnings)
+
+
+def steps_taken(content: Any) -> int | None:
+    """How many steps an optimizer's `state_dict()` says were taken; None where it does not count them."""
+    state = content.get("state") if isinstance(content, Mapping) else None
+    entries = state.values() if isinstance(state, Mapping) else ()
+    counts = [int(entry["step"]) for entry in entries if isinstance(entry, Mapping) and "step" in entry]
+    return max(counts, default=None)
 
 
 def optimizer_class(

@@ -10,8 +10,23 @@ import torch
 from explaind_track.errors import CheckpointError
 
 
-def read_torch(path: Path) -> Any:
+class Inert:
+    """Stands for an object of a library that is not wanted: it holds what was saved of it, and does nothing."""
+
+    def __init__(self, *saved: Any) -> None:
+        self.saved = saved
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def read_torch(path: Path, inert: tuple[str, ...] = ()) -> Any:
     """What the file holds; its tensors are mapped from it, and writing to them does not reach it.
+
+    Args:
+        path: The file.
+        inert: The beginnings of the names of classes whose objects are read as `Inert` ones.
 
     Raises:
         CheckpointError: It is torn, none of torch's, or holds objects that would have to be unpickled.
@@ -19,7 +34,10 @@ def read_torch(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint is not whole")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        is_mapped = zipfile.is_zipfile(path)
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if inert and is_mapped else []
+        with torch.serialization.safe_globals([(Inert, name) for name in named if name.startswith(inert)]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_cannot_read(path, error)) from None
     except (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError) as error:

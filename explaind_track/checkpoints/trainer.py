@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -16,18 +16,18 @@ from explaind_track.checkpoints.step_number import TRAINER_STATE, require_step, 
 from explaind_track.checkpoints.torch_files import read_torch
 from explaind_track.errors import CheckpointError
 
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
-
 
 class TrainerCheckpoint(Checkpoint):
     """A folder that transformers' Trainer has saved. Its scheduler has been stepped: the groups' rate is the next
     step's."""
 
     format = "transformers' Trainer"
+    optimizer_file: ClassVar[str] = "optimizer.pt"
+    scheduler_file: ClassVar[str] = "scheduler.pt"
 
     @classmethod
     def find(cls, path: Path) -> Sequence[Self]:
-        if not any((path / name).is_file() for name in (OPTIMIZER, TRAINER_STATE)):
+        if not any((path / name).is_file() for name in (cls.optimizer_file, TRAINER_STATE)):
             return ()
         return (cls(path, require_step(path, step_by_trainer(path))),)
 
@@ -35,29 +35,29 @@ class TrainerCheckpoint(Checkpoint):
         return read_model(self.path)
 
     def saved_optimizer(self, model: nn.Module) -> SavedOptimizer | None:
-        file, scheduler = self.path / OPTIMIZER, self.path / SCHEDULER
+        file, scheduler = self.path / self.optimizer_file, self.path / self.scheduler_file
         if not file.is_file() and not scheduler.is_file():
             return None  # save_only_model=True
         saved = saved_by_state_dict(read_torch(file), model, file)
         if not scheduler.is_file():
-            told = (
-                f"there is no {SCHEDULER}: the rate is {OPTIMIZER}'s, and nothing confirms that it is the next step's"
-            )
+            told = f"there is no {scheduler.name}: the rate is {file.name}'s, nothing confirms it as the next step's"
             return replace(saved, warnings=[*saved.warnings, told])
-        _require_rates(saved, read_torch(scheduler), self.path)
+        require_rates(saved, scheduler)
         return saved
 
 
-def _require_rates(saved: SavedOptimizer, schedule: object, path: Path) -> None:
+def require_rates(saved: SavedOptimizer, scheduler: Path) -> None:
     """The groups' rates are those that the scheduler has set last. Raises CheckpointError if not."""
+    schedule = read_torch(scheduler)
     if not isinstance(schedule, Mapping) or "_last_lr" not in schedule:
-        raise CheckpointError(f"{path / SCHEDULER} is no scheduler's state_dict(): it has no '_last_lr'")
+        raise CheckpointError(f"{scheduler} is no scheduler's state_dict(): it has no '_last_lr'")
     of_optimizer = [float(group["lr"]) for group in saved.groups]
     of_schedule = [float(rate) for rate in schedule["_last_lr"]]
     if not all(any(math.isclose(rate, other, rel_tol=1e-6) for other in of_schedule) for rate in of_optimizer):
         raise CheckpointError(
-            f"{path}: the rates of {OPTIMIZER} ({_listed(of_optimizer)}) are not those that {SCHEDULER} has set for "
-            f"the next step ({_listed(of_schedule)}): the two files are of different steps, or were changed"
+            f"{scheduler.parent}: the rates of the optimizer ({_listed(of_optimizer)}) are not those that "
+            f"{scheduler.name} has set for the next step ({_listed(of_schedule)}): the files are of different "
+            "steps, or were changed"
         )
 
 

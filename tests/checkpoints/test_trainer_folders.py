@@ -67,5 +67,5 @@ def test_a_rate_that_the_scheduler_has_not_set_is_refused(folder: Path, tmp_path
     content["param_groups"][0]["lr"] *= 2
     torch.save(content, tmp_path / "optimizer.pt")
     (checkpoint,) = CheckpointSeries.open(tmp_path)
-    with pytest.raises(CheckpointError, match=r"rates of optimizer\.pt .* not those that scheduler\.pt"):
+    with pytest.raises(CheckpointError, match=r"rates of the optimizer .* not those that scheduler\.pt"):
         checkpoint.optimizer(llama())
