@@ -170,7 +170,7 @@ def draw_methods(
 
 
 def save_figures(directory: Path, figures: Mapping[str, "Figure"]) -> None:
-    """Writes each figure as PNG into a new directory."""
-    directory.mkdir()
+    """Writes each figure as PNG."""
+    directory.mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(directory / f"{name}.png", dpi=130)

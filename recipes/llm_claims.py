@@ -19,7 +19,7 @@ Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Study:
+class Curves:
     """The changes of the loss at the checkpoints of a run, (part, step, group): by type and by layer."""
 
     types: xr.DataArray
@@ -91,26 +91,28 @@ class Claim:
 
     text: str
     number: str
-    values: Callable[[Study], Sequence[float]]
+    values: Callable[[Curves], Sequence[float]]
     holds: Callable[[Sequence[float]], bool]
 
-    def test(self, study: Study) -> dict[str, Any]:
+    def test(self, curves: Curves) -> dict[str, Any]:
         """The claim's numbers in a run, and whether it holds."""
-        values = [float(value) for value in self.values(study)]
+        values = [float(value) for value in self.values(curves)]
         return {"values": values, "holds": bool(self.holds(values))}
 
 
-def _attention_over_mlp(study: Study) -> tuple[float, float]:
-    attention, mlp = (abs(study.part("kernel", kind)) for kind in ("attention", "mlp"))
-    return study.means(attention / (attention + mlp))
+def _attention_over_mlp(curves: Curves) -> tuple[float, float]:
+    attention, mlp = (abs(curves.part("kernel", kind)) for kind in ("attention", "mlp"))
+    return curves.means(attention / (attention + mlp))
 
 
-def _growth(study: Study) -> tuple[float, float]:
-    """How fast the size of weight decay's influence grows, per training step, in each phase."""
-    sizes, steps = abs(study.part("regularization")), study.types["step"].values.astype(float)
-    phases = (slice(None, study.second), slice(study.second, None))
-    slopes = [np.polyfit(steps[phase], sizes[phase], 1)[0] for phase in phases]
-    return float(slopes[0]), float(slopes[1])
+def _growth(curves: Curves) -> tuple[float, float]:
+    """How fast the size of weight decay's influence grows, per training step, from each phase's begin to its end."""
+    sizes, steps = abs(curves.part("regularization")), curves.types["step"].values
+    middle = curves.second
+    return (
+        float((sizes[middle] - sizes[0]) / (steps[middle] - steps[0])),
+        float((sizes[-1] - sizes[middle]) / max(1, steps[-1] - steps[middle])),
+    )
 
 
 def turns(values: Values) -> float:
@@ -123,19 +125,19 @@ CLAIMS = (
     Claim(
         "learning has two phases",
         "variance of the shares that two phases explain, less what a steady drift does (> 0)",
-        lambda study: [study.phases_over_drift()],
+        lambda curves: [curves.phases_over_drift()],
         lambda value: value[0] > 0,
     ),
     Claim(
         "in the first, mostly the MLPs learn",
         "mean share of MLPs and of attention, first phase (MLPs' is larger)",
-        lambda study: [study.means(study.share(kind))[0] for kind in ("mlp", "attention")],
+        lambda curves: [curves.means(curves.share(kind))[0] for kind in ("mlp", "attention")],
         lambda value: value[0] > value[1],
     ),
     Claim(
         "in the second, attention's share has grown",
         "mean share of attention, first and second phase (the second is larger)",
-        lambda study: study.means(study.share("attention")),
+        lambda curves: curves.means(curves.share("attention")),
         lambda value: value[1] > value[0],
     ),
     Claim(
@@ -147,19 +149,19 @@ CLAIMS = (
     Claim(
         "upper layers first, intermediate and lower ones later",
         "mean depth of the influence from 0 to 1, first and second phase (the second is smaller)",
-        lambda study: study.means(study.depth()),
+        lambda curves: curves.means(curves.depth()),
         lambda value: value[1] < value[0],
     ),
     Claim(
         "embeddings play a small role",
         "mean |share| of the embeddings, first and second phase (both < 0.1)",
-        lambda study: study.means(abs(study.share("embedding"))),
+        lambda curves: curves.means(abs(curves.share("embedding"))),
         lambda value: max(value) < 0.1,
     ),
     Claim(
         "the regularization of the output head changes its sign: helpful first, then harmful",
         "mean change of the loss, first and second phase (< 0, > 0)",
-        lambda study: study.means(study.part("regularization", "head")),
+        lambda curves: curves.means(curves.part("regularization", "head")),
         lambda value: value[0] < 0 < value[1],
     ),
     Claim(
@@ -171,15 +173,19 @@ CLAIMS = (
     Claim(
         "the first moment's influence changes its sign from one checkpoint to the next",
         "share of neighbouring checkpoints with opposite signs (> 0.5)",
-        lambda study: [turns(study.part("past"))],
+        lambda curves: [turns(curves.part("past"))],
         lambda value: value[0] > 0.5,
     ),
 )
 
 
-def tested(studies: Mapping[int, Study]) -> list[dict[str, Any]]:
+def tested(runs: Mapping[int, Curves]) -> list[dict[str, Any]]:
     """Every claim with its numbers in the run of each seed."""
     return [
-        {"claim": claim.text, "number": claim.number, "seeds": {seed: claim.test(one) for seed, one in studies.items()}}
+        {
+            "claim": claim.text,
+            "number": claim.number,
+            "seeds": {seed: claim.test(curves) for seed, curves in runs.items()},
+        }
         for claim in CLAIMS
     ]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from explaind_track.checkpoints.sequences import Sequences
+from explaind_track.checkpoints.sequences import Row, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -146,23 +146,25 @@ def _of_hub(config: DictConfig, language: str) -> list[str]:
 # ------------------------------------------------------------------ tokens
 
 
-def train_tokenizer(documents: Documents, size: int) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE of `size` tokens, trained on the spot; `<end>` is one of them."""
+def tokenizer_in(directory: Path, rows: Sequence[Row], size: int) -> "PreTrainedTokenizerFast":
+    """The tokenizer in a directory; where there is none yet, a byte-level BPE of `size` tokens, trained on the texts.
+
+    `<end>` is one of its tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = (text for language in documents.values() for text in language)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    if not directory.is_dir():
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        )
+        bpe.train_from_iterator((row.content for row in rows), trainer)
+        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END).save_pretrained(directory)
+    return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
 def write_rows(path: Path, documents: Documents) -> None:

@@ -41,7 +41,7 @@ def make_model(config: DictConfig, tokens: int) -> "LlamaForCausalLM":
 
 def train(
     config: DictConfig, sequences: Sequences, tokenizer: "PreTrainedTokenizerBase", seed: int, directory: Path
-) -> list[dict[str, float]]:
+) -> None:
     """Trains, or goes on from the last checkpoint in `directory`; keeps the checkpoints of `config.checkpoints`.
 
     Args:
@@ -50,26 +50,29 @@ def train(
         tokenizer: Saved with each checkpoint.
         seed: Of the model and of the data's order.
         directory: Where the Trainer keeps its checkpoints, `checkpoint-<step>`.
-
-    Returns:
-        The loss by step, as the Trainer logged it.
     """
     import transformers
 
-    last = transformers.trainer_utils.get_last_checkpoint(directory) if directory.is_dir() else None
+    transformers.utils.logging.disable_progress_bar()  # of single files; the Trainer's own stays
+    done = last_checkpoint(directory)
+    if done is not None and done.name == f"checkpoint-{config.steps}":
+        return
+
     transformers.set_seed(seed)
     trainer = transformers.Trainer(
         make_model(config, len(tokenizer)),
         trainer_arguments(config, seed, directory),
         train_dataset=Rows(sequences.input_ids),
         processing_class=tokenizer,
-        callbacks=[keep_at(config.checkpoints)],
+        callbacks=[keep_at((*config.checkpoints, config.steps))],
     )
-    if last is None or not last.endswith(f"-{config.steps}"):
-        trainer.train(resume_from_checkpoint=last)
-    else:
-        trainer.state = transformers.TrainerState.load_from_json(f"{last}/trainer_state.json")
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    trainer.train(resume_from_checkpoint=None if done is None else str(done))
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The last of the Trainer's checkpoints that is whole: it writes trainer_state.json last."""
+    whole = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def trainer_arguments(config: DictConfig, seed: int, directory: Path) -> Any:

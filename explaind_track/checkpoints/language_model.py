@@ -1,15 +1,18 @@
 """The causal language model behind a checkpoint: the model itself, its tokenizer, and its loss. Needs transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from explaind_track.checkpoints.sequences import Row, Sequences, make_sequences
-from explaind_track.core.checks import require_int, require_package
+from explaind_track.checkpoints.sequences import IGNORED, Sequences, draw, make_sequences, read_rows
+from explaind_track.core.checks import require_package
+from explaind_track.core.queries import Query
+from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.errors import CheckpointError
 
 LONGEST = 2048
@@ -27,63 +30,110 @@ class LanguageModel:
     tokenizer: Any = None
 
     @classmethod
-    def of(cls, folder: Path, tokenizer: str | None = None, device: str = "cpu") -> "LanguageModel":
+    def of(cls, folder: Path, named: str | None = None, device: str = "cpu") -> "LanguageModel":
         """The model of a checkpoint's folder, with weights at random; `Checkpoint.load` puts those of the file in.
 
         Args:
-            folder: With `config.json`, and the tokenizer's files unless it is named.
-            tokenizer: Another folder that has it, or its name at the hub.
+            folder: With `config.json` and the tokenizer's files, unless they are elsewhere.
+            named: Another folder that has them, or their name at the hub.
             device: Where the model lies.
 
         Raises:
-            CheckpointError: There is no such description, or the tokenizer that was named cannot be had.
+            CheckpointError: There is no such description.
         """
         require_package("transformers", "callbacks", "a language model")
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        place = named or str(folder)
         try:
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(place)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
         except (OSError, ValueError, ImportError) as error:
             raise CheckpointError(
-                f"{folder} does not describe a causal language model of transformers ({_first_line(error)}): put the "
-                "config.json of the model there; other models are explained by explaind_track.explain_checkpoints"
+                f"{place} does not describe a causal language model of transformers ({_first_line(error)}): name the "
+                "folder, or the model at the hub, that has its config.json; other models are explained by "
+                "explaind_track.explain_checkpoints"
             ) from None
         longest = getattr(config, "max_position_embeddings", None)
-        return cls(model, int(config.vocab_size), longest, _tokenizer_of(folder, tokenizer))
+        return cls(model, int(config.vocab_size), longest, _tokenizer_of(place))
 
-    def sequences(self, rows: Sequence[Row], length: int | None, layout: str, name: str) -> Sequences:
-        """Rows as sequences of this model's tokens, see `make_sequences`.
+    def read(
+        self,
+        path: Path,
+        count: int | None,
+        mixture: Mapping[str, float] | None = None,
+        length: int | None = None,
+        layout: str = "pack",
+        seed: int = 0,
+    ) -> Sequences:
+        """Sequences of a file of rows, so many of them (None: all), see `make_sequences` and `draw`.
 
         length: tokens in a sequence; None: as many as the model takes, at most `LONGEST`.
 
         Raises:
-            ValueError: The model cannot take so many tokens, or the rows do not fit it.
+            ValueError: The model cannot take so many tokens, or the rows do not fit it, or are too few.
         """
-        longest = self.longest or LONGEST
-        length = min(longest, LONGEST) if length is None else require_int("length", length, 2)
+        if length is None:
+            length = min(self.longest or LONGEST, LONGEST)
         if self.longest is not None and length > self.longest:
             raise ValueError(f"the model takes at most {self.longest} tokens at once, not {length}")
 
         end = None if self.tokenizer is None else self.tokenizer.eos_token_id
         encode = None if self.tokenizer is None else self._encode
-        return make_sequences(rows, length, self.vocabulary, encode, end, layout, name)
+        rows, name = read_rows(path), str(path)
+        sequences = make_sequences(rows, length, self.vocabulary, encode, end, layout, name)
+        return sequences if count is None else draw(sequences, count, mixture, seed, name)
+
+    @staticmethod
+    def batch(sequences: Sequences) -> dict[str, Tensor]:
+        """The sequences as `loss` and the model take them."""
+        return {"input_ids": sequences.input_ids, "labels": sequences.labels}
+
+    @staticmethod
+    def loss(sequences: Sequences) -> SampleLoss:
+        """The losses of sequences, whose mean over all of these is the mean over their tokens, as training has it."""
+        tokens_each = sequences.predicted() / len(sequences)
+
+        def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+            return token_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"]) / tokens_each
+
+        return losses
+
+    @staticmethod
+    def query(sequences: Sequences) -> Query:
+        """The mean loss over the tokens of all sequences."""
+        tokens = sequences.predicted()
+
+        def losses(output: Any, labels: Tensor) -> Tensor:
+            return token_losses(output.logits, labels) / tokens
+
+        return Query.function({"input_ids": sequences.input_ids}, losses, sequences.labels).sum()
 
     def _encode(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return tokens
 
 
-def _tokenizer_of(folder: Path, name: str | None) -> Any:
-    """The tokenizer that is named, or that lies in the folder; None where there is none."""
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the losses of each sequence's tokens, (N,), in float64: every token from those before it.
+
+    logits: (N, T, V). labels: (N, T), with `IGNORED` where there is nothing to predict.
+    """
+    scores, wanted = logits[:, :-1].double().flatten(0, 1), labels[:, 1:]
+    losses = F.cross_entropy(scores, wanted.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(wanted).sum(1)
+
+
+def _tokenizer_of(place: str) -> Any:
+    """The tokenizer in a folder or at the hub; None where there is none."""
     from transformers import AutoTokenizer
 
-    if name is None and not any(folder.glob("tokenizer*")):
-        return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name or folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"there is no tokenizer in {name or folder} ({_first_line(error)})") from None
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, ImportError, KeyError):
+        return None  # rows of tokens need none, and rows of text say that it is missing
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        return None  # without its files, transformers makes an empty one
     tokenizer.model_max_length = 10**9  # texts are cut here, not there
     return tokenizer
 

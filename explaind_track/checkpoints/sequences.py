@@ -66,6 +66,10 @@ class Sequences:
         """How many sequences there are of each source."""
         return dict(Counter(self.sources))
 
+    def predicted(self) -> int:
+        """How many tokens are predicted: all but the first of each sequence, and padding."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
     def take(self, index: Sequence[int]) -> "Sequences":
         """The sequences of these positions, in this order."""
         positions = torch.tensor(list(index), dtype=torch.long)
@@ -178,7 +182,7 @@ def _tokens_of(row: Row, encode: Encode | None, end: int | None, vocabulary: int
     elif encode is None:
         raise ValueError(
             f'{name}, line {row.line}: there is no tokenizer beside the checkpoint; give rows with "input_ids", or '
-            "name a tokenizer"
+            "name the model that has one"
         )
     else:
         tokens = [*encode(row.content), *([] if end is None else [end])]

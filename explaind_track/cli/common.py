@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from explaind_track.errors import TrajectoryError
+from explaind_track.errors import CheckpointError, TrajectoryError
 from explaind_track.record.history import HISTORY
 from explaind_track.record.manifest import MANIFEST, Manifest
 from explaind_track.record.remote import PREFIX
@@ -31,7 +31,7 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
             if "pip install" not in str(error):  # as `missing_package` says what to do
                 raise
             raise click.ClickException(inert(str(error))) from None
-        except (TrajectoryError, ValueError, TypeError, OSError, _wandb_error()) as error:
+        except (CheckpointError, TrajectoryError, ValueError, TypeError, OSError, _wandb_error()) as error:
             raise click.ClickException(inert(str(error))) from None
 
     return run

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from explaind_track.cli.analyses import audit, explain, prune, similarity
+from explaind_track.cli.checkpoints import checkpoints
 from explaind_track.cli.common import (
     AS_JSON,
     RUN,
@@ -48,7 +49,7 @@ def main() -> None:
     """
 
 
-for command in (audit, compare, completion, demo, doctor, explain, prune, report, similarity):
+for command in (audit, checkpoints, compare, completion, demo, doctor, explain, prune, report, similarity):
     main.add_command(command)
 
 

@@ -11,6 +11,7 @@ from explaind_track.record.history import (
     KERNEL,
     LOSS,
     OUTSIDE,
+    PAST,
     REGULARIZATION,
     RESIDUAL,
     SECONDS,
@@ -19,6 +20,8 @@ from explaind_track.record.history import (
     is_measure,
     is_residual,
     keys_by_group,
+    section_of,
+    whole_change_key,
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -31,6 +34,15 @@ NAMED = 12
 
 EARLY_STEPS = 10
 """An optimizer's first steps move a model by far more than all others do: they do not set the scale."""
+
+
+CHANGES = {
+    KERNEL: "through the training samples",
+    REGULARIZATION: "through weight decay",
+    PAST: "through the first moment from before",
+    OUTSIDE: "through changes by something other than the optimizer",
+}
+"""What changed a loss, in words."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,12 @@ def _all_sections(keys: Sequence[str]) -> list[Section]:
     def measures(name: str) -> dict[str, str]:
         return {key: key for key in keys if is_measure(key) and key.endswith(name)}
 
+    # other losses, and other groupings of the first one, under their names
+    losses = {
+        name: "" if name == LOSS else f" ({name})"
+        for name in map(section_of, keys)
+        if name and whole_change_key(name) in keys
+    }
     totals = {"kernel": importance_key(KERNEL, TOTAL), "weight decay": importance_key(REGULARIZATION, TOTAL)}
     return [
         Section(
@@ -87,6 +105,7 @@ def _all_sections(keys: Sequence[str]) -> list[Section]:
             [
                 Figure("kernel, by group", groups(KERNEL), stacked=True),
                 Figure("weight decay, by group", groups(REGULARIZATION), stacked=True),
+                Figure("the first moment from before, by group", groups(PAST), stacked=True),
                 Figure("changed by something other than the optimizer, by group", groups(OUTSIDE), stacked=True),
                 Figure("all groups together", {name: key for name, key in totals.items() if key in keys}),
             ],
@@ -100,9 +119,9 @@ def _all_sections(keys: Sequence[str]) -> list[Section]:
             "Change of the loss",
             "How much each group changed the queries' loss in each step; below zero: it fell.",
             [
-                Figure("through the training samples", groups(f"{LOSS}/{KERNEL}")),
-                Figure("through weight decay", groups(f"{LOSS}/{REGULARIZATION}")),
-                Figure("through changes by something other than the optimizer", groups(f"{LOSS}/{OUTSIDE}")),
+                Figure(f"{title}{of}", groups(f"{loss}/{part}"))
+                for loss, of in losses.items()
+                for part, title in CHANGES.items()
             ],
         ),
         Section(

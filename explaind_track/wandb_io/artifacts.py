@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,20 @@ def log_result(
     if source is not None:
         run.use_artifact(source)
     run.log_artifact(artifact).wait(int(FINISH_SECONDS))
+
+
+def log_references(run: "wandb.Run", kind: str, places: Mapping[str, Path]) -> str:
+    """Logs where things lie on this disk, by their names, as an artifact `<kind>-<run id>`: none of them is read or
+    sent. Returns the artifact's name, for `log_result(…, uses=…)`."""
+    import wandb
+
+    artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
+    for name, place in places.items():
+        artifact.add_reference(place.absolute().as_uri(), name, checksum=False)
+    logged = run.log_artifact(artifact)
+    if not is_offline(run):
+        logged.wait(int(FINISH_SECONDS))
+    return "/".join(filter(None, (run.entity, run.project, f"{kind}-{run.id}:latest")))
 
 
 def _metadata(directory: Path, manifest: Manifest) -> dict[str, Any]:
