@@ -10,7 +10,6 @@ import click
 from explaind_track.checkpoints.series import CheckpointSeries
 from explaind_track.cli.common import AS_JSON, report_errors, tell
 from explaind_track.core.checks import require_names
-from explaind_track.record.history import section_of
 
 if TYPE_CHECKING:
     from explaind_track.analysis.checkpoint_study import Study
@@ -73,6 +72,8 @@ def checkpoints(
 
     names = require_names("--groups", groups.split(","), "grouping")
     shares = None if mixture is None else parse_mixture(mixture)
+    if settings["clip"] is None:
+        click.echo("gradients are taken as they are; if training clipped them, say to which norm by --clip", err=True)
     series = CheckpointSeries.open(source)
     language = LanguageModel.of(series[-1].path, model, device)
 
@@ -104,9 +105,8 @@ def send(project: str, out: Path, series: CheckpointSeries, found: "Study") -> s
     run = open_run(project, out)
     try:
         tie(out, run)
-        rows = found.panel_rows()
-        panels = Panels(run, None, sorted({section for row in rows for key in row if (section := section_of(key))}))
-        for row in rows:
+        panels = Panels(run, None)
+        for row in found.panel_rows():
             panels.log(row)
         panels.close()
 
