@@ -12,7 +12,6 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from explaind_track.core.checks import require_int
@@ -396,5 +395,5 @@ class Trajectory(Summarized):
             yield
         except TrajectoryError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
             raise TrajectoryError(f"{self.directory} does not hold what a trajectory holds: {error!r}") from error

@@ -40,7 +40,7 @@ FEW, MANY = 25, 1000
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 3, 7, 2**31, 2**63, 10**30, -0.5, 1e308, float("inf"), float("nan"),
     "", "a", "../../secret", "/etc/passwd", "keyframes/00000000.safetensors", "a\0b", "\ud800", "<b>", "\x1b[2J",
-    "0" * 64, "ä" * 10**5, [], [[]], [1, 2], {}, {"a": 1}, {"picture": "media/../../secret"}, [0] * 10**4,
+    "0" * 64, "ä" * 10**5, [], [[]], [1, 2], {}, {"a": 1}, {"picture": "media/../../secret"}, [0] * 100,
 ]  # fmt: skip
 
 Node = tuple[Any, Any]
@@ -61,12 +61,12 @@ def mutated(draw: st.DrawFn, tree: Any) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         places = list(nodes(tree))
         if not places:
-            return draw(st.sampled_from(VALUES))
+            return deepcopy(draw(st.sampled_from(VALUES)))
         holder, key = draw(st.sampled_from(places))
         kind = draw(st.sampled_from(["replace", "replace", "leave out", "double", "exchange", "off", "nest"]))
         value = holder[key]
         if kind == "replace":
-            holder[key] = draw(st.sampled_from(VALUES))
+            holder[key] = deepcopy(draw(st.sampled_from(VALUES)))
         elif kind == "leave out":
             del holder[key]
         elif kind == "double" and isinstance(holder, list):
@@ -82,7 +82,7 @@ def mutated(draw: st.DrawFn, tree: Any) -> Any:
         elif kind == "off" and isinstance(value, str):
             holder[key] = value[: draw(st.integers(0, len(value)))] + draw(st.sampled_from(["", "x", "/", "\n"]))
         else:
-            for _ in range(draw(st.sampled_from([1, 20, 300]))):
+            for _ in range(draw(st.sampled_from([1, 20, 100]))):
                 value = [value]
             holder[key] = value
     return tree
