@@ -100,6 +100,8 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event == "open":
         path, _, flags = arguments
+        if (flags or 0) & os.O_TMPFILE == os.O_TMPFILE:
+            return  # it has no name
         writes = bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         paths = [path]
     else:
