@@ -100,8 +100,8 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event == "open":
         path, _, flags = arguments
-        if (flags or 0) & os.O_TMPFILE == os.O_TMPFILE:
-            return  # it has no name
+        if os.path.isdir(path):
+            return  # a file without a name, or a directory that is locked or goes through to the disk
         writes = bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         paths = [path]
     else:
