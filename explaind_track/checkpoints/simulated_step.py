@@ -167,6 +167,17 @@ def moves_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Mo
     return moves
 
 
+def guess_second_moment(optimizer: torch.optim.Adam, steps: int) -> None:
+    """Makes a new Adam one that has taken so many steps, as far as the gradients in place tell: nothing in the first
+    moment, and their squares in the second. Its own first step would be ten times as long, and in units of 1."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                square = parameter.grad.square()
+                state = {"step": torch.tensor(float(steps)), "exp_avg": torch.zeros_like(square), "exp_avg_sq": square}
+                optimizer.state[parameter] = {**state, "max_exp_avg_sq": square.clone()} if group["amsgrad"] else state
+
+
 def adjoints_of(optimizer: torch.optim.Optimizer, model: nn.Module, feature: dict[str, Tensor]) -> dict[str, Tensor]:
     """`(b Q e + d) P φ` by parameter, whose product with a share of the gradient is that share's influence through this
     step (Cor. F.2); in the place of φ, which is used up. The model's parameters stay as they are."""
@@ -248,9 +259,9 @@ def _move(
 
 
 def _momentum(optimizer: torch.optim.Optimizer, settings: Settings, parameter: Tensor) -> Tensor | None:
-    """A copy of the momentum buffer before the step; None where there is none yet."""
+    """A copy of the momentum buffer before the step; None where nothing is in it."""
     state = optimizer.state.get(parameter)
     if not state or float(state.get("step", 1)) == 0:  # a state that was made, and never used
         return None
     buffer = update_rule(optimizer, settings, state, False).buffer
-    return None if buffer is None else buffer.clone()
+    return buffer.clone() if buffer is not None and bool(buffer.any()) else None

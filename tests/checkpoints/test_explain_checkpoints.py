@@ -244,6 +244,20 @@ def test_weights_alone_make_an_estimate_with_an_optimizer_and_nothing_without(tm
     assert not past[:3].isnull().any()
     assert data["residual"][3] < 1e-4
 
+    # α (1−β₁)/(1−β₁¹⁰) g/√v̂, and v is g²; in a step so short that φ is that of its beginning
+    model.drop.p = 0.0
+    short = learning(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-7, betas=(0.8, 0.9), eps=0))
+    found = explain_checkpoints(CheckpointSeries([alone]), model, optimizer=short, **SMALL)["tensor"].data["influence"]
+    bias = model.second.bias
+    gradient, slope = (
+        torch.autograd.grad(value.mean(), bias)[0]
+        for value in (SMALL["loss"](model, SMALL["train"]), SMALL["query"](model))
+    )
+    count = 10
+    scale = 1e-7 * (1 - 0.8) / (1 - 0.8**count) * (1 - 0.9**count) ** 0.5
+    wanted = scale * float(slope @ (gradient.sign()))
+    check(found.sel(part="kernel", group="second.bias"), [wanted], tolerance=1e-4)
+
 
 class Image(nn.Module):
     """Convolutions whose weights lie in memory in another order, and statistics of the batch."""
