@@ -31,7 +31,7 @@ HISTORY = "history.jsonl"
 AXIS = "train/step"
 """The metric that all others are drawn over: the number of the training step."""
 
-FIRST = re.compile(rb'\{"train/step": (\d+)\b')
+FIRST = re.compile(rb'\{"train/step": ([0-9]{1,15})\b')
 """How the line of a row begins."""
 
 KERNEL = "kernel"

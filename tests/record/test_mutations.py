@@ -35,7 +35,7 @@ from explaind_track.record.validation import read_json
 
 OURS = tuple(error for name in errors.__all__ if issubclass(error := getattr(errors, name), Exception))
 MOST_MB = 200
-FEW, MANY = 25, 1000
+FEW, MANY = 12, 1000
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 3, 7, 2**31, 2**63, 10**30, -0.5, 1e308, float("inf"), float("nan"),

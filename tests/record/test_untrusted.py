@@ -11,7 +11,7 @@ from jobs import make_job
 
 from explaind_track import Trajectory
 from explaind_track.errors import TrajectoryError
-from explaind_track.record.history import append_row, read_rows
+from explaind_track.record.history import append_row, read_rows, steps_logged
 from explaind_track.record.media import pictures
 from explaind_track.record.run_directory import read_tie
 from explaind_track.wandb_io.artifacts import trajectory_version
@@ -158,6 +158,14 @@ def test_rows_that_cannot_be_are_refused_by_their_line(line: str, tmp_path: Path
         file.write(line + "\n")
     with pytest.raises(TrajectoryError, match=r"line 2 of .*history\.jsonl is not what this package writes"):
         read_rows(tmp_path)
+
+
+def test_a_step_of_more_digits_than_a_number_may_have_is_a_torn_one(tmp_path: Path) -> None:
+    append_row(tmp_path, {"train/step": 0})
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"train/step": ' + "9" * 5000 + "}\n")
+    assert steps_logged(tmp_path) == {0}
+    assert [row["train/step"] for row in read_rows(tmp_path)] == [0]
 
 
 @pytest.mark.parametrize("field", ["entity", "project", "id"])
