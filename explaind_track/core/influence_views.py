@@ -1,7 +1,7 @@
 """Views of an influence: its summary, its rows for pandas, its figure, and the samples that did most."""
 
+import io
 from collections.abc import Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,11 +116,6 @@ def frame(data: xr.Dataset) -> pd.DataFrame:
 
 def figure(data: xr.Dataset) -> "Figure":
     """See `Influence.plot`."""
-    require_package("matplotlib", "plots", "a figure")
-    from matplotlib.figure import Figure
-
-    import_module("matplotlib.pyplot")  # a notebook shows figures only once this is imported
-
     values, name = _drawn(data)
     axes = [str(axis) for axis in values.dims if axis != "part" and values.sizes[axis] > 1]
     if len(axes) > 2:
@@ -133,10 +128,10 @@ def figure(data: xr.Dataset) -> "Figure":
     parts = [part for part in parts if part not in SHARES] or parts
 
     if len(axes) < 2 and "step" not in axes:
-        drawn = Figure(figsize=(7, 3.5), layout="constrained")
+        drawn = _figure(7, 3.5)
         _bars(drawn.subplots(), values, axes, parts, name)
         return drawn
-    drawn = Figure(figsize=(5.5 * len(parts), 3.8), layout="constrained")
+    drawn = _figure(5.5 * len(parts), 3.8)
     for axis, part in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         one = values.sel(part=part) if part else values
         if "step" in axes and _fits_lines(one, axes):
@@ -145,6 +140,20 @@ def figure(data: xr.Dataset) -> "Figure":
             _heat_map(axis, one, axes, name)
         axis.set_title(part or "kernel")
     return drawn
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches, which a notebook shows without pyplot."""
+    require_package("matplotlib", "plots", "a figure")
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            content = io.BytesIO()
+            self.savefig(content, format="png")
+            return content.getvalue()
+
+    return ShownFigure(figsize=(width, height), layout="constrained")
 
 
 def _drawn(data: xr.Dataset) -> tuple[xr.DataArray, str]:
