@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -75,6 +76,18 @@ def test_every_key_of_a_row_is_on_the_page_of_panels(tmp_path: Path) -> None:
     found = {pattern(key) for row in read_rows(tmp_path / "t") for key in row} - {"train/step"}
     assert {"outside/<group>", "loss/kernel/<group>", "<auxiliary>/<group>", "samples/map"} <= found
     assert found - described == {"loss/<auxiliary>/<group>"} & found
+
+
+def test_every_public_name_is_on_a_page_of_the_reference() -> None:
+    """As the site's build asks for, which is slow to run: `docs/hooks.py`."""
+    pytest.importorskip("mkdocs")
+    spec = util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    shown = {name for page in (DOCS / "reference").glob("*.md") for name in hooks.named_in(page.read_text())}
+    assert sorted(hooks.public_names() - shown) == []
 
 
 def test_every_command_is_on_the_page_of_the_command_line() -> None:
@@ -167,8 +180,6 @@ def test_a_public_name_without_a_page_is_refused(tmp_path: Path) -> None:
     for name in ("docs", "explaind_track", "recipes", "tests", "mkdocs.yml", "CHANGELOG.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "docs").unlink()
-    import shutil
-
     shutil.copytree(DOCS, tmp_path / "docs")
     page = tmp_path / "docs" / "reference" / "ask.md"
     page.write_text(page.read_text().replace("::: explaind_track.Quadrature\n", ""))
