@@ -60,11 +60,16 @@ def _rest_and_limit(update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     if is_low:
         size.mul_(LOW_PRECISION_SHARE)
 
-    parts = [update.kernel(), update.regularization()]
-    parts += [update.contribution(name) for name in update.contributions if name != "regularization"]
-    for part in parts:
+    def take(part: Tensor) -> None:  # one at a time, for of a large embedding each is as large
+        nonlocal rest, size
         rest -= part
         size += part.abs_()
+
+    take(update.kernel())
+    take(update.regularization())
+    for name in update.contributions:
+        if name != "regularization":
+            take(update.contribution(name))
 
     if is_low and update.rule.precision is None:
         info = torch.finfo(dtype)

@@ -1,8 +1,9 @@
 """The streaming reverse plan: a backward pass for each target, whose gradients are multiplied and dropped one by one.
 
-For targets that are one or a few scalars, in the memory that training takes. A hook on every parameter takes its inner
-products with each part of the step, Σ_θ φ_θ part_θ in float64, as soon as its gradient is there, and drops it: φ never
-exists as a whole, nor does any part. It is plain autograd, with attention by the fused kernels.
+For targets that are one or a few scalars; beside the step, one copy of the parameters is held, θ_s(t). A hook on every
+parameter takes its inner products with each part of the step, Σ_θ φ_θ part_θ in float64, as soon as its gradient is
+there, and drops it: φ never exists as a whole, nor does any part. It is plain autograd, with attention by the fused
+kernels.
 """
 
 from collections.abc import Callable, Iterator

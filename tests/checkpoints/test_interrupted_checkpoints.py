@@ -1,5 +1,6 @@
 """What explanations of checkpoints leave behind when they are interrupted, how they go on, and what they refuse."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,8 @@ class Raising:
 
     def __call__(self, *_: Any) -> None:
         self.calls += 1
+        if self.calls == self.at and self.error is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)  # as Ctrl-C does
         if self.calls == self.at:
             raise self.error
 
