@@ -19,7 +19,7 @@ class AccelerateCheckpoint(TrainerCheckpoint):
     optimizer_file, scheduler_file = "optimizer.bin", "scheduler.bin"
 
     @classmethod
-    def find(cls, path: Path) -> Sequence[Self]:
+    def find(cls, path: Path, step: int | None = None) -> Sequence[Self]:
         file = path / cls.optimizer_file
         if not file.is_file():
             return ()
@@ -27,4 +27,4 @@ class AccelerateCheckpoint(TrainerCheckpoint):
             raise CheckpointError(
                 f"{path} holds the states of several optimizers: only a run with one can be explained"
             )
-        return (cls(path, require_step(path, steps_taken(read_torch(file)))),)
+        return (cls(path, require_step(path, step, steps_taken(read_torch(file)))),)

@@ -61,8 +61,12 @@ class Checkpoint(ABC):
 
     @classmethod
     @abstractmethod
-    def find(cls, path: Path) -> Sequence[Self]:
+    def find(cls, path: Path, step: int | None = None) -> Sequence[Self]:
         """The checkpoints of this format that a folder is; none where it is of another.
+
+        Args:
+            path: The folder.
+            step: The number of steps, where something else than its files and its name tells it.
 
         Raises:
             CheckpointError: It is of this format, but something is missing of it.

@@ -32,11 +32,11 @@ class DeepSpeedCheckpoint(Checkpoint):
         self._folder = folder
 
     @classmethod
-    def find(cls, path: Path) -> Sequence[Self]:
+    def find(cls, path: Path, step: int | None = None) -> Sequence[Self]:
         folder = next((folder for folder in _candidates(path) if _has_partitions(folder)), None)
         if folder is None:
             return ()
-        step = step_by_trainer(path)
+        step = step_by_trainer(path) if step is None else step
         step = step_by_name(folder) if step is None else step
         step = ZeroFiles(folder).steps_taken if step is None else step
         return (cls(path, require_step(path, step), folder),)

@@ -25,11 +25,11 @@ class DistributedCheckpoint(Checkpoint):
     format = "torch.distributed"
 
     @classmethod
-    def find(cls, path: Path) -> Sequence[Self]:
+    def find(cls, path: Path, step: int | None = None) -> Sequence[Self]:
         folders = [folder for folder in (path / MODEL, path / OPTIMIZER, path) if (folder / CONTENTS).is_file()]
         if not folders:
             return ()
-        step = step_by_trainer(path)
+        step = step_by_trainer(path) if step is None else step
         told = [_steps_taken(folder) for folder in folders] if step is None else []
         return (cls(path, require_step(path, step, *told)),)
 

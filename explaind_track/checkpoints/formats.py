@@ -23,10 +23,10 @@ FORMATS: tuple[type[Checkpoint], ...] = (
 )
 
 
-def checkpoints_in(path: Path) -> Sequence[Checkpoint]:
-    """The checkpoints that a folder is; none where no format is recognised."""
+def checkpoints_in(path: Path, step: int | None = None) -> Sequence[Checkpoint]:
+    """The checkpoints that a folder is; none where no format is recognised. step: if it is known."""
     for format_ in FORMATS:
-        found = format_.find(path)
+        found = format_.find(path, step)
         if found:
             return found
     return ()

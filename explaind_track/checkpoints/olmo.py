@@ -31,8 +31,8 @@ class OlmoCheckpoint(Checkpoint):
     format = "OLMo"
 
     @classmethod
-    def find(cls, path: Path) -> Sequence[Self]:
-        return (cls(path, require_step(path)),) if (path / OPTIMIZER).is_file() else ()
+    def find(cls, path: Path, step: int | None = None) -> Sequence[Self]:
+        return (cls(path, require_step(path, step)),) if (path / OPTIMIZER).is_file() else ()
 
     def weights(self) -> Mapping[str, Tensor]:
         if not (self.path / MODEL).is_file():

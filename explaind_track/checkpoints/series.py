@@ -10,6 +10,7 @@ from torch import nn
 from explaind_track.checkpoints.check import BatchLoss, SeriesCheck, check_series
 from explaind_track.checkpoints.checkpoint import Checkpoint
 from explaind_track.checkpoints.formats import FORMATS, checkpoints_in
+from explaind_track.checkpoints.hub import PREFIX, hub_checkpoints
 from explaind_track.checkpoints.settings import Settings, require_settings
 from explaind_track.checkpoints.step_number import step_by_name
 from explaind_track.core.checks import first_few, shown
@@ -61,7 +62,9 @@ class CheckpointSeries:
         """Finds the checkpoints, their formats and steps; reads no weights.
 
         Args:
-            source: A folder of checkpoints, or one checkpoint; or a list of checkpoints' folders.
+            source: A folder of checkpoints, or one checkpoint; a list of checkpoints' folders; or `hf:owner/name`, a
+                repository of the hub whose branches are checkpoints (`step1000`), each fetched when it is first needed
+                (`hf:owner/name@step1000` is one of them).
             settings: Settings of the optimizer that the files do not tell, by name; each a value, or a function of the
                 step: `{"lr": lambda step: 6e-4 * min(1, step / 1000)}`, the rate of the step that comes next.
 
@@ -81,7 +84,7 @@ class CheckpointSeries:
             raise TypeError(f"a series is opened from a folder or a list of folders, not {shown(source)}")
         told = require_settings(settings)
         folders = [source] if isinstance(source, str | PathLike) else source
-        series = cls(checkpoint for folder in folders for checkpoint in _found(Path(folder)))
+        series = cls(checkpoint for folder in folders for checkpoint in _found(folder))
         for checkpoint in series:
             checkpoint.settings = told
         return series
@@ -140,8 +143,11 @@ class CheckpointSeries:
         return f"<CheckpointSeries of {len(self)}, steps {first.step} to {last.step}: {first.format}>"
 
 
-def _found(path: Path) -> Sequence[Checkpoint]:
-    """The checkpoints that a folder is, or holds in folders."""
+def _found(source: Source) -> Sequence[Checkpoint]:
+    """The checkpoints that a folder is, or holds in folders, or that a repository of the hub has."""
+    if str(source).startswith(PREFIX):
+        return hub_checkpoints(str(source))
+    path = Path(source)
     if not path.exists():
         raise CheckpointError(f"there is no {path}")
     if not path.is_dir():

@@ -26,10 +26,10 @@ class TrainerCheckpoint(Checkpoint):
     scheduler_file: ClassVar[str] = "scheduler.pt"
 
     @classmethod
-    def find(cls, path: Path) -> Sequence[Self]:
+    def find(cls, path: Path, step: int | None = None) -> Sequence[Self]:
         if not any((path / name).is_file() for name in (cls.optimizer_file, TRAINER_STATE)):
             return ()
-        return (cls(path, require_step(path, step_by_trainer(path))),)
+        return (cls(path, require_step(path, step, step_by_trainer(path))),)
 
     def weights(self) -> Mapping[str, Tensor]:
         return read_model(self.path)

@@ -25,7 +25,7 @@ class TrajectoryCheckpoint(Checkpoint):
         self._trajectory = trajectory
 
     @classmethod
-    def find(cls, path: Path) -> Sequence[Self]:
+    def find(cls, path: Path, step: int | None = None) -> Sequence[Self]:
         folder = next((folder for folder in (path, path / "trajectory") if (folder / MANIFEST).is_file()), None)
         if folder is None:
             return ()

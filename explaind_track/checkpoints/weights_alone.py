@@ -18,8 +18,8 @@ class WeightsAlone(Checkpoint):
     format = "weights alone"
 
     @classmethod
-    def find(cls, path: Path) -> Sequence[Self]:
-        return (cls(path, require_step(path)),) if has_model(path) else ()
+    def find(cls, path: Path, step: int | None = None) -> Sequence[Self]:
+        return (cls(path, require_step(path, step)),) if has_model(path) else ()
 
     def weights(self) -> Mapping[str, Tensor]:
         return read_model(self.path)
