@@ -30,6 +30,7 @@ from explaind_track.tracking.tracker import Tracker
 from explaind_track.wandb_io.artifacts import log_result
 from explaind_track.wandb_io.run import open_run, where_to_look
 from explaind_track.what_if.counterfactual import counterfactual
+from explaind_track.what_if.recomputed import with_gradients
 from explaind_track.what_if.rerun import Rerun, rerun
 from explaind_track.what_if.smoothness import smoothness
 
@@ -63,6 +64,7 @@ __all__ = [  # noqa: RUF022 (by use)
     "counterfactual",
     "smoothness",
     "rerun",
+    "with_gradients",
     "Rerun",
     # extend: optimizers and loops of one's own
     "update_rule",

@@ -17,10 +17,6 @@ from explaind_track.record.schema import Settings, StepRecord, outside_tensors
 ONCE = ("index:", "weight:", "ids:")
 """How the names of tensors begin that many steps may refer to."""
 
-REMEMBERED = 200
-"""So many of these, the last ones, are not written again, and are kept for the steps that share them where they are
-read."""
-
 
 @dataclass(frozen=True)
 class StepDraft:
@@ -74,6 +70,8 @@ class SegmentDraft:
         }
         if record.frozen:
             entry["frozen"] = list(record.frozen)
+        if record.hashed is not None:
+            entry["hashed"] = {"names": record.hashed.names, "sha256": record.hashed.sha256}
 
         del self._steps[number - self.first :]
         before = self._steps[-1].settings if self._steps else None

@@ -1,16 +1,18 @@
 """Files on this disk: written whole or not at all, known by their hash, and safetensors read tensor by tensor."""
 
 import hashlib
+import itertools
 import json
 import os
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -141,6 +143,47 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class ErrorOfOthers(Exception):
+    """Carries an error of the caller's code past `blaming_files`."""
+
+    def __init__(self, inner: Exception) -> None:
+        super().__init__(inner)
+        self.inner = inner
+
+
+@contextmanager
+def not_blaming_files() -> Iterator[None]:
+    """Within `blaming_files`: what is done here is the caller's."""
+    try:
+        yield
+    except Exception as error:
+        raise ErrorOfOthers(error) from error
+
+
+@contextmanager
+def blaming_files(directory: Path) -> Iterator[None]:
+    """Turns whatever the files of a trajectory lead to into an error of the trajectory: with the right hashes, they may
+    still say anything."""
+    try:
+        yield
+    except TrajectoryError:
+        raise
+    except ErrorOfOthers as error:
+        raise error.inner from None
+    except Exception as error:
+        raise TrajectoryError(f"{directory} does not hold what a trajectory holds: {error!r}") from error
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors by name: of their names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class TensorFile:
     """A safetensors file opened for reading, tensor by tensor."""
 
@@ -198,3 +241,29 @@ class Prefixed(Mapping[str, Tensor]):
 def directory_mb(directory: Path) -> float:
     """The size of all files under the directory, in MB (10⁶ bytes); 0 if there is none."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 1e6
+
+
+REMEMBERED = 200
+"""So many of the tensors that are written once, the last ones, are not written again, and are kept for the steps that
+share them where they are read."""
+
+
+class WrittenOnce:
+    """Indices and weights, which are written once for all the steps of a trajectory that share them."""
+
+    def __init__(self, directory: Path, files: Callable[[], Iterator[TensorFile]]) -> None:
+        """files: opens the trajectory's segments one by one, since each may be a download."""
+        self._directory, self._files = directory, files
+        self._kept: dict[str, Tensor] = {}
+
+    def find(self, file: TensorFile, name: str) -> Tensor:
+        """A tensor of this name: in the segment at hand, or in an earlier one that used it first. Kept for a while."""
+        if name not in self._kept:
+            files = itertools.chain([file], self._files())
+            holder = next((one for one in files if name in one), None)
+            if holder is None:
+                raise TrajectoryError(f"{self._directory} lacks {name!r}, which its steps refer to")
+            if len(self._kept) == REMEMBERED:
+                del self._kept[next(iter(self._kept))]
+            self._kept[name] = holder[name]
+        return self._kept[name]

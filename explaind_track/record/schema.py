@@ -23,11 +23,12 @@ steps/00000100.safetensors        the steps from 100 on (`Segment`)
     index:HASH, weight:HASH       of batches: once, in the first segment that uses them; again where that is long ago
     ids:HASH                      the samples' names, where these are words: a list in JSON; likewise once
     random:DEVICE                 the random generators, where the run could be taken up
-    header                        steps: an entry for each step, with its settings, its auxiliary losses and its batches
+    header                        steps: an entry for each step, with its settings, its auxiliary losses, its batches,
+                                  and the hash of gradients that are not kept
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -41,9 +42,16 @@ from explaind_track.core.step import Batch, State
 from explaind_track.core.tensors import Tensors
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.batch_json import Fields, altered_of, refuse_other_size, words_of
-from explaind_track.record.files import TensorFile
-from explaind_track.record.signatures import refuse_other_generators, signature
-from explaind_track.record.validation import BatchEntry, KeyframeHeader, SegmentHeader, StepEntry, checked
+from explaind_track.record.files import TensorFile, tensors_sha256
+from explaind_track.record.signatures import environment, refuse_other_generators, signature
+from explaind_track.record.validation import (
+    BatchEntry,
+    HashedGradients,
+    KeyframeHeader,
+    SegmentHeader,
+    StepEntry,
+    checked,
+)
 
 FORMAT = "explaind_track trajectory 2"
 
@@ -73,6 +81,7 @@ def head_of(model: nn.Module, observer: StepObserver) -> dict[str, Any]:
         "aliases": aliases,
         "saved": [name for name in map(plain_name, model.state_dict()) if name in everything or name in buffers],
         "packages": {"torch": str(torch.__version__), "explaind_track": version("explaind_track")},
+        "environment": environment(),
     }
 
 
@@ -223,6 +232,23 @@ class StepRecord:
     batches: tuple[Batch, ...]
     frozen: tuple[str, ...] = ()
     """The parameters that learned nothing, with gradients that are kept zeros."""
+    hashed: HashedGradients | None = None
+    """Of a step whose gradients were not kept, and are to be computed again."""
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """The parameters that had a gradient."""
+        return tuple(self.gradients) if self.hashed is None else self.hashed.names
+
+    def without_gradients(self) -> "StepRecord":
+        """The record with a hash in the place of the gradients; with copies of them where the step's batches do not
+        tell how to compute them again."""
+        told = [batch for batch in self.batches if not batch.clipped or batch.altered is not None]
+        unknown = any(one.kind == "other" for batch in told if batch.altered for one in batch.altered.changes)
+        if not self.batches or len(told) < len(self.batches) or unknown:
+            return replace(self, gradients={name: value.clone() for name, value in self.gradients.items()})
+        hashed = HashedGradients(tuple(self.gradients), tensors_sha256(self.gradients))
+        return replace(self, gradients={}, auxiliary={loss: {} for loss in self.auxiliary}, hashed=hashed)
 
 
 class Segment:
@@ -248,8 +274,9 @@ class Segment:
     def _record(self, number: int, entry: StepEntry, settings: Settings) -> StepRecord:
         gradients, buffers = (self._file.prefixed(f"{kind}:{number}:") for kind in ("gradient", "buffer"))
         auxiliary = {loss: self._file.prefixed(f"auxiliary:{number}:{loss}:") for loss in entry.auxiliary}
-        frozen = tuple(entry.frozen)
-        return StepRecord(settings, self.outside(number), gradients, auxiliary, buffers, self.batches(number), frozen)
+        frozen, hashed = tuple(entry.frozen), entry.hashed
+        batches, outside = self.batches(number), self.outside(number)
+        return StepRecord(settings, outside, gradients, auxiliary, buffers, batches, frozen, hashed)
 
     def outside(self, number: int) -> State:
         """What was changed from outside before a step; before the one behind the segment's last, where the run could be

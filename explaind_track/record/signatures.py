@@ -1,6 +1,7 @@
 """Shape and type of tensors, as JSON has them; whether a tensor may stand where another was recorded."""
 
 import math
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,16 @@ from explaind_track.core.tensors import Tensors
 from explaind_track.errors import TrajectoryError
 
 LOW_PRECISION = ("bfloat16", "float16")
+
+
+def environment() -> dict[str, str]:
+    """What the bits of a gradient depend on beside the training's code: version, threads, and the machine's kind."""
+    return {
+        "torch": str(torch.__version__),
+        "threads": str(torch.get_num_threads()),
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def signature(tensors: Tensors) -> dict[str, list[Any]]:

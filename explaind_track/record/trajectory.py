@@ -5,9 +5,7 @@ running the optimizer's own `step`; the next keyframe proves that they do, bit f
 """
 
 import hashlib
-import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -19,14 +17,13 @@ from explaind_track.core.modules import parameters_of
 from explaind_track.core.step import Batch, State, Step
 from explaind_track.core.summary import Summarized, Summary
 from explaind_track.errors import TrajectoryError
-from explaind_track.record.draft import REMEMBERED
-from explaind_track.record.files import TensorFile
+from explaind_track.record.files import TensorFile, WrittenOnce, blaming_files, not_blaming_files
 from explaind_track.record.manifest import Entry, Manifest
 from explaind_track.record.remote import PREFIX, RemoteArtifact
 from explaind_track.record.replay import Replay
 from explaind_track.record.run_directory import trajectory_directory
 from explaind_track.record.run_summary import run_summary
-from explaind_track.record.schema import Keyframe, Segment, random_state_in
+from explaind_track.record.schema import Keyframe, Segment, StepRecord, random_state_in
 from explaind_track.record.signatures import is_low_precision, signature, stands_for
 
 
@@ -63,13 +60,20 @@ class Trajectory(Summarized):
         >>> directory.cleanup()
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, remote: RemoteArtifact | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        remote: RemoteArtifact | None = None,
+        recompute: Callable[[Replay, StepRecord], StepRecord] | None = None,
+    ) -> None:
         """Use `open`, which checks what it opens.
 
         Args:
             directory: Where the files are; of a run at W&B, where its manifest is.
             manifest: The manifest there.
             remote: Where the other files come from, if they are not here.
+            recompute: Gives a step that its replay is about to take the gradients that were not kept.
         """
         self.directory, self.manifest = directory, manifest
         self.artifact = None if remote is None else remote.name
@@ -77,8 +81,8 @@ class Trajectory(Summarized):
         self.segments = sorted((e for e in manifest.entries if not e.is_keyframe), key=lambda entry: entry.first)
         """The files that hold the steps, in their order."""
         self._keyframes = {entry.first: entry for entry in manifest.entries if entry.is_keyframe}
-        self._remote = remote
-        self._written_once: dict[str, Tensor] = {}
+        self._remote, self._recompute = remote, recompute
+        self._written_once = WrittenOnce(directory, lambda: map(self.read, self.segments))
 
     @classmethod
     def open(cls, directory: str | PathLike[str]) -> "Trajectory":
@@ -178,7 +182,7 @@ class Trajectory(Summarized):
         return self._steps(first, last, lasting)
 
     def _steps(self, first: int, last: int, lasting: bool) -> Iterator[Step]:
-        with self._blaming_the_files():
+        with blaming_files(self.directory):
             replay = self._at_keyframe(first)
             for step in self._advance(replay, last):
                 if step.number >= first:
@@ -240,7 +244,7 @@ class Trajectory(Summarized):
         """
         number = require_int("the step", number, 0)
         self._require(number <= len(self), str(number))
-        with self._blaming_the_files():
+        with blaming_files(self.directory):
             replay = self._at_keyframe(number)
             for _ in self._advance(replay, number):
                 pass
@@ -314,12 +318,12 @@ class Trajectory(Summarized):
         step = require_int("the step", step, 0)
         self._require(step < len(self), str(step))
         (entry,) = (entry for entry in self.segments if entry.first <= step < entry.last)
-        with self._blaming_the_files():
+        with blaming_files(self.directory):
             return self.read_segment(entry).batches(step)
 
     def batches_before(self, last: int) -> Iterator[tuple[int, Batch]]:
         """Every batch before step `last`, with the number of its step."""
-        with self._blaming_the_files():
+        with blaming_files(self.directory):
             for entry in self.segments:
                 segment = self.read_segment(entry)
                 for number in range(entry.first, min(entry.last, last)):
@@ -343,7 +347,7 @@ class Trajectory(Summarized):
     def read_segment(self, entry: Entry) -> Segment:
         """The segment, opened."""
         file = self.read(entry)
-        return Segment(file, entry.first, entry.last, partial(self._find, file))
+        return Segment(file, entry.first, entry.last, partial(self._written_once.find, file))
 
     def _keyframe(self, number: int) -> Keyframe:
         file = self.read(self._keyframes[number])
@@ -351,19 +355,6 @@ class Trajectory(Summarized):
         if file.shapes("parameter:") != shapes:
             raise TrajectoryError(f"{file.path} has other parameters than its manifest says")
         return Keyframe(file)
-
-    def _find(self, file: TensorFile, name: str) -> Tensor:
-        """An index or weights, which are written once for all steps: in this segment, or in an earlier one that used
-        them first. Kept for a while, so that steps share them."""
-        if name not in self._written_once:
-            files = itertools.chain([file], map(self.read, self.segments))  # one by one: each may be a download
-            holder = next((one for one in files if name in one), None)
-            if holder is None:
-                raise TrajectoryError(f"{self.directory} lacks {name!r}, which its steps refer to")
-            if len(self._written_once) == REMEMBERED:
-                del self._written_once[next(iter(self._written_once))]
-            self._written_once[name] = holder[name]
-        return self._written_once[name]
 
     def _at_keyframe(self, step: int) -> Replay:
         """A replay that is to take step `step`, at the last keyframe before it."""
@@ -378,22 +369,28 @@ class Trajectory(Summarized):
             if entry.last <= replay.number or entry.first >= last:
                 continue
             for record in self.read_segment(entry).records(replay.number, last):
-                yield replay.take(record)
+                yield replay.take(self.complete(replay, record))
                 replay.settle()
                 if replay.number in self._keyframes:
                     replay.meet(self._keyframe(replay.number))
 
+    def computing(self, recompute: Callable[[Replay, StepRecord], StepRecord]) -> "Trajectory":
+        """The same record, with a way to the gradients that were not kept."""
+        return Trajectory(self.directory, self.manifest, self._remote, recompute)
+
+    def complete(self, replay: Replay, record: StepRecord) -> StepRecord:
+        """The record of the step that the replay takes next, with gradients: computed again where none were kept."""
+        if record.hashed is None:
+            return record
+        if self._recompute is None:
+            raise TrajectoryError(
+                f"{self.directory} holds no gradients, but what they are computed from: pass it through explaind_track."
+                "with_gradients(trajectory, model, sample_loss, data). Only its keyframes are to be had without"
+            )
+        replay.change(record.outside)
+        with not_blaming_files():
+            return self._recompute(replay, record)
+
     def _require(self, inside: bool, asked: str) -> None:
         if not inside:
             raise ValueError(f"the trajectory has the steps 0 to {len(self)}, not {asked}")
-
-    @contextmanager
-    def _blaming_the_files(self) -> Iterator[None]:
-        """Turns whatever the files' content leads to into an error of the trajectory: with the right hashes, they may
-        still say anything."""
-        try:
-            yield
-        except TrajectoryError:
-            raise
-        except Exception as error:
-            raise TrajectoryError(f"{self.directory} does not hold what a trajectory holds: {error!r}") from error

@@ -76,6 +76,13 @@ class BatchEntry(Struct):
     altered: AlteredEntry | None = None
 
 
+class HashedGradients(Struct, frozen=True):
+    """The gradients of a step that were not kept: whose they are, and a hash of them all (`files.tensors_sha256`)."""
+
+    names: tuple[str, ...]
+    sha256: Sha256
+
+
 class StepEntry(Struct):
     """A step in the header of a segment."""
 
@@ -83,6 +90,7 @@ class StepEntry(Struct):
     auxiliary: list[str]
     batches: list[BatchEntry]
     frozen: list[str] = []
+    hashed: HashedGradients | None = None
 
 
 class SegmentHeader(Struct):

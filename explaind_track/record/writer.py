@@ -15,8 +15,8 @@ from explaind_track.core.rng import random_state
 from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import Tensors
 from explaind_track.errors import TrajectoryError
-from explaind_track.record.draft import ONCE, REMEMBERED, SegmentDraft
-from explaind_track.record.files import Lock, make_directory
+from explaind_track.record.draft import ONCE, SegmentDraft
+from explaind_track.record.files import REMEMBERED, Lock, make_directory
 from explaind_track.record.manifest import KEYFRAMES, STEPS, Entry, Manifest
 from explaind_track.record.schema import (
     StepRecord,
@@ -62,9 +62,11 @@ class TrajectoryWriter:
         keyframe_every: int = KEYFRAME_EVERY,
         entries: Sequence[Entry] | None = None,
         head: Mapping[str, Any] | None = None,
+        gradients: bool = True,
     ) -> None:
         """entries: the files of a trajectory in the directory that is to be gone on with; None: it begins here. head:
-        what the manifest says of the run as a whole; None: what model and observer tell.
+        what the manifest says of the run as a whole; None: what model and observer tell. gradients: whether they are
+        kept of every step; else only a hash is, where they can be computed again from the step's batches.
 
         Raises FileExistsError if one begins in a directory that holds anything: a run is never written over;
         TrajectoryError if another process is writing there, or if nothing can be written.
@@ -75,11 +77,12 @@ class TrajectoryWriter:
                 f"{self.directory} is not empty; name a new directory, remove that one first, or go on with the run in "
                 "it by Tracker(…, resume=True)"
             )
-        self._observer, self._every = observer, keyframe_every
+        self._observer, self._every, self._gradients = observer, keyframe_every, gradients
         self._model = model
         self._device = next(model.parameters()).device
 
-        self._manifest = Manifest(head or head_of(model, observer), tuple(entries or ()))
+        kind = {} if gradients else {"record": "batches"}
+        self._manifest = Manifest({**(head or head_of(model, observer)), **kind}, tuple(entries or ()))
         self._keyframes = {entry.first for entry in self._manifest.entries if entry.is_keyframe}
         self._written_once: dict[str, None] = {}
         """The names of the last indices and weights that were written."""
@@ -149,13 +152,13 @@ class TrajectoryWriter:
         for name in step.updates:
             gradient = self._observer.parameters[name].grad
             assert gradient is not None  # it has an update, so it had a gradient
-            gradients[name] = gradient.detach().clone()
+            gradients[name] = gradient.detach().clone() if self._gradients else gradient.detach()
         buffers = State({}, self._model_buffers if buffers_moved else {}).copy().buffers
         settings = settings_of(self._observer)
         outside = State({}, {}) if step.outside is None else step.outside.changed.copy()
         frozen = tuple(name for name, update in step.updates.items() if update.frozen)
         record = StepRecord(settings, outside, gradients, auxiliary, buffers, step.batches, frozen)
-        self._draft.add(step.number, record)
+        self._draft.add(step.number, record if self._gradients else record.without_gradients())
 
     def reach(self, number: int) -> None:
         """Lets the run be taken up right behind the last step: `number` are recorded."""

@@ -37,6 +37,7 @@ def begin_record(
     keyframe_every: int,
     model: nn.Module,
     observer: StepObserver,
+    gradients: bool,
 ) -> tuple[Trajectory | None, TrajectoryWriter | None]:
     """The record that is gone on with, None if the run begins; and what writes it.
 
@@ -47,9 +48,14 @@ def begin_record(
             raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
         return None, None
 
+    if not gradients and resume is not False:
+        raise ValueError(
+            'record="batches" keeps no gradients, so that a run cannot be gone on with in the midst of its steps; '
+            'leave resume= out, or record="gradients"'
+        )
     record = None if resume is False else resume_run(Path(directory), model, observer, resume)
     entries = None if record is None else record.manifest.entries
-    return record, TrajectoryWriter(directory, model, observer, keyframe_every, entries)
+    return record, TrajectoryWriter(directory, model, observer, keyframe_every, entries, gradients=gradients)
 
 
 class Outputs:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from explaind_track.core.checks import require_int
+from explaind_track.core.checks import require_int, require_one_of
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.observer import StepObserver
@@ -74,6 +74,7 @@ class Tracker(StepCalls, Findings):
         sample_loss: SampleLoss | None = None,
         run: "wandb.Run | None" = None,
         trajectory: str | PathLike[str] | None = None,
+        record: Literal["gradients", "batches"] = "gradients",
         every: int = 1,
         samples_every: int | None = None,
         map_queries: int = 0,
@@ -102,6 +103,8 @@ class Tracker(StepCalls, Findings):
             sample_loss: `(model, batch)` → unreduced losses (N,), needed for anything about single samples.
             run: Where panels go; None: nowhere. See `open_run`.
             trajectory: A new or empty directory for the record; None: none is written.
+            record: What it keeps of every step: its "gradients"; or its "batches" and a hash of these, in a small
+                fraction of the room, to compute them again (see `with_gradients`), and without `resume`.
             every: Explain every n-th step; the trajectory always holds all.
             samples_every: Make a table of the most influential samples every n-th step, on the first loss query.
             map_queries: Beside each table, a heat map of the samples' influences on so many single queries, and one of
@@ -136,6 +139,7 @@ class Tracker(StepCalls, Findings):
         arguments.check_questions(queries, auxiliary, sample_loss, scores)
         arguments.check_outputs(run, trajectory, render, on_nonfinite, bool(queries), writers)
         require_quadrature(quadrature)
+        require_one_of("record=", record, ("gradients", "batches"))
         every, samples_every, map_queries, keyframe_every, memory, resume = arguments.check_numbers(
             every, samples_every, map_queries, keyframe_every, memory, resume
         )
@@ -175,12 +179,14 @@ class Tracker(StepCalls, Findings):
                 "resume=True puts back the random state of rank zero alone; load your own checkpoint in every process, "
                 "and pass the number of its step: resume=1500"
             )
-        begun = ranks.at_zero(lambda: begin_record(trajectory, resume, keyframe_every, model, self._observer))
-        record, writer = begun or (None, None)
+        begun = ranks.at_zero(
+            lambda: begin_record(trajectory, resume, keyframe_every, model, self._observer, record == "gradients")
+        )
+        recorded, writer = begun or (None, None)
         with ExitStack() as undo:  # where something fails, the directory and the optimizer are free for another Tracker
             if writer is not None:
                 undo.callback(writer.release)
-            number: int = ranks.gather(0 if record is None else len(record))[0]
+            number: int = ranks.gather(0 if recorded is None else len(recorded))[0]
 
             # how it is watched
             self._stopwatch = Stopwatch()
@@ -201,8 +207,8 @@ class Tracker(StepCalls, Findings):
             undo.callback(self._outputs.call_off_exit)
             self.staging_mb = 0.0
             """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
-            if record is not None:
-                self._complete_rows(record)
+            if recorded is not None:
+                self._complete_rows(recorded)
             self._hooks = hook_optimizer(self.optimizer, self._before, self._after)
             undo.pop_all()
 

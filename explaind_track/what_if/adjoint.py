@@ -22,8 +22,8 @@ from explaind_track.core.alterations import Alteration
 from explaind_track.core.tensors import Tensors
 from explaind_track.errors import UnexplainedUpdateError
 from explaind_track.what_if.optimizer_steps import differentiable_step
-from explaind_track.what_if.retraining import alter
 from explaind_track.what_if.snapshots import Snapshot
+from explaind_track.what_if.step_gradients import alter
 
 COUNTS = ("step", "mu_product")
 """What optimizers keep that depends on no gradient."""

@@ -18,8 +18,9 @@ from explaind_track.explanation.step_source import StepSource, Window
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.what_if.counterfactual_plan import AXES, CounterfactualPlan
 from explaind_track.what_if.optimizer_steps import require_differentiable
+from explaind_track.what_if.recomputed import with_gradients
 from explaind_track.what_if.repeatable import require_repeatable
-from explaind_track.what_if.retraining import AuxiliaryLosses
+from explaind_track.what_if.step_gradients import AuxiliaryLosses
 
 
 class CounterfactualOptions(TypedDict, total=False):
@@ -158,6 +159,9 @@ def plan_counterfactual(
         time:       about ... s
     """
     require_instance("the trajectory", trajectory, Trajectory, "write Trajectory.open(directory)")
+    trajectory.check_model(model)
+    if sample_loss is not None:
+        trajectory = with_gradients(trajectory, model, sample_loss, data, auxiliary)
     source = StepSource.of(trajectory, model, window).repeatable()
     require_query(query)
     if sample_loss is None:

@@ -33,8 +33,8 @@ from explaind_track.record.results import Store
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.what_if.adjoint import Adjoint
 from explaind_track.what_if.curvature import Curvature
-from explaind_track.what_if.retraining import AuxiliaryLosses
 from explaind_track.what_if.snapshots import snapshots_back
+from explaind_track.what_if.step_gradients import AuxiliaryLosses
 from explaind_track.what_if.sweep import Cells, Standstill, Sweep
 
 AXES = ("seen", "query", "output", "sample")

@@ -20,8 +20,8 @@ from explaind_track.core.tensors import Tensors, cuts
 from explaind_track.engine.batch_losses import BatchLosses, SampleLoss
 from explaind_track.engine.functional import Functional, differentiable_attention, writable
 from explaind_track.engine.memory import activation_bytes
-from explaind_track.what_if.retraining import AuxiliaryLosses
 from explaind_track.what_if.running_statistics import RunningStatistics
+from explaind_track.what_if.step_gradients import AuxiliaryLosses
 
 Settled = dict[str, tuple[float, Tensor]]
 """How a pass moves running statistics, b ← slope · b + offset, by name."""

@@ -3,7 +3,8 @@
 from explaind_track.explanation.sample_axis import Data
 from explaind_track.record.schema import StepRecord
 from explaind_track.record.trajectory import Trajectory
-from explaind_track.what_if.retraining import AuxiliaryLosses, records
+from explaind_track.what_if.retraining import records
+from explaind_track.what_if.step_gradients import AuxiliaryLosses
 
 
 def require_repeatable(
@@ -43,7 +44,7 @@ def _require_step(number: int, record: StepRecord, data: Data | None, auxiliary:
     lacking = [loss for loss in record.auxiliary if loss not in auxiliary]
     if lacking:
         raise ValueError(f"the run had auxiliary losses, {lacking}: pass auxiliary=, as the Tracker was given it")
-    if record.gradients and not record.batches:
+    if record.moved and not record.batches:
         raise ValueError(
             f"step {number} has no record of its batches; in training, call tracker.batch(batch, index=…) for each"
         )

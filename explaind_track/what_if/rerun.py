@@ -25,9 +25,11 @@ from explaind_track.errors import RerunWarning
 from explaind_track.explanation.sample_axis import Data
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.what_if.changes import Change
+from explaind_track.what_if.recomputed import with_gradients
 from explaind_track.what_if.recording import Recording
 from explaind_track.what_if.repeatable import require_repeatable
-from explaind_track.what_if.retraining import AuxiliaryLosses, Proof, Retraining
+from explaind_track.what_if.retraining import Proof, Retraining
+from explaind_track.what_if.step_gradients import AuxiliaryLosses
 
 INPUTS_AT_ONCE = 256
 
@@ -111,6 +113,7 @@ def rerun(
     for one in changes:
         one.check(list(trajectory.manifest.head["parameters"]), seen)
 
+    trajectory = with_gradients(trajectory, model, sample_loss, data, auxiliary)
     retraining = Retraining(trajectory, model, sample_loss, data, auxiliary or {}, changes, start)
     recording = None if out is None else Recording(trajectory, retraining.replay, changes, Path(out))
     with tqdm(total=stop - start, desc="rerun", unit="step", disable=not progress) as bar:

@@ -7,19 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from explaind_track.core.alterations import Alteration
-from explaind_track.core.rng import replayed_random_state
 from explaind_track.core.step import Batch, State, Step
 from explaind_track.core.tensors import Tensors, same_bits
 from explaind_track.engine.batch_losses import SampleLoss
-from explaind_track.engine.functional import Functional
-from explaind_track.explanation.sample_axis import Data, with_data
+from explaind_track.explanation.sample_axis import Data
+from explaind_track.record.files import tensors_sha256
 from explaind_track.record.replay import Replay
 from explaind_track.record.schema import Settings, StepRecord, checkpoint_tensors
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.what_if.changes import Change
-
-AuxiliaryLosses = Mapping[str, Callable[[nn.Module], Tensor]]
+from explaind_track.what_if.step_gradients import AuxiliaryLosses, StepGradients
 
 
 @dataclass
@@ -52,8 +49,9 @@ class Retraining:
         changes: Sequence[Change],
         start: int,
     ) -> None:
-        self._trajectory, self._data, self._auxiliary, self._changes = trajectory, data, auxiliary, changes
-        self._sample_loss, self._functional = sample_loss, Functional(model)
+        order = list(trajectory.manifest.head["parameters"])
+        self._gradients = StepGradients(model, sample_loss, data, auxiliary, order)
+        self._trajectory, self._changes = trajectory, changes
         self._keyframes = {entry.first for entry in trajectory.manifest.entries if entry.is_keyframe}
         self._own_settings = any(type(change).settings is not Change.settings for change in changes)
 
@@ -116,68 +114,27 @@ class Retraining:
     def _anew(self, record: StepRecord, acting: Sequence[Change]) -> StepRecord:
         """The step's record with everything in it that follows from where the parameters are now."""
         batches = [_weighted(batch, acting) for batch in record.batches]
-        in_order = self._trajectory.manifest.head["parameters"]  # as clipping adds up their norms
-        moving = [name for name in in_order if name in record.gradients and name not in record.frozen]
-        gradients, buffers = self._backward(batches, moving)
-        auxiliary = self._auxiliary_gradients(record, moving)
-        for found in auxiliary.values():
-            for name, value in found.items():
-                gradients[name] = gradients[name] + value
-
-        # what the loop does to the gradient
-        factor = 1.0
-        for alteration in batches[0].altered.changes if batches and batches[0].altered else ():
-            factor *= alter(alteration, gradients)
-        batches = [_scaled(batch, factor) for batch in batches]
-        auxiliary = {loss: {n: value * factor for n, value in found.items()} for loss, found in auxiliary.items()}
-
-        gradients |= {name: record.gradients[name] for name in record.frozen}
+        found = self._gradients.at(State(self.replay.parameters, self.replay.buffers), record, batches)
         if not self.changed:
-            self._compare(gradients, record.gradients)
+            self._compare(found.gradients, record)
         for change in acting:
-            change.gradients(self.replay.number, gradients)
+            change.gradients(self.replay.number, found.gradients)
         settings = record.settings if not self._own_settings else list(_by_parameter(record.settings, acting))
         return replace(
-            record, settings=settings, gradients=gradients, auxiliary=auxiliary, buffers=buffers,
-            batches=tuple(batches), outside=State({}, {}),
+            record, settings=settings, gradients=found.gradients, auxiliary=found.auxiliary, buffers=found.buffers,
+            batches=found.batches, outside=State({}, {}), hashed=None,
         )  # fmt: skip
-
-    def _backward(self, batches: Sequence[Batch], moving: Sequence[str]) -> tuple[dict[str, Tensor], Tensors]:
-        """The gradient of all batches' losses, and the buffers behind their forward passes."""
-        parameters: dict[str, Tensor] = {name: p.detach() for name, p in self.replay.parameters.items()}
-        leaves = {name: parameters[name].requires_grad_() for name in moving}
-        buffers = {name: buffer.clone() for name, buffer in self.replay.buffers.items()}
-        device = next(iter(parameters.values())).device
-
-        for batch in batches:
-            told = with_data(batch, self._data, device)
-
-            def backward(model: nn.Module, told: Batch = told) -> None:
-                losses = self._sample_loss(model, told.data)
-                weight = told.weight if told.altered is None else told.altered.loss_weight
-                (losses * (weight.to(losses) if isinstance(weight, Tensor) else weight)).sum().backward()
-
-            with replayed_random_state(batch.random_state), torch.enable_grad():
-                self._functional(State(parameters, buffers), backward)
-        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}, buffers
-
-    def _auxiliary_gradients(self, record: StepRecord, moving: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-        """Of each auxiliary loss, before the loop alters them."""
-        found = {}
-        for loss in record.auxiliary:
-            parameters: dict[str, Tensor] = {name: p.detach() for name, p in self.replay.parameters.items()}
-            leaves = [parameters[name].requires_grad_() for name in moving]
-            with torch.enable_grad():
-                value = self._functional(State(parameters, self.replay.buffers), self._auxiliary[loss])
-                rows = torch.autograd.grad(value, leaves, allow_unused=True)
-            found[loss] = {name: row for name, row in zip(moving, rows, strict=True) if row is not None}
-        return found
 
     # ------------------------------------------------- the proof
 
-    def _compare(self, gradients: Tensors, recorded: Tensors) -> None:
+    def _compare(self, gradients: Tensors, record: StepRecord) -> None:
         """Notes where a gradient is not that of the run."""
-        self._note({n: (gradients[n], value) for n, value in recorded.items() if not same_bits(gradients[n], value)})
+        if record.hashed is not None:
+            if tensors_sha256(gradients) != record.hashed.sha256 and self.proof.first_other is None:
+                self.proof.first_other = self.replay.number  # by how much, the next keyframe tells
+            return
+        run = record.gradients.items()
+        self._note({name: (gradients[name], value) for name, value in run if not same_bits(gradients[name], value)})
 
     def _prove_at_keyframe(self) -> None:
         """Compares parameters, buffers and the optimizer's state with the run's, as long as nothing is changed."""
@@ -209,28 +166,6 @@ def records(trajectory: Trajectory, first: int, last: int) -> Iterator[StepRecor
             yield from trajectory.read_segment(entry).records(first, last)
 
 
-def alter(alteration: Alteration, gradients: Mapping[str, Tensor]) -> float:
-    """Does to a step's gradient, in place, what the loop has done. Returns the factor that it has scaled it by."""
-    if alteration.kind == "factor":
-        for gradient in gradients.values():
-            gradient.mul_(alteration.amount)
-        return alteration.amount
-
-    # torch's own arithmetic, on tensors that have these for their gradients
-    holders = [_holder(gradient) for gradient in gradients.values()]
-    if alteration.kind == "value":
-        nn.utils.clip_grad_value_(holders, alteration.amount)
-        return 1.0
-    norm = nn.utils.clip_grad_norm_(holders, alteration.amount)
-    return min(1.0, alteration.amount / (float(norm) + 1e-6))
-
-
-def _holder(gradient: Tensor) -> Tensor:
-    holder = torch.empty_like(gradient)
-    holder.grad = gradient
-    return holder
-
-
 def _weighted(batch: Batch, acting: Sequence[Change]) -> Batch:
     """The batch with its samples' weights in the loss as the changes have them."""
     for change in acting:
@@ -242,11 +177,6 @@ def _weighted(batch: Batch, acting: Sequence[Change]) -> Batch:
         else:
             batch = replace(batch, altered=replace(batch.altered, loss_weight=factors * batch.altered.loss_weight))
     return batch
-
-
-def _scaled(batch: Batch, factor: float) -> Batch:
-    """The batch with the weights that its samples have in the gradient as it is altered."""
-    return batch if batch.altered is None else replace(batch, weight=batch.altered.loss_weight * factor)
 
 
 def _by_parameter(settings: Settings, acting: Sequence[Change]) -> Iterator[dict[str, Any]]:

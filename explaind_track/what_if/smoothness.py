@@ -19,8 +19,10 @@ from explaind_track.explanation.sample_axis import Array, Data
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.what_if.changes import Change, Reweighted
 from explaind_track.what_if.counterfactual import counterfactual
+from explaind_track.what_if.recomputed import with_gradients
 from explaind_track.what_if.rerun import targets_at
-from explaind_track.what_if.retraining import AuxiliaryLosses, Retraining
+from explaind_track.what_if.retraining import Retraining
+from explaind_track.what_if.step_gradients import AuxiliaryLosses
 
 KEEP = ("query", "output", "sample")
 
@@ -100,6 +102,8 @@ def smoothness(
     for fraction in fractions:
         if not 0 < require_number("fractions=: each", fraction) < 1:
             raise ValueError(f"fractions= are between 0 and 1, not {fraction}")
+
+    trajectory = with_gradients(trajectory, model, sample_loss, data, auxiliary)
 
     # what is predicted
     options: dict[str, Any] = {"sample_loss": sample_loss, "data": data, "auxiliary": auxiliary}

@@ -46,7 +46,8 @@ def snapshots_back(trajectory: Trajectory, first: int, last: int, memory: int) -
 
 def _forwards(trajectory: Trajectory, first: int, last: int) -> Iterator[Snapshot]:
     replay = trajectory.replay(first)
-    for record in records(trajectory, first, last):
+    for kept in records(trajectory, first, last):
+        record = trajectory.complete(replay, kept)
         states = {
             name: {key: _copied(value) for key, value in replay.optimizer.state.get(parameter, {}).items()}
             for name, parameter in replay.parameters.items()

@@ -13,9 +13,9 @@ from explaind_track.explanation.sample_axis import Array, SampleAxis
 from explaind_track.explanation.step_source import Window
 from explaind_track.what_if.adjoint import Adjoint, through_alterations
 from explaind_track.what_if.curvature import Curvature, loss_weights
-from explaind_track.what_if.retraining import alter
 from explaind_track.what_if.running_statistics import Settling
 from explaind_track.what_if.snapshots import Snapshot
+from explaind_track.what_if.step_gradients import alter
 
 
 @dataclass(frozen=True)
