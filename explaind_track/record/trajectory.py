@@ -369,7 +369,9 @@ class Trajectory(Summarized):
             if entry.last <= replay.number or entry.first >= last:
                 continue
             for record in self.read_segment(entry).records(replay.number, last):
-                yield replay.take(self.complete(replay, record))
+                with not_blaming_files():
+                    record = self.complete(replay, record)
+                yield replay.take(record)
                 replay.settle()
                 if replay.number in self._keyframes:
                     replay.meet(self._keyframe(replay.number))
@@ -379,17 +381,18 @@ class Trajectory(Summarized):
         return Trajectory(self.directory, self.manifest, self._remote, recompute)
 
     def complete(self, replay: Replay, record: StepRecord) -> StepRecord:
-        """The record of the step that the replay takes next, with gradients: computed again where none were kept."""
+        """The record of the step that the replay takes next, with gradients: computed again where none were kept.
+
+        Raises:
+            TrajectoryError: Nobody has said how; see `with_gradients`.
+        """
         if record.hashed is None:
             return record
         if self._recompute is None:
-            raise TrajectoryError(
-                f"{self.directory} holds no gradients, but what they are computed from: pass it through explaind_track."
-                "with_gradients(trajectory, model, sample_loss, data). Only its keyframes are to be had without"
-            )
+            advice = "explaind_track.with_gradients(trajectory, model, sample_loss, data) computes them again"
+            raise TrajectoryError(f"{self.directory} holds no gradients: {advice}; its keyframes are to be had without")
         replay.change(record.outside)
-        with not_blaming_files():
-            return self._recompute(replay, record)
+        return self._recompute(replay, record)
 
     def _require(self, inside: bool, asked: str) -> None:
         if not inside:
