@@ -227,3 +227,19 @@ def test_weights_alone_have_no_first_moment(tmp_path: Path) -> None:
     (found,) = series.check(llama(), BATCH, loss).findings
     assert (found.step, found.optimizer, found.problems) == (7, None, [])
     assert "no part of the past" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("GPTNeoXForCausalLM", "GPTNeoXConfig"), ("MixtralForCausalLM", "MixtralConfig")]
+)
+def test_files_with_other_names_than_the_modules_are_converted(name: str, config: str, tmp_path: Path) -> None:
+    """The head of GPT-NeoX is `embed_out` in files; those of a mixture hold each expert by itself."""
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 2} if "Mixtral" in name else {}
+    made = getattr(transformers, config)(**sizes, **experts, num_attention_heads=2)
+    source, target = getattr(transformers, name)(made), getattr(transformers, name)(made)
+    source.save_pretrained(tmp_path / "step5")
+    (checkpoint,) = CheckpointSeries.open(tmp_path)
+    assert set(checkpoint.weights()) != set(source.state_dict())
+    checkpoint.load(target)
+    assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
