@@ -1,5 +1,6 @@
 """Explains a run that nobody watched: what a step from each of its checkpoints does to the loss of unseen data (§6)."""
 
+import math
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def explain_checkpoints(
             by staying in the first moment, Ψ · Σ_{j<K} β₁ʲ (Remark F.3); an estimate, as if the model stood still over
             these steps. The last checkpoint's K is that of the one before.
         tolerance: How much of the change of the scalar may be left over (or 1e-7, if that is more): Gauss–Legendre
-            nodes are doubled, up to 64, until it is no more.
+            nodes are doubled, up to 64, until it is no more, or until only rounding is left, which `residual` tells.
         optimizer: From the model to its optimizer, for checkpoints with weights alone: the step has no part `past`
             then, and the batch's part is an estimate (`estimated` is 1), for which Adam's second moment is taken to be
             the square of this batch's gradient. Groups compare well with each other (cosine 0.99 with those of the real
@@ -285,20 +286,23 @@ class _Study:
         return optimizer
 
     def _refined(self, step: SimulatedStep, bar: tqdm) -> tuple[int, Terms]:
-        """With 2, 4, 8 … nodes, the first terms of the step that leave no more than is tolerated; and their nodes."""
-        nodes = FEWEST_NODES
+        """With 2, 4, 8 … nodes, the first terms of the step that leave no more than is tolerated; and their nodes. More
+        nodes than have settled the sum do not help against what float arithmetic leaves of the change."""
+        nodes, before = FEWEST_NODES, math.inf
         while True:
             bar.set_postfix(step=step.number, nodes=nodes)
             ((_, terms),) = self.integrator.terms(step, nodes)
-            if not terms.change.isfinite().all():
+            left, change = float(terms.remainder), float(terms.change)
+            if not math.isfinite(change):
                 raise ValueError(
-                    f"the query is {float(terms.after - terms.change)} at the checkpoint of step {step.number}, and "
+                    f"the query is {float(terms.after) - change} at the checkpoint of step {step.number}, and "
                     f"{float(terms.after)} behind the step: its target has to be finite"
                 )
-            left, change = abs(float(terms.remainder)), abs(float(terms.change))
-            if left <= max(self.tolerance * change, SMALLEST) or nodes >= MOST_NODES:
+
+            limit = max(self.tolerance * abs(change), SMALLEST)
+            if abs(left) <= limit or abs(left - before) <= limit / 4 or nodes >= MOST_NODES:
                 return nodes, terms
-            nodes *= 2
+            nodes, before = 2 * nodes, left
 
     def _by_source(self, checkpoint: Checkpoint, feature: dict[str, Tensor]) -> Tensor:
         """Ψ of each source's samples through the step, by tensor, (sources, tensors): the optimizer takes the same step

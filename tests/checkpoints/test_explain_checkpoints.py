@@ -259,6 +259,22 @@ def test_weights_alone_make_an_estimate_with_an_optimizer_and_nothing_without(tm
     check(found.sel(part="kernel", group="second.bias"), [wanted], tolerance=1e-4)
 
 
+def test_refinement_stops_where_only_rounding_is_left(tmp_path: Path) -> None:
+    series, model = small(tmp_path, learning(OPTIMIZERS["adamw"]), 1)
+    model.drop.p = 0.0
+
+    def rounded(output: Tensor, y: Tensor) -> Tensor:
+        noise = (1e6 * output.detach().sum()).sin() * 1e-3
+        return F.cross_entropy(output, y, reduction="none") + noise
+
+    asked = {**SMALL, "query": Query.loss(X[6:], Y[6:], rounded).mean(), "tolerance": 0.0}
+    data = explain_checkpoints(series, model, **asked)["tensor"].data
+    exact = explain_checkpoints(series, model, **{**SMALL, "tolerance": 0.0})["tensor"].data
+    assert abs(data["remainder"][0]) > 1e-5
+    assert data["nodes"][0] <= 2 * exact["nodes"][0]
+    check(data["influence"], exact["influence"], tolerance=1e-5)
+
+
 class Image(nn.Module):
     """Convolutions whose weights lie in memory in another order, and statistics of the batch."""
 
