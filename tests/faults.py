@@ -106,7 +106,7 @@ class FileFaults:
             if not self._concerns(file):
                 return real(file, mode, buffering, *more, **options)
             writes = set(mode) & set("wax+")
-            if not writes or "+" in mode:
+            if not writes or ("+" in mode and buffering):
                 what = "open to write" if writes else "open"
                 return self.run(what, file, lambda: real(file, mode, buffering, *more, **options))
             plain = mode.replace("b", "").replace("t", "")

@@ -96,8 +96,9 @@ class Digest:
             self._put(type(value).__qualname__, sorted(item.hex for item in items))
             self.unknown += [place for item in items for place in item.unknown]
         elif type(value) in (dict, OrderedDict, types.MappingProxyType):
-            self._put("mapping", len(value))
-            for key, item in value.items():
+            items = {key: item for key, item in value.items() if not _is_cached_hash(key, item)}
+            self._put("mapping", len(items))
+            for key, item in items.items():
                 self.add(key, name).add(item, f"{name}[{key!r}]")
         elif isinstance(value, types.CodeType):
             self._code(value, name)
@@ -208,6 +209,11 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield from _names(inner)
+
+
+def _is_cached_hash(name: Any, value: Any) -> bool:
+    """Whether an object keeps what Python's `hash` has said of it, which is another in each process."""
+    return isinstance(name, str) and name.endswith("_hash") and isinstance(value, int) and abs(value) >= 2**32
 
 
 def _is_ours(hook: Any) -> bool:

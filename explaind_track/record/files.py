@@ -1,5 +1,6 @@
 """Files on this disk: written whole or not at all, known by their hash, and safetensors read tensor by tensor."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -116,9 +117,15 @@ def sync_directory(directory: Path) -> None:
     was made, renamed or removed in it."""
     if fcntl is None:
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except PermissionError:
+        return  # one may write into a directory that one may not read, but not ask for this
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file system that has no such thing
+            raise
     finally:
         os.close(descriptor)
 

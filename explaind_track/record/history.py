@@ -17,6 +17,7 @@ and whatever it likes.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -140,8 +141,11 @@ def append_row(directory: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in written.items() if isinstance(value, int | float | str | Table | Path)}
     line = json.dumps(kept, default=to_json).encode() + b"\n"
     path = file_below(directory, HISTORY)
-    with path.open("ab", buffering=0) as file:
-        end = file.tell()
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if file.read(1) not in (b"", b"\n"):
+            line = b"\n" + line  # the row before was torn, and would tear this one
         if file.write(line) != len(line):
             file.truncate(end)  # half a row would spoil the next
             raise OSError(f"no room for a row in {path}")

@@ -74,6 +74,7 @@ def add_offline(run: "wandb.Run", directory: Path) -> float:
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         source = file_below(directory, name)
+        (target / name).unlink(missing_ok=True)  # of a call that was interrupted
         try:
             os.link(source, target / name)
         except OSError:
