@@ -106,7 +106,10 @@ class Contents:
 def _layout(made: ArrayEntry) -> tuple[bytes, int]:
     """What the file of an array begins with, and the bytes of the array behind that. Raises ValueError for what is no
     array of numbers."""
-    dtype, shape = np.dtype(made["dtype"]), tuple(made["shape"])
+    try:
+        dtype, shape = np.dtype(made["dtype"]), tuple(made["shape"])
+    except TypeError as error:
+        raise ValueError(f"{made['dtype']!r} is no type of numbers") from error
     if dtype.kind not in "fiu" or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"{dtype} {shape} is no array of a result")
     header = io.BytesIO()

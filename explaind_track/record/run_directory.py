@@ -50,7 +50,7 @@ class Tie:
     id: Identity
     name: str
     offline: bool
-    directory: str
+    directory: Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00]*\Z")]
     """Where W&B keeps the run on this disk."""
     config: Mapping[str, Any] = field(default_factory=dict)
 
