@@ -25,9 +25,13 @@ SLOW["language_models.md"] = "transformers"
 PAGES = [page for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if blocks_of(page)]
 
 
+OF_FRAMEWORKS = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+"""They warn of themselves."""
+
+
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else []) for page in PAGES],
+    [pytest.param(page, marks=OF_FRAMEWORKS if page.name in SLOW else []) for page in PAGES],
     ids=lambda page: page.stem,
 )
 @pytest.mark.usefixtures("closing_wandb")
