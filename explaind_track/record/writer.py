@@ -77,7 +77,8 @@ class TrajectoryWriter:
                 f"{self.directory} is not empty; name a new directory, remove that one first, or go on with the run in "
                 "it by Tracker(…, resume=True)"
             )
-        self._observer, self._every, self._gradients = observer, keyframe_every, gradients
+        self._observer, self._every = observer, keyframe_every
+        self.keeps_gradients = gradients
         self._model = model
         self._device = next(model.parameters()).device
 
@@ -152,13 +153,13 @@ class TrajectoryWriter:
         for name in step.updates:
             gradient = self._observer.parameters[name].grad
             assert gradient is not None  # it has an update, so it had a gradient
-            gradients[name] = gradient.detach().clone() if self._gradients else gradient.detach()
+            gradients[name] = gradient.detach().clone() if self.keeps_gradients else gradient.detach()
         buffers = State({}, self._model_buffers if buffers_moved else {}).copy().buffers
         settings = settings_of(self._observer)
         outside = State({}, {}) if step.outside is None else step.outside.changed.copy()
         frozen = tuple(name for name, update in step.updates.items() if update.frozen)
         record = StepRecord(settings, outside, gradients, auxiliary, buffers, step.batches, frozen)
-        self._draft.add(step.number, record if self._gradients else record.without_gradients())
+        self._draft.add(step.number, record if self.keeps_gradients else record.without_gradients())
 
     def reach(self, number: int) -> None:
         """Lets the run be taken up right behind the last step: `number` are recorded."""

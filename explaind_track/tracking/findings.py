@@ -66,7 +66,7 @@ class Findings(Summarized):
         """
         if self._live.upto >= self._watch.number:
             return
-        if self._outputs.writer is None:
+        if self._outputs.writer is None or not self._outputs.writer.keeps_gradients:
             _tell_of_missing_step(summed)
             return
 
@@ -186,7 +186,10 @@ class Findings(Summarized):
 
 
 def _tell_of_missing_step(summed: bool) -> None:
-    told = "something interrupted the explaining of a step, and there is no record (trajectory=) to explain it from"
+    told = (
+        "something interrupted the explaining of a step, and there is no record with gradients (trajectory=) to "
+        "explain it from"
+    )
     if summed:
         raise RuntimeError(f"{told}: the sums over the steps hold an unknown part of it; ask for ('step', 'group')")
     warnings.warn(f"{told}: it is missing among the steps", MissingStepWarning, stacklevel=4)

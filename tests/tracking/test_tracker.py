@@ -12,7 +12,7 @@ from jobs import make_job, sample_loss
 from torch import nn
 
 from explaind_track import Quadrature, Query, Tracker
-from explaind_track.errors import NonFiniteError, SampleMismatchWarning
+from explaind_track.errors import MissingStepWarning, NonFiniteError, SampleMismatchWarning
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
@@ -288,3 +288,33 @@ def test_losses_that_are_not_one_per_sample_are_refused() -> None:
         tracker.batch((job.x, job.y))
         sample_loss(job.model, (job.x, job.y)).mean().backward()
         job.optimizer.step()
+
+
+def interrupted_while_explaining(tracker: Tracker, job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("explaind_track.engine.integrator.Integrator.terms", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(tracker, 1)
+
+
+def test_a_step_that_was_interrupted_while_it_was_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a record it is explained from there; without, it is said to be missing, and sums are refused."""
+    for trajectory in (tmp_path / "t", None):
+        job = make_job()
+        tracker = job.tracker(trajectory=trajectory)
+        job.run(tracker, 2)
+        interrupted_while_explaining(tracker, job, monkeypatch)
+        assert tracker.number == 3
+        job.run(tracker, 2)
+        if trajectory is not None:
+            assert tracker.influence("query").data["step"].values.tolist() == [0, 1, 2, 3, 4]
+            assert tracker.influence("query", ("query", "output")).data.attrs["steps"] == 5
+            continue
+
+        with pytest.warns(MissingStepWarning, match="it is missing among the steps"):
+            assert tracker.influence("query").data["step"].values.tolist() == [0, 1, 3, 4]
+        with pytest.raises(RuntimeError, match="hold an unknown part of it"):
+            tracker.influence("query", ("query", "output"))
