@@ -14,6 +14,8 @@ from explaind_track.core.step import Batch, Step, number_of_id
 from explaind_track.core.tensors import Tensors
 from explaind_track.explanation.step_source import Window
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 Samples = Iterable[int] | Iterable[str]
 """Training indices, or the words that the loop has named its samples by."""
 
@@ -45,11 +47,11 @@ class Change:
         """Whether it changes step `number`, of these batches."""
         return self.window is None or self.window[0] <= number < self.window[1]
 
-    def check(self, names: Collection[str], seen: Collection[int]) -> None:
+    def check(self, shapes: Shapes, seen: Collection[int]) -> None:
         """Refuses what cannot be done, before any work.
 
         Args:
-            names: The model's parameters.
+            shapes: Of the model's parameters, by name.
             seen: The training samples of all steps.
 
         Raises:
@@ -122,7 +124,7 @@ class Reweighted(Change):
         """
         return cls(dict.fromkeys(_listed(samples), 0.0), window=window)
 
-    def check(self, names: Collection[str], seen: Collection[int]) -> None:
+    def check(self, shapes: Shapes, seen: Collection[int]) -> None:
         require_mapping_of_numbers("weights of samples", self.weights)
         lacking = [sample for sample in self.weights if _number(sample) not in seen]
         if lacking:
@@ -132,7 +134,8 @@ class Reweighted(Change):
         return super().acts(number, batches) and any(self.factors(batch) is not None for batch in batches)
 
     def factors(self, batch: Batch) -> Tensor | None:
-        assert batch.index is not None  # looked at before work started
+        if batch.index is None:  # nobody knows its samples
+            return None
         known = {_number(sample): float(factor) for sample, factor in self.weights.items()}
         found = torch.tensor([known.get(index, 1.0) for index in batch.index.tolist()], dtype=torch.float64)
         return None if bool((found == 1).all()) else found
@@ -151,8 +154,8 @@ class Frozen(Change):
     parameters: str | Sequence[str] = "*"
     """Names, or patterns in which `*` stands for anything."""
 
-    def check(self, names: Collection[str], seen: Collection[int]) -> None:
-        _require_match(self.parameters, names)
+    def check(self, shapes: Shapes, seen: Collection[int]) -> None:
+        _require_match(self.parameters, shapes)
 
     def gradients(self, number: int, gradients: dict[str, Tensor]) -> None:
         for name in [name for name in gradients if _matches(self.parameters, name)]:
@@ -176,9 +179,9 @@ class SwitchedOff(Change):
     parameters: str | Sequence[str] = "*"
     """Names, or patterns in which `*` stands for anything."""
 
-    def check(self, names: Collection[str], seen: Collection[int]) -> None:
+    def check(self, shapes: Shapes, seen: Collection[int]) -> None:
         require_one_of("the part that is switched off", self.part, ("kernel", "regularization"))
-        _require_match(self.parameters, names)
+        _require_match(self.parameters, shapes)
 
     def settings(self, name: str, settings: dict[str, Any]) -> None:
         if self.part == "regularization" and _matches(self.parameters, name):
@@ -211,9 +214,9 @@ class Settings(Change):
     parameters: str | Sequence[str] = "*"
     """Names, or patterns in which `*` stands for anything."""
 
-    def check(self, names: Collection[str], seen: Collection[int]) -> None:
+    def check(self, shapes: Shapes, seen: Collection[int]) -> None:
         require_mapping_of_numbers("times=", self.times)
-        _require_match(self.parameters, names)
+        _require_match(self.parameters, shapes)
 
     def settings(self, name: str, settings: dict[str, Any]) -> None:
         if not _matches(self.parameters, name):
@@ -246,8 +249,12 @@ class Transplanted(Change):
     def __repr__(self) -> str:
         return f"Transplanted({len(self.checkpoint)} tensors, at={self.at}, parameters={self.parameters!r})"
 
-    def check(self, names: Collection[str], seen: Collection[int]) -> None:
-        _require_match(self.parameters, [name for name in names if name in self.checkpoint])
+    def check(self, shapes: Shapes, seen: Collection[int]) -> None:
+        _require_match(self.parameters, [name for name in shapes if name in self.checkpoint])
+        for name, shape in shapes.items():
+            if name in self.checkpoint and _matches(self.parameters, name) and self.checkpoint[name].shape != shape:
+                found = tuple(self.checkpoint[name].shape)
+                raise ValueError(f"the checkpoint's {name!r} is of shape {found}, not {shape}, so it cannot be put in")
 
     def acts(self, number: int, batches: Sequence[Batch]) -> bool:
         return number == self.at

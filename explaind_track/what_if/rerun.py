@@ -1,7 +1,7 @@
 """Trains a recorded run again from one of its steps, with one thing or several done otherwise."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from explaind_track.core.checks import require_callable, require_instance, require_int
+from explaind_track.core.checks import require_callable, require_instance, require_int, require_window
 from explaind_track.core.faithfulness import faithfulness
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.queries import Query
@@ -28,7 +28,7 @@ from explaind_track.what_if.changes import Change
 from explaind_track.what_if.recomputed import with_gradients
 from explaind_track.what_if.recording import Recording
 from explaind_track.what_if.repeatable import require_repeatable
-from explaind_track.what_if.retraining import Proof, Retraining
+from explaind_track.what_if.retraining import Proof, Retraining, records
 from explaind_track.what_if.step_gradients import AuxiliaryLosses
 
 INPUTS_AT_ONCE = 256
@@ -110,8 +110,7 @@ def rerun(
     if not start < stop <= len(trajectory):
         raise ValueError(f"start={start}, stop={stop}: the record has the steps 0 to {len(trajectory)}")
     seen = require_repeatable(trajectory, start, stop, data, auxiliary or {}, bool(changes))
-    for one in changes:
-        one.check(list(trajectory.manifest.head["parameters"]), seen)
+    _check_changes(trajectory, start, stop, changes, seen)
 
     trajectory = with_gradients(trajectory, model, sample_loss, data, auxiliary)
     retraining = Retraining(trajectory, model, sample_loss, data, auxiliary or {}, changes, start)
@@ -181,7 +180,7 @@ class Rerun:
         if steps is not None and self.trajectory is None:
             raise ValueError("a rerun without a record only knows where it ended: pass out= to rerun")
         query = fitted_query(self.model, query)
-        names = resolve_groups(groups, self.state.parameters)
+        names = resolve_groups(groups, self.model)
         found = [self._at(step, query, names) for step in ([self.stop] if steps is None else steps)]
         return xr.concat(found, "step")
 
@@ -213,6 +212,25 @@ class Rerun:
             [d / w if w else float("nan") for d, w in zip(distance, way, strict=True)],
         )
         return xr.Dataset(found, {"run": ["original", "rerun"], "group": list(groups), "step": step})
+
+
+def _check_changes(
+    trajectory: Trajectory, start: int, stop: int, changes: Sequence[Change], seen: Collection[int]
+) -> None:
+    """Raises ValueError for changes that cannot be made, and for those that would be made in no step."""
+    shapes = {name: tuple(shape) for name, (shape, _) in trajectory.manifest.head["parameters"].items()}
+    for change in changes:
+        if change.window is not None:
+            require_window(change.window)
+        change.check(shapes, seen)
+
+    idle = list(changes)
+    for number, record in enumerate(records(trajectory, start, stop), start):
+        idle = [change for change in idle if not change.acts(number, record.batches)]
+        if not idle:
+            return
+    if idle:
+        raise ValueError(f"{idle[0]!r} would change none of the steps {start} to {stop - 1}")
 
 
 def _distances(one: State, two: State, groups: dict[str, tuple[str, ...]]) -> list[float]:

@@ -235,6 +235,9 @@ def test_what_cannot_be_taken_again_is_refused(tmp_path: Path) -> None:
     refused("dropout", "no step saw the samples", change=Reweighted.without([99]))
     refused("dropout", "no parameter is called 'decoder", change=Frozen("decoder.*"))
     refused("dropout", "the record has the steps 0 to 6", start=6)
+    refused("dropout", "would change none of the steps 0 to 5", change=Frozen(window=(7, 9)))
+    refused("dropout", "would change none of the steps 3 to 5", start=3, change=Transplanted({}, at=2, parameters=()))
+    refused("dropout", r"'0.weight' is of shape \(2,\)", change=Transplanted({"0.weight": torch.ones(2)}, at=1))
 
     job = make_job()
     tracker = Tracker(job.model, job.optimizer, queries={}, trajectory=tmp_path / "altered")
