@@ -85,6 +85,11 @@ def _sharded(index: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(f"{index} is no index of shards ({error!r}). Copy it again") from None
 
     files = sorted(set(shards.values()))
+    elsewhere = [str(file) for file in files if file.parent != index.parent or file.name in ("", ".", "..")]
+    if elsewhere:
+        raise CheckpointError(
+            f"{index} names files outside of its folder: {', '.join(elsewhere)}. Nothing of it is read"
+        )
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(files)} shards: {', '.join(missing)}")

@@ -1,5 +1,6 @@
 """Each format gives back the weights that were saved, and the optimizer whose next step is that of training."""
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from explaind_track import CheckpointSeries, Tracker
 from explaind_track.checkpoints.checkpoint import Checkpoint
+from explaind_track.checkpoints.model_files import read_model
 from explaind_track.errors import CheckpointError, CheckpointWarning
 
 
@@ -350,3 +352,14 @@ def test_keyframes_of_our_own_record(tmp_path: Path) -> None:
         stepping.param_groups[0]["lr"] /= 2
     require_equal(model, again)
     require_same_step(series[2], model, optimizer)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "sub/secret.safetensors", ".."])
+def test_an_index_names_files_of_its_own_folder_alone(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "step5"
+    folder.mkdir()
+    save_file({"weight": torch.ones(2)}, tmp_path / "secret.safetensors")
+    index = {"weight_map": {"weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside of its folder"):
+        read_model(folder)
