@@ -3,6 +3,8 @@
 import functools
 import random
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from jobs import KEEPS, Job, make_job, options_of, sample_loss
+from jobs import KEEPS, ROOT, TESTS, Job, child_environment, make_job, options_of, sample_loss
 from torch import Tensor, nn
 
 from explaind_track import Query, Trajectory, explain, open_influence
@@ -295,3 +297,28 @@ def test_damage_to_what_is_gone_on_with_is_found(
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"influence\.npy was altered"):
         made(recorded, keep, tmp_path / "r")
+
+
+ELSEWHERE = """
+import torch
+from test_out_again import KINDS, Scaled
+from explaind_track.explanation.digests import Digest, model_digest
+kinds = [Digest().add(KINDS[kind](1.0), "it").hex for kind in sorted(KINDS)]
+words = Digest().add(({"a", "b", "c", "d"}, Scaled(frozenset("efgh"))), "it").hex
+print(*kinds, words, model_digest(torch.nn.Sequential(torch.nn.LSTM(2, 3), torch.nn.Tanh())).hex)
+"""
+
+
+@pytest.mark.slow
+def test_digests_are_the_same_in_every_process() -> None:
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", ELSEWHERE],
+            env=child_environment(PYTHONHASHSEED=seed, PYTHONPATH=f"{ROOT}:{TESTS}:{Path(__file__).parent}"),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1]

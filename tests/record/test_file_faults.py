@@ -263,3 +263,20 @@ def test_a_fault_at_any_file_operation(name: str, sample: int | None, whole: Who
         except Exception as error:
             failures.append(f"{done[at]} ({at}) {kind}: {type(error).__name__} {str(error)[:300]}")
     assert failures == [], "\n".join([f"{len(failures)} of {len(points)}", *failures])
+
+
+def test_a_file_takes_its_name_once_it_is_on_the_disk_and_so_does_the_name(whole: Whole, tmp_path: Path) -> None:
+    """What a machine that loses its power may leave: nothing is named before its content and its own name are safe."""
+    scenario = Record(whole, tmp_path, "begun")
+    scenario.prepare()
+    done = operations(scenario.directory, scenario.act)
+    renamed = [(place, done[place].removeprefix("rename ")) for place in range(len(done)) if "rename" in done[place]]
+    assert len(renamed) > 10
+    for place, path in renamed:
+        folder = path.rpartition("/")[0]
+        assert done[place - 1] == f"fsync {path}.part"
+        assert done[place + 1 : place + 3] == [f"open {folder}", f"fsync {folder}"]
+    for place, operation in enumerate(done):
+        if operation.startswith("mkdir "):
+            folder = operation.removeprefix("mkdir ").rpartition("/")[0]
+            assert not operation.endswith("/keyframes") or done[place + 2] == f"fsync {folder}"
