@@ -34,19 +34,22 @@ WIDE = 30
 """Steps that span more than this factor are drawn on a logarithmic axis: checkpoints are dense early."""
 
 
-def draw_part(changes: Mapping[str, xr.DataArray], part: str, depth: str | None = "layer") -> "Figure":
+def draw_part(changes: Mapping[str, xr.DataArray], part: str, depth: str | None = "layer", note: str = "") -> "Figure":
     """Draws what a part of the steps did to the loss: signed above, absolute below; lines, and a heat map by depth.
 
     Args:
         changes: (part, step, group[, seed]) of each grouping, by its name.
         part: "kernel" (Fig. 6), "regularization" (Fig. 14) or "past" (Fig. 15).
         depth: The grouping whose groups have an order, and get a heat map; None, or one that is not there: none does.
+        note: Added to the title.
     """
     shown = {name: values.sel(part=part) for name, values in changes.items()}
     has_map = depth in shown
     figure = empty_figure(5.2 * (len(shown) + has_map), 8)
     axes = figure.subplots(2, len(shown) + has_map, squeeze=False)
-    figure.suptitle(f"Change of the unseen loss through {TITLES.get(part, part)}, in one step from each checkpoint")
+    figure.suptitle(
+        f"Change of the unseen loss through {TITLES.get(part, part)}, in one step from each checkpoint{note}"
+    )
 
     for column, (name, values) in enumerate(shown.items()):
         _lines(axes[0, column], values, f"by {name}, signed (below 0: the loss falls)")

@@ -12,10 +12,13 @@ figures/                Fig. 6, 14 and 15 of the paper, and the losses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import xarray as xr
+from torch import nn
 
 from explaind_track.analysis.checkpoint_plots import TITLES, draw_losses, draw_part, draw_sources
 from explaind_track.analysis.checkpoint_rows import Changes, checkpoint_rows, panel_row
@@ -26,6 +29,7 @@ from explaind_track.checkpoints.sequences import Sequences
 from explaind_track.checkpoints.series import CheckpointSeries
 from explaind_track.core.influence import Influence
 from explaind_track.core.tables import table
+from explaind_track.errors import CheckpointError
 from explaind_track.record.files import write_atomic
 from explaind_track.record.history import append_row, cut_history
 
@@ -109,6 +113,7 @@ def run_study(
     """Explains what a step on `train` from each checkpoint does to the loss of `unseen`, and writes a study's files.
 
     Checks the series first, and with `progress` prints what that tells and an estimate. Goes on where it was stopped.
+    Checkpoints with weights alone take AdamW's first step with the settings that the series was opened with.
 
     Raises:
         CheckpointError: The series cannot be explained.
@@ -116,6 +121,7 @@ def run_study(
     loss = language.loss(train)
     check = series.check(language.model, language.batch(train.take(range(min(microbatch, len(train))))), loss)
     check.require()
+    _require_rates(check, series)
     if progress:
         print(check, estimate(check, len(train), len(unseen), microbatch), sep="\n")
 
@@ -130,12 +136,30 @@ def run_study(
         clip=clip,
         extrapolate=extrapolate,
         sources=train.sources if by_source else None,
+        optimizer=partial(_first_adamw, series[0].settings),
         out=out / STEPS,
         progress=progress,
     )
     study = Study.of(influences, groups, check)
     study.write(out)
     return study
+
+
+def _require_rates(check: SeriesCheck, series: CheckpointSeries) -> None:
+    """Raises CheckpointError where there are weights alone, and nothing tells of the step that training took."""
+    alone = [found.step for found in check.findings if found.optimizer is None]
+    missing = [name for name in ("lr", "weight_decay") if name not in series[0].settings]
+    if alone and missing:
+        raise CheckpointError(
+            f"{len(alone)} checkpoints hold weights alone, from step {alone[0]} on, so that what the batch does can be "
+            f"estimated only, and not without training's {' and '.join(missing)}: say "
+            f"{' '.join(f'--setting {name}=…' for name in missing)}"
+        )
+
+
+def _first_adamw(settings: Mapping[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW that has not taken a step."""
+    return torch.optim.AdamW(model.parameters(), **settings)
 
 
 def estimate(check: SeriesCheck, train: int, unseen: int, microbatch: int) -> str:
@@ -155,6 +179,8 @@ def study_figures(
     sources: of a `Study`.
     """
     first = next(iter(changes.values()))
-    parts = {name: draw_part(changes, part) for part, name in FIGURES.items() if part in first["part"].values}
+    note = " (an estimate, from weights alone)" if any(row.get("estimated") for row in rows) else ""
+    there = {name: part for part, name in FIGURES.items() if part in first["part"].values}
+    parts = {name: draw_part(changes, part, note=note) for name, part in there.items()}
     of_sources = {} if sources is None else {"sources": draw_sources(sources)}
     return {"losses": draw_losses(rows, first), **parts, **of_sources}

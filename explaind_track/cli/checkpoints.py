@@ -1,6 +1,6 @@
 """The command that explains a run which nobody watched, from the checkpoints that it has left."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ OPTIONS = (
     click.option("--model", help="A folder or name at the hub with config.json and tokenizer."),
     click.option("--groups", default="type,layer", show_default=True, help="Some of type, layer and tensor."),
     click.option("--clip", type=click.FloatRange(0, min_open=True), help="The norm that training clips gradients to."),
+    click.option("--setting", "settings", multiple=True, help="Of the optimizer, if the series has not: lr=3e-4."),
     click.option("--extrapolate", is_flag=True, help="Count what the batch does up to the next checkpoint (F.3)."),
     click.option("--by-source", is_flag=True, help="Split what the batch does by source, by its gradient once more."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the sequences that are drawn."),
@@ -55,7 +56,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 def checkpoints(
     source: str, train: Path, unseen: Path, out: Path, mixture: str | None, batch: int, queries: int | None,
     length: int | None, layout: str, model: str | None, groups: str, seed: int, device: str, project: str | None,
-    as_json: bool, **settings: Any,
+    as_json: bool, settings: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Explain a run of a language model from its checkpoints.
 
@@ -72,9 +73,9 @@ def checkpoints(
 
     names = require_names("--groups", groups.split(","), "grouping")
     shares = None if mixture is None else parse_mixture(mixture)
-    if settings["clip"] is None:
+    if options["clip"] is None:
         click.echo("gradients are taken as they are; if training clipped them, say to which norm by --clip", err=True)
-    series = CheckpointSeries.open(source)
+    series = CheckpointSeries.open(source, settings=optimizer_settings(settings))
     language = LanguageModel.of(series[-1].path, model, device)
 
     found = run_study(
@@ -85,11 +86,27 @@ def checkpoints(
         out=out,
         groups=names,
         progress=not as_json,
-        **settings,
+        **options,
     )
     url = None if project is None else send(project, out, series, found)
     words = f"{found.table()}\n\n{out} holds influence.safetensors, summary.json, history.jsonl and figures/"
     tell(as_json, {"out": str(out), "rows": found.rows, "wandb": url}, "\n".join(filter(None, [words, url])))
+
+
+def optimizer_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """The optimizer's settings, from `name=value` with values as in YAML.
+
+    Raises:
+        ValueError: It is written otherwise, or a value is no number, list of numbers or truth value.
+    """
+    from omegaconf import OmegaConf
+
+    given: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs)))  # type: ignore[assignment]
+    for name, value in given.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"--setting is written lr=3e-4 or betas=[0.9,0.95], not {name}={value!r}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def send(project: str, out: Path, series: CheckpointSeries, found: "Study") -> str:

@@ -1,6 +1,7 @@
 """Language models from their checkpoints: the command and the recipe, on what the real Trainer has written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,8 @@ def test_the_command_splits_by_source_and_goes_on(
         (["--groups", "kind"], "'kind'"),
         (["--length", "64"], "at most 32 tokens at once"),
         (["--batch", "100000"], "and 100000 are asked for"),
+        (["--setting", "lr=high"], "--setting is written lr=3e-4"),
+        (["--setting", "lr=0.5"], "says lr=0.5"),
         (["--model", "/nowhere"], "/nowhere does not describe a causal language model"),
     ],
 )
@@ -146,6 +149,24 @@ def test_a_tokenizer_without_its_files_is_none(tmp_path: Path) -> None:
     transformers.GPT2Config(**sizes).save_pretrained(tmp_path)
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == 1
     assert LanguageModel.of(tmp_path).tokenizer is None
+
+
+def test_weights_alone_are_an_estimate_with_the_rate_that_is_said(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    alone = tmp_path / "seed-0"
+    shutil.copytree(trained / "seed-0", alone, ignore=shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "study"))
+    refused = call(tmp_path, tmp_path / "out")
+    assert refused.exit_code == 1
+    assert "say --setting lr=… --setting weight_decay=…" in refused.output
+
+    done = call(tmp_path, tmp_path / "out", "--setting", "lr=1e-3", "--setting", "weight_decay=0.1")
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert all(row["estimated"] for row in rows)
+    parts = Influence.load(tmp_path / "out" / "influence.safetensors").data["part"].values
+    assert set(parts) == {"kernel", "regularization"}
 
 
 @pytest.mark.slow
