@@ -15,9 +15,9 @@ from explaind_track.core.tensors import Tensors
 
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 """What torch's optimizers call a mean or sum of squared gradients."""
-SAMPLE = 4096
-"""Numbers of a tensor that are compared."""
-CERTAIN = 4.0
+SIDE = 64
+"""Columns of a tensor that are compared, and rows; more rows where there are fewer columns."""
+CERTAIN = 5.0
 """Standard errors by which another's state has to fit better, to be called the parameter's own."""
 TINY = 1e-38
 
@@ -49,7 +49,9 @@ def match_states(second: Tensors, gradients: Tensors) -> StateMatch:
     # g² of a batch and v differ by a factor that is the same everywhere: that of their batch sizes
     logs = {name: (_sampled(gradients[name]).square().clamp_(TINY).log_(), _sampled(second[name]).clamp_(TINY).log_())
             for name in second}  # fmt: skip
-    scale = torch.cat([squared - held for squared, held in logs.values()]).median() if logs else torch.zeros(())
+    scale = (
+        torch.cat([(squared - held).flatten() for squared, held in logs.values()]).median() if logs else torch.zeros(())
+    )
 
     misplaced: dict[str, str] = {}
     undecided = 0
@@ -65,8 +67,8 @@ def _best_order(squared: Tensor, held: Tensor) -> tuple[list[int], int]:
     """Which state fits which parameter, found by exchanging the two that gain most, until none gains for certain.
 
     Args:
-        squared: The logs of `g²`, (N, numbers).
-        held: The logs of `v`, (N, numbers).
+        squared: The logs of `g²`, (N, rows, columns).
+        held: The logs of `v`, (N, rows, columns).
 
     Returns:
         For every parameter the place of the state that fits it, and how many have a state which others might fit.
@@ -83,11 +85,22 @@ def _best_order(squared: Tensor, held: Tensor) -> tuple[list[int], int]:
 
 
 def _gains_of_exchange(squared: Tensor, held: Tensor, place: int) -> Tensor:
-    """By how many standard errors all would fit better, had a parameter and each other exchanged their states (N,)."""
+    """By how many standard errors all would fit better, had a parameter and each other exchanged their states (N,).
+
+    Numbers of a row go up and down together, and so do those of a column: only their means are independent,
+    var = var(row means) / rows + var(column means) / columns.
+    """
     own = _misfit(squared, held)
     exchanged = _misfit(squared[place], held) + _misfit(squared, held[place])
     gain = own + own[place] - exchanged
-    return gain.mean(1) / (gain.std(1) / math.sqrt(gain.shape[1]) + TINY)
+    variance = _variance_of_mean(gain.mean(2)) + _variance_of_mean(gain.mean(1))
+    return gain.mean((1, 2)) / (variance.sqrt() + TINY)
+
+
+def _variance_of_mean(values: Tensor) -> Tensor:
+    """Of independent values, (N, values) to (N,); 0 of a single one."""
+    count = values.shape[1]
+    return values.var(1) / count if count > 1 else values.new_zeros(len(values))
 
 
 def _misfit(squared: Tensor, held: Tensor) -> Tensor:
@@ -103,12 +116,12 @@ def _of_one_shape(tensors: Tensors) -> Iterator[list[str]]:
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    """Numbers of a tensor at places that depend on its size alone, in float64."""
-    flat = tensor.detach().reshape(-1)
-    if flat.numel() <= SAMPLE:
-        return flat.double()
-    places = torch.randint(flat.numel(), (SAMPLE,), generator=torch.Generator().manual_seed(0), device="cpu")
-    return flat[places.to(flat.device)].double()
+    """Some rows and columns of a tensor, which depend on its shape alone, in float64: (rows, columns)."""
+    matrix = tensor.detach().reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.detach().reshape(-1, 1)
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randperm(size, generator=generator).to(tensor.device) for size in matrix.shape)
+    width = min(SIDE, matrix.shape[1])
+    return matrix[rows[: SIDE * SIDE // max(width, 1)]][:, columns[:width]].double()
 
 
 def _rows(tensor: Tensor) -> Tensor:
