@@ -35,6 +35,7 @@ OF_FRAMEWORKS = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWar
     ids=lambda page: page.stem,
 )
 @pytest.mark.usefixtures("closing_wandb")
+@pytest.mark.filterwarnings("ignore::explaind_track.errors.RerunWarning")  # tracker.backward() rounds otherwise
 def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.name in SLOW:
         pytest.importorskip(SLOW[page.name])
