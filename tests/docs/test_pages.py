@@ -28,10 +28,19 @@ PAGES = [page for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if b
 OF_FRAMEWORKS = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 """They warn of themselves."""
 
+FIRST = ("README.md", "index.md", "loop.md", "wandb.md")
+"""What newcomers copy: run in every run of the tests."""
+
+
+def marks_of(page: Path) -> list[pytest.MarkDecorator]:
+    if page.name in SLOW:
+        return OF_FRAMEWORKS
+    return [] if page.name in FIRST else [pytest.mark.slow]
+
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=OF_FRAMEWORKS if page.name in SLOW else []) for page in PAGES],
+    [pytest.param(page, marks=marks_of(page)) for page in PAGES],
     ids=lambda page: page.stem,
 )
 @pytest.mark.usefixtures("closing_wandb")

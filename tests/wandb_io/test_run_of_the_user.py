@@ -62,6 +62,7 @@ def test_scalars_stay_scalars_and_nothing_of_the_user_is_lost(server: Server, tm
     assert not {"train/acc", "test/f1", "query/own", "test/*", "train/*", "query/*"} & set(definitions)
 
 
+@pytest.mark.slow
 def test_a_sweep_finds_plain_numbers_to_filter_by(server: Server, tmp_path: Path) -> None:
     found = {}
     for seed in range(2):
@@ -80,6 +81,7 @@ def test_a_sweep_finds_plain_numbers_to_filter_by(server: Server, tmp_path: Path
             assert math.isfinite(run.summary[key])
 
 
+@pytest.mark.slow
 def test_what_is_synced_has_the_same_summary(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     job, run = make_job(), open_run("project", tmp_path, entity="dev")
