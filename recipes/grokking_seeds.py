@@ -68,11 +68,15 @@ def run(config: DictConfig, out: Path, variant: str, seed: int, threads: int) ->
     name = f"{variant}-{seed}-{threads}"
     if (out / f"{name}.json").is_file():
         return
-    torch.set_num_threads(threads)
     preset = [] if variant == "default" else [f"preset={variant}"]
     settings = configure("modulo_addition", [*preset, f"seed={seed}"])
 
-    row, weights = train(settings, config.steps, list(config.compare))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        row, weights = train(settings, config.steps, list(config.compare))
+    finally:
+        torch.set_num_threads(before)
     save_file(weights, out / f"{name}.safetensors")
     write_json(out / f"{name}.json", {"variant": variant, "seed": seed, "threads": threads, **row})
 
