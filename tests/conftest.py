@@ -24,6 +24,7 @@ def _quiet_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    close_wandb()  # whatever an earlier test has begun knows another address
     made = Server(tmp_path / "server")
     monkeypatch.setenv("WANDB_BASE_URL", made.address)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)

@@ -78,5 +78,6 @@ class FiledRows:
             content = os.pread(self._file.fileno(), run.end - run.begin, run.begin)
             rows = np.frombuffer(bytearray(content), run.layout)
             names = [name for name in run.layout.names or () if name not in ("step", "nodes")]
-            values = {name: torch.from_numpy(np.ascontiguousarray(rows[name])) for name in names}
+            # copies: a column's strides are the rows' length, which torch takes in whole numbers alone
+            values = {name: torch.from_numpy(np.array(rows[name], order="C")) for name in names}
             yield Block(run.parts, rows["step"].copy(), rows["nodes"].copy(), values)

@@ -192,6 +192,7 @@ def in_words(steps: Iterable[int]) -> str:
     """Numbers of steps, for a message.
 
     Example:
+        >>> from explaind_track.record.history import in_words
         >>> in_words([7, 3, 4, 5])
         '3 to 5, 7'
     """

@@ -47,10 +47,11 @@ class CSVWriter:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from explaind_track import CSVWriter
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     CSVWriter(f"{directory}/rows.csv").write(3, {"kernel/head": 0.5})
-        ...     print(open(f"{directory}/rows.csv").read())
+        ...     print(Path(directory, "rows.csv").read_text())
         step,key,value
         3,kernel/head,0.5
     """

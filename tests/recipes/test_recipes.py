@@ -60,7 +60,7 @@ def test_a_recorded_run_is_checked_offline(run: Path, tmp_path: Path, capsys: py
     [
         ("modulo_addition", ["stepz=3"], "Key 'stepz'"),
         ("modulo_addition", ["out={run}"], "holds a run already"),
-        ("modulo_addition", ["preset=tiny"], "no preset 'tiny', only smoke"),
+        ("modulo_addition", ["preset=tiny"], "no preset 'tiny', only float32, paper, scripts, smoke"),
         ("epk_validation", ["run={empty}", "out={empty}/out"], "holds no run"),
         ("epk_validation", ["data.path=/nowhere", "out={empty}/out"], "data.name=digits, which needs neither"),
         ("pipeline_transplant", [], "say which run"),
