@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -134,6 +135,5 @@ def _correlation(first: Tensor, second: Tensor) -> float:
     """Spearman's: of the ranks. NaN for fewer than 4 rows, or where all are alike."""
     if first.numel() < 4 or first.unique().numel() == 1:
         return math.nan
-    ranks = [values.argsort().argsort().double() for values in (first, second)]
-    centered = [rank - rank.mean() for rank in ranks]
-    return float(centered[0] @ centered[1] / (centered[0].norm() * centered[1].norm()))
+    one, other = (pd.Series(values.cpu().numpy()).rank() for values in (first, second))
+    return float(one.corr(other))

@@ -60,6 +60,8 @@ def _problem(names: list[str], target: Tensor, sources: list[Tensor], model: nn.
     if not sources:
         return "the file lacks", name
     source = sources[0]
+
+    # of another shape, type or tie
     if source.shape != target.shape:
         detail = f"{name} (file {tuple(source.shape)}, model {tuple(target.shape)})"
         if source.shape[1:] == target.shape[1:] and _is_vocabulary(model, names):

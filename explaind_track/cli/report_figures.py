@@ -147,6 +147,8 @@ def drawing(figure: Figure, rows: Rows) -> dict[str, Any]:
         {"name": name, "values": [_value(row.get(key), figure.log) for row in drawn]}
         for name, key in figure.curves.items()
     ]
+
+    # the range is that of the later steps: the first ones dwarf all others
     heights = _late_heights(figure, rows)
     low, high = min([0.0, *heights]), max([0.0, *heights])
     margin = 0.05 * (high - low)

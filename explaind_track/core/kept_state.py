@@ -39,11 +39,6 @@ class KeptState:
         return self._left
 
     @property
-    def has_begun(self) -> bool:
-        """Whether a first step has begun, or a record is gone on with."""
-        return self._left is not None
-
-    @property
     def is_known(self) -> bool:
         """Whether the end of the last step was kept."""
         return self._left is not None and not self._passed

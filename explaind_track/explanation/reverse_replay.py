@@ -143,6 +143,7 @@ class Mismatch:
                 stacklevel=5,
             )
             return
+
         worst = max(self.wrong, key=self.by_step.__getitem__)
         warnings.warn(
             f"at {len(self.wrong)} of {len(self.by_step)} steps, the samples' influences do not add up to that of the "

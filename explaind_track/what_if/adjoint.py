@@ -28,9 +28,6 @@ from explaind_track.what_if.step_gradients import alter
 COUNTS = ("step", "mu_product")
 """What optimizers keep that depends on no gradient."""
 
-CLOSE = 1e-5
-"""How far the differentiable step may be from the optimizer's own, of how far that went; in float64, 1e-9."""
-
 
 @dataclass
 class Adjoint:

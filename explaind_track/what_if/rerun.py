@@ -199,13 +199,7 @@ class Rerun:
         if query.is_classified:
             found |= {name: ((), value) for name, value in faithfulness(*values).items()}
 
-        def norms(one: State, two: State) -> list[float]:
-            squares = {
-                n: float((one.parameters[n] - two.parameters[n]).double().square().sum()) for n in one.parameters
-            }
-            return [sum(squares[name] for name in names) ** 0.5 for names in groups.values()]
-
-        distance, way = norms(own, run), norms(run, start)
+        distance, way = _distances(own, run, groups), _distances(run, start, groups)
         found["distance"] = ("group", distance)
         found["relative_distance"] = (
             "group",

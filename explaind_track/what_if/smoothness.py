@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from torch import nn
@@ -168,18 +169,9 @@ def _compare(predicted: Array, actual: Array) -> dict[str, float]:
 
 def _rank_correlation(one: Array, other: Array) -> float:
     """Spearman's ρ over the rows, averaged over the columns."""
-    return _correlation(*(np.apply_along_axis(_ranks, 0, values) for values in (one, other)))
+    return _correlation(*(pd.DataFrame(values).rank() for values in (one, other)))
 
 
-def _ranks(values: Array) -> Array:
-    """The place of each among all; of those that are equal, the mean of their places."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    places: Array = counts.cumsum() - (counts + 1) / 2
-    return places[which]
-
-
-def _correlation(one: Array, other: Array) -> float:
+def _correlation(one: Any, other: Any) -> float:
     """Pearson's r over the rows, averaged over the columns; 0 for a column that does not vary."""
-    one, other = (values - values.mean(0) for values in (one, other))
-    norms = np.linalg.norm(one, axis=0) * np.linalg.norm(other, axis=0)
-    return float(np.divide((one * other).sum(0), norms, out=np.zeros_like(norms), where=norms > 0).mean())
+    return float(pd.DataFrame(one).corrwith(pd.DataFrame(other)).fillna(0).mean())
