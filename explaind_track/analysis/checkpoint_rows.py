@@ -80,6 +80,8 @@ def panel_row(row: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
         SECONDS_INFLUENCE: row["seconds"],
         PEAK: row["peak_mb"],
     }
+
+    # the first grouping owns the plain names
     for number, (grouping, values) in enumerate(changes.items()):
         here = values.sel(step=row["step"])
         loss = grouping if number else LOSS

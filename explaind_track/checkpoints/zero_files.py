@@ -21,9 +21,6 @@ MASTERS = ("single_partition_of_fp32_groups", "local_sub_partitions_of_fp32_grou
 OBJECTS = ("deepspeed.",)
 """Its own objects beside the tensors (a loss scaler, a stage) are read as inert ones."""
 
-Partition = list[Tensor]
-"""A group's numbers of one process, in one piece or several."""
-
 
 @dataclass(frozen=True)
 class Fragment:

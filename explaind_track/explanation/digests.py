@@ -83,6 +83,7 @@ class Digest:
 
     def _compound(self, value: Any, name: str) -> None:
         """Whatever has parts."""
+        # values and containers
         if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
             self._put("array", value.dtype.str, value.shape)
             self._hash.update(np.ascontiguousarray(value).tobytes())
@@ -100,6 +101,8 @@ class Digest:
             self._put("mapping", len(items))
             for key, item in items.items():
                 self.add(key, name).add(item, f"{name}[{key!r}]")
+
+        # what runs
         elif isinstance(value, types.CodeType):
             self._code(value, name)
         elif isinstance(value, types.FunctionType):
@@ -115,6 +118,8 @@ class Digest:
             self.add(value.__func__, name)
         elif isinstance(value, property):
             self.add((value.fget, value.fset), name)
+
+        # what holds state
         elif isinstance(value, nn.Module):
             self._module(value, name, values=True)
         elif isinstance(value, torch.Generator):
