@@ -18,6 +18,7 @@ from explaind_track.core.observer import StepObserver
 from explaind_track.core.queries import Query
 from explaind_track.core.rules import Rule, update_rule
 from explaind_track.core.step import Batch, State, Step
+from explaind_track.core.tokens import TokenText
 from explaind_track.core.update import Update
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.explanation.explain import explain, plan_explanation
@@ -46,6 +47,7 @@ __all__ = [  # noqa: RUF022 (by use)
     "TensorBoardWriter",
     # ask: what is explained, how finely, and by which parts of the model
     "Query",
+    "TokenText",
     "Quadrature",
     "resolve_groups",
     # explain: take a recorded run apart

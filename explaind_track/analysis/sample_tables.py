@@ -14,10 +14,11 @@ from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Batch, State
 from explaind_track.core.tensors import tree_map, tree_rows
+from explaind_track.core.tokens import logits_of
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.path_integral import Quadrature
-from explaind_track.engine.predictions import inputs_and_labels, labels_and_predictions, scores_of
+from explaind_track.engine.predictions import inputs_and_labels, labels_and_predictions
 from explaind_track.explanation.explain import explain
 from explaind_track.explanation.sample_axis import Data, choose_indices
 from explaind_track.explanation.step_source import StepSource, Window
@@ -180,7 +181,7 @@ def _own_losses(batch: Any) -> Query:
         )
 
     def loss(output: Any, y: Tensor) -> Tensor:
-        return F.cross_entropy(scores_of(output), y, reduction="none")
+        return F.cross_entropy(logits_of(output), y, reduction="none")
 
     return Query.loss(*found, loss)
 

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100
-"""The label that no loss is counted for."""
+from explaind_track.core.tokens import IGNORED, logits_of
 
 
 def sample_losses(model: nn.Module, batch: Mapping[str, Tensor], *, label_smoothing: float = 0.0) -> Tensor:
@@ -47,7 +46,7 @@ def sample_losses(model: nn.Module, batch: Mapping[str, Tensor], *, label_smooth
     labels = batch.get("labels", batch.get("label"))
     if labels is None:
         raise ValueError(f"sample_losses needs the batch's labels by the name 'labels'; it has {', '.join(batch)}")
-    logits = output["logits"] if isinstance(output, Mapping) else output[0]
+    logits = logits_of(output)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if _predicts_next_token(base) and labels.ndim == 2:

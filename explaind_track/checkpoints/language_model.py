@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from explaind_track.checkpoints.sequences import IGNORED, Sequences, draw, make_sequences, read_rows
+from explaind_track.checkpoints.sequences import Sequences, draw, make_sequences, read_rows
 from explaind_track.core.checks import require_package
 from explaind_track.core.queries import Query
+from explaind_track.core.tokens import IGNORED
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.errors import CheckpointError
 

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from explaind_track.core.checks import require_int, require_one_of, shown
-
-IGNORED = -100
-"""The label of tokens that are not predicted: padding."""
+from explaind_track.core.tokens import IGNORED
 
 NO_SOURCE = "all"
 """The source of rows that say none."""

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-AXES = ("step", "group", "query", "output")
-"""What an influence can be kept over; the axes that are not kept are summed over."""
+AXES = ("step", "group", "query", "output", "token")
+"""What an influence can be kept over; the axes that are not kept are summed over. The tokens of a `Query.tokens` stand
+in the place of query and output: those that count, one input behind the other."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,7 +37,9 @@ class Influence(Summarized):
       float arithmetic does not let it go; where steps are summed, both of the summed terms;
     - `nodes` (step): the quadrature nodes taken; the largest where steps are summed;
     - `remainder` (step, query, output): change + ΣΨ, signed, as it was before any closing;
-    - `initial`, `final` (query, output): the prediction before and after, if both axes are kept.
+    - `initial`, `final` (query, output): the prediction before and after, if both axes are kept;
+    - `input`, `place` (token): where a token stands, if the tokens of a `Query.tokens` are kept: the axis `token`, with
+      their text as labels, takes the place of query and output, and padding and ignored labels are not on it.
 
     Parts are `kernel`, `regularization` (and `past`, and `outside`: what something other than the optimizer did to the
     weights since the step before); `momentum` is a share of the kernel, in no sum.
@@ -275,7 +278,7 @@ class Influence(Summarized):
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Those of step, group, query and output that were not summed over."""
+        """Those of step, group, query, output and token that were not summed over."""
         return tuple(axis for axis in AXES if axis in self.data["influence"].dims)
 
     def save(self, path: str | PathLike[str]) -> None:

@@ -1,51 +1,19 @@
 """Queries: what is explained. Inputs, and a differentiable target on the model's output for them (Cor. 3.3)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from explaind_track.core.checks import as_tensor, plain_number, require_instance
-from explaind_track.core.summary import Summarized, Summary
-from explaind_track.core.tensors import (
-    explained_type,
-    tree_has_entries,
-    tree_map,
-    tree_rows,
-    tree_slice,
-    tree_tensors,
-    tree_with,
-    upcast,
-)
-
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""What the model is called with: one tensor, several positional arguments, or keyword arguments."""
-
-
-def _array_as_tensor(leaf: Any) -> Any:
-    is_numeric = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf"
-    return torch.from_numpy(leaf.copy()) if is_numeric else leaf
-
-
-def _shape_and_type(tensor: Tensor) -> tuple[str, str]:
-    return " × ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")
-
-
-def _identity(output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"the model returns a {type(output).__name__}, not a tensor: say which part of it to explain with "
-            "Query.function(x, lambda output: output.logits)"
-        )
-    return output
+from explaind_track.core.query_base import Inputs, QueryBase, whole_output
+from explaind_track.core.tokens import TokenText, token_labels, token_losses
 
 
 @dataclass(frozen=True, repr=False)
-class Query(Summarized):
+class Query(QueryBase):
     """X inputs and the target `h(f_θ(x))` on them, O numbers for each (Cor. 3.3).
 
     Made by the constructors below; `mean()` and `sum()` turn the targets of all inputs into one. A query called with a
@@ -61,29 +29,6 @@ class Query(Summarized):
         >>> len(Query.outputs(x)), len(Query.outputs(x).mean())
         (5, 1)
     """
-
-    inputs: Inputs
-    target: Callable[..., Tensor] = _identity
-    """`target(output, *labels)` → (X, …); what follows the first axis is flattened to O."""
-    labels: tuple[Tensor, ...] = ()
-    """What the target takes beside the output, (X, …) each."""
-    module: str | None = None
-    """Name of the submodule whose output is explained; None: the model's."""
-    reduction: Literal["mean", "sum"] | None = None
-    is_loss: bool = False
-    """Panels show a loss by its signed change, and need one to rank training samples by."""
-    is_classified: bool = False
-    """The output scores classes and `labels[0]` holds the right ones: panels show loss and accuracy."""
-
-    def __post_init__(self) -> None:
-        """Arrays of NumPy and lists of labels become tensors. Raises ValueError and TypeError for what is none."""
-        arrays = tree_map(lambda tensor: tensor, self.inputs, _array_as_tensor)
-        object.__setattr__(self, "inputs", arrays)
-        object.__setattr__(self, "labels", tuple(as_tensor("a query's labels", one) for one in self.labels))
-        try:
-            tree_rows((self.inputs, self.labels))
-        except ValueError as error:
-            raise ValueError(f"a query's inputs and labels: {error}") from None
 
     @classmethod
     def outputs(cls, x: Inputs, y: Tensor | None = None) -> "Query":
@@ -101,7 +46,7 @@ class Query(Summarized):
         """
         if y is None:
             return cls(x)
-        return cls(x, lambda output, _: _identity(output), (y,), is_classified=True)
+        return cls(x, lambda output, _: whole_output(output), (y,), is_classified=True)
 
     @classmethod
     def loss(cls, x: Inputs, y: Tensor, loss: Callable[[Any, Tensor], Tensor] | None = None) -> "Query":
@@ -122,6 +67,47 @@ class Query(Summarized):
             (torch.Size([5, 1]), True)
         """
         return cls(x, loss or (lambda output, y: F.cross_entropy(output, y, reduction="none")), (y,), is_loss=True)
+
+    @classmethod
+    def tokens(
+        cls,
+        inputs: Inputs,
+        labels: Tensor | None = None,
+        *,
+        tokenizer: Any = None,
+        next_token: bool = True,
+    ) -> "Query":
+        """The loss of every token, (X, L), in nats: what a language model's loss is made of.
+
+        Explained with the axis "token", which holds the tokens that count, one input behind the other, by their text.
+        `mean()` and `sum()` are over all of these tokens: one number, a language model's loss.
+
+        Args:
+            inputs: Token ids (X, T), or the model's keyword arguments with `input_ids`, and `labels` if these are
+                others.
+            labels: (X, T), not shifted; −100 where no loss counts. None: those of the inputs, or the ids themselves
+                without padding.
+            tokenizer: Tells the tokens' text: of transformers or tokenizers, or a function from ids to text. None: they
+                go by their ids.
+            next_token: Whether scores at a token are of the next one, as in causal models; False: of that token itself,
+                as in masked and encoder-decoder models, which need labels.
+
+        Raises:
+            ValueError: There are no labels, or all of them are ignored.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> model = torch.nn.Embedding(5, 5)  # scores of the next token, by the last alone
+            >>> query = Query.tokens(torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.tensor([[0, 1, 2], [3, 4, -100]]))
+            >>> query(model).shape, query(model)[1, 1].item()  # the last label is ignored
+            (torch.Size([2, 2]), 0.0)
+            >>> len(query.mean()), torch.allclose(query.mean()(model).mean(), query(model).sum() / 3)
+            (1, True)
+        """
+        called_with, wanted = token_labels(inputs, labels, next_token)
+        text = TokenText((lambda ids: " ".join(map(str, ids))) if tokenizer is None else tokenizer)
+        return cls(called_with, token_losses, (wanted,), is_loss=True, token_text=text)
 
     @classmethod
     def logit(cls, x: Inputs, index: int | Tensor) -> "Query":
@@ -254,7 +240,7 @@ class Query(Summarized):
             >>> query.size, len(query)
             (5, 1)
         """
-        return replace(self, reduction="mean")
+        return self._reduced("mean")
 
     def sum(self) -> "Query":
         """The sum of the targets over the inputs: one query with O outputs.
@@ -266,123 +252,18 @@ class Query(Summarized):
             >>> query.size, len(query)
             (5, 1)
         """
-        return replace(self, reduction="sum")
+        return self._reduced("sum")
 
-    @property
-    def size(self) -> int:
-        """The number of inputs."""
-        return tree_rows(self.inputs)
+    def _reduced(self, reduction: Literal["mean", "sum"]) -> "Query":
+        if self.token_text is None:
+            return replace(self, reduction=reduction)
+        # of a mean over inputs, so that each token has the same share whatever input it is in
+        share = self.size / int(self.counted.sum()) if reduction == "mean" else 1.0
 
-    def _summary(self) -> Summary:
-        target = "loss" if self.is_loss else f"activations of {self.module}" if self.module else "outputs"
-        if self.target is not _identity and not (self.is_loss or self.is_classified):
-            target = f"a function of the {target}"
-        rows = [["inputs", *_shape_and_type(one)] for one in tree_tensors(self.inputs)]
-        rows += [["labels", *_shape_and_type(one)] for one in self.labels]
-        reduced = f", their {self.reduction}" if self.reduction else ""
-        return Summary(f"Query: {target} of {self.size} inputs{reduced}", ["", "shape", "type"], rows)
+        def of_inputs(output: Any, labels: Tensor) -> Tensor:
+            return token_losses(output, labels).sum(1, keepdim=True) * share
 
-    def __len__(self) -> int:
-        """X, the number of targets along the query axis: the number of inputs, or 1 after `mean` or `sum`."""
-        return 1 if self.reduction else self.size
-
-    def rows(self, start: int, stop: int, device: torch.device) -> "Query":
-        """The same query for the inputs `[start:stop]` alone, on `device`; bfloat16 and float16 in float32.
-
-        Example:
-            >>> import torch
-            >>> from explaind_track import Query
-            >>> len(Query.outputs(torch.ones(5, 4)).rows(1, 3, torch.device("cpu")))
-            2
-        """
-        inputs, labels = tree_map(
-            lambda rows: upcast(rows.to(device)), tree_slice((self.inputs, self.labels), start, stop)
-        )
-        return replace(self, inputs=inputs, labels=labels)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors of inputs and labels, each with a row for each input, as `vmap` takes them.
-
-        Raises:
-            RuntimeError: Inputs hold other things for each row, such as words.
-
-        Example:
-            >>> import torch
-            >>> from explaind_track import Query
-            >>> [tuple(tensor.shape) for tensor in Query.loss(torch.ones(5, 4), torch.zeros(5)).tensors]
-            [(5, 4), (5,)]
-        """
-        if tree_has_entries((self.inputs, self.labels)):
-            raise RuntimeError("the query's inputs hold words or other things that are no tensors for each row")
-        return tree_tensors((self.inputs, self.labels))
-
-    def single(self, tensors: Iterable[Tensor]) -> "Query":
-        """The same query for one input, of which the `tensors` are given without their row axis (as `vmap` does)."""
-        inputs, labels = tree_with((self.inputs, self.labels), (tensor.unsqueeze(0) for tensor in tensors))
-        return replace(self, inputs=inputs, labels=labels)
-
-    def in_precision_of(self, parameter: Tensor) -> "Query":
-        """The same query, its inputs' real numbers in the precision that the parameter is explained in; labels stay."""
-
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(explained_type(parameter.dtype)) if tensor.is_floating_point() else tensor
-
-        return replace(self, inputs=tree_map(cast, self.inputs))
-
-    def output(self, model: nn.Module) -> Any:
-        """The output of the model, or of the submodule that is explained.
-
-        Raises:
-            ValueError: The model has no such submodule, or does not run it exactly once.
-        """
-        if self.module is None:
-            return self._call(model)
-        try:
-            submodule = model.get_submodule(self.module)
-        except AttributeError:
-            names = ", ".join(name for name, _ in model.named_modules() if name)
-            raise ValueError(f"the model has no submodule '{self.module}'; it has {names}") from None
-
-        kept: list[Any] = []
-        handle = submodule.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
-        try:
-            self._call(model)
-        finally:
-            handle.remove()
-        if len(kept) != 1:
-            raise ValueError(
-                f"the submodule '{self.module}' ran {len(kept)} times in one forward pass; an activation query needs "
-                "one that runs once"
-            )
-        return kept[0]
-
-    def _call(self, model: nn.Module) -> Any:
-        if isinstance(self.inputs, Mapping):
-            return model(**self.inputs)
-        return model(*self.inputs) if isinstance(self.inputs, tuple) else model(self.inputs)
-
-    def __call__(self, model: nn.Module, output: Any = None) -> Tensor:
-        """The targets of all inputs, (X, O), before any reduction.
-
-        Args:
-            model: The model.
-            output: Its output for these inputs, if that is known already.
-
-        Returns:
-            The targets; in float32 where the model says them in bfloat16 or float16.
-
-        Raises:
-            ValueError: The target does not return one row for each input.
-        """
-        value = self.target(self.output(model) if output is None else output, *self.labels)
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != self.size:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"a query's target must return a tensor with one row for each of its {self.size} inputs, not {shape}; "
-                "for a scalar over all inputs return the rows and use Query.mean() or Query.sum()"
-            )
-        return upcast(value.reshape(self.size, -1))
+        return replace(self, target=of_inputs, reduction=reduction, token_text=None)
 
 
 def require_query(query: Any) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from explaind_track.core.rng import random_state
 from explaind_track.core.step import Batch, State
+from explaind_track.core.tokens import logits_of
 from explaind_track.engine.functional import Functional, evaluation
 
 UNKNOWN = -1
@@ -28,11 +29,6 @@ def inputs_and_labels(data: Any) -> tuple[Any, Tensor] | None:
     return (inputs, labels) if isinstance(labels, Tensor) and _are_classes(labels) else None
 
 
-def scores_of(output: Any) -> Any:
-    """The scores in a model's output: itself, or its `logits`."""
-    return getattr(output, "logits", output)
-
-
 def labels_and_predictions(functional: Functional, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
     """The classes that the samples have, and those that the model finds at the state, in eval mode; (N,) int64 each.
 
@@ -51,7 +47,7 @@ def labels_and_predictions(functional: Functional, state: State, batch: Batch) -
 
     try:
         with torch.no_grad(), evaluation(functional.model):
-            scores = scores_of(functional.replay(state, random_state(device), predict))
+            scores = logits_of(functional.replay(state, random_state(device), predict))
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError):
         return labels.cpu().long(), unknown  # the model is not called in this way
 

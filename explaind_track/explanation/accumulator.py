@@ -10,6 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from explaind_track.core.influence import AXES, Influence
+from explaind_track.core.queries import Query
 from explaind_track.engine.path_integral import Terms, arranged
 from explaind_track.explanation.step_rows import Block, FiledRows, Row
 
@@ -91,15 +92,25 @@ class Accumulator:
         groups: Sequence[str],
         parts: Sequence[str] | None = None,
         rows: FiledRows | None = None,
+        query: Query | None = None,
     ) -> None:
-        """parts: in the order asked for; None: as they come. rows: for those of the steps; None: in memory.
+        """parts: in the order asked for; None: as they come. rows: for those of the steps; None: in memory. query: the
+        one that is explained, which has the axis "token".
 
-        Raises ValueError for axes that there are not.
+        Raises ValueError for axes that there are not, and for tokens of a query that is not one of tokens.
         """
         unknown = set(keep) - set(AXES)
         if unknown:
             raise ValueError(f"keep takes some of {AXES}, got {tuple(keep)}")
+        if "token" in keep and {"query", "output"} & set(keep):
+            raise ValueError(
+                f"the tokens of all inputs are one axis in the place of query and output, got keep={tuple(keep)}: "
+                "leave out 'query' and 'output', or 'token'"
+            )
         self.keep = tuple(axis for axis in AXES if axis in keep)
+        self._query = query if "token" in keep else None
+        self._counted = None if self._query is None else self._query.counted
+        """Of the tokens along the axis, where that is kept."""
         self.groups = tuple(groups)
         self.sums = Sums(tuple(parts or ()), rows=[] if rows is None else rows)
         self._begun = Span(0, 0, 0, 0)
@@ -117,11 +128,11 @@ class Accumulator:
         """Adds the terms of the queries from row `start` on."""
         if "group" not in self.keep:
             terms = terms.grouped()
-        if {"query", "output"} <= set(self.keep) and start not in self.sums.initial:
-            self.sums.initial[start] = (terms.after - terms.buffers - terms.change).cpu()
+        if self._has_predictions and start not in self.sums.initial:
+            self.sums.initial[start] = self._cells(terms.after - terms.buffers - terms.change, start).cpu()
 
         if "step" in self.keep:
-            self._open.append(self._reduce(terms))
+            self._open.append(self._reduce(terms, start))
         else:
             self.sums.add(start, terms)
 
@@ -146,27 +157,38 @@ class Accumulator:
         for sums in taken[1:]:
             self.sums.extend(sums)
 
-    def _reduce(self, terms: Terms) -> Reduced:
-        """The terms of one chunk of queries, summed over the axes that are not kept."""
-        group, query, output = (axis in self.keep for axis in ("group", "query", "output"))
-        gone = tuple(axis for axis, kept in ((-2, query), (-1, output)) if not kept)
-        across = (-1,) if query else (-2, -1)
+    @property
+    def _has_predictions(self) -> bool:
+        """Whether each target has a place of its own, so that its value before and after makes sense."""
+        return "token" in self.keep or {"query", "output"} <= set(self.keep)
 
-        def over(value: Tensor, axes: tuple[int, ...]) -> Tensor:
-            return (value.sum(axes) if axes else value).cpu()
+    def _cells(self, value: Tensor, start: int) -> Tensor:
+        """(…, x, O) of the inputs from row `start` on, summed over the axes of query and output that are not kept; of
+        tokens, those that count (…, t)."""
+        if self._counted is not None:
+            counted = self._counted[start : start + value.shape[-2]].to(value.device)
+            return value[..., counted]
+        gone = tuple(axis for axis, name in ((-2, "query"), (-1, "output")) if name not in self.keep)
+        return value.sum(gone) if gone else value
 
+    def _reduce(self, terms: Terms, start: int) -> Reduced:
+        """The terms of one chunk of queries, from row `start` on, summed over the axes that are not kept."""
+        across = (-1,) if "query" in self.keep else (-2, -1)
         totals = terms.influence.sum(1)
-        cells = terms.influence if group else totals
+        cells = terms.influence if "group" in self.keep else totals
         values = {
-            "influence": over(cells, gone),
-            "importance": over(cells.abs(), across),
-            "total_importance": over(totals.abs(), across),
-            "rounding": over(terms.rounding, gone),
-            "buffers": over(terms.buffers, gone),
-            "change": over(terms.change, gone),
-            "final": over(terms.after, gone),
-            "remainder": over(terms.remainder, gone),
+            "importance": cells.abs().sum(across).cpu(),
+            "total_importance": totals.abs().sum(across).cpu(),
         }
+        for name, value in (
+            ("influence", cells),
+            ("rounding", terms.rounding),
+            ("buffers", terms.buffers),
+            ("change", terms.change),
+            ("final", terms.after),
+            ("remainder", terms.remainder),
+        ):
+            values[name] = self._cells(value, start).cpu()
 
         remainder, change, after = (
             value.square().sum().double().cpu() for value in (terms.remainder, terms.change, terms.after)
@@ -175,13 +197,14 @@ class Accumulator:
         return Reduced(values, (remainder, change, floor))
 
     def _join(self, chunks: Sequence[Reduced]) -> Row:
-        """All chunks as one row: laid end to end along the query axis where that is kept, else added."""
+        """All chunks as one row: laid end to end along the axis of queries or tokens where that is kept, else added."""
         dims = self.dims()
 
         def join(name: str) -> Tensor:
             values = [chunk.values[name] for chunk in chunks]
             axes = [axis for axis in dims[name] if axis != "step"]
-            return torch.cat(values, axes.index("query")) if "query" in axes else torch.stack(values).sum(0)
+            along = [place for place, axis in enumerate(axes) if axis in ("query", "token")]
+            return torch.cat(values, along[0]) if along else torch.stack(values).sum(0)
 
         row = {name: join(name) for name in chunks[0].values}
         squares = zip(*(chunk.squares for chunk in chunks), strict=True)
@@ -193,11 +216,11 @@ class Accumulator:
     def dims(self) -> dict[str, tuple[str, ...]]:
         """The axes of every variable; that of the parts comes first, that of the steps behind it."""
         kept = set(self.keep)
-        cells = tuple(axis for axis in ("step", "query", "output") if axis in kept)
+        cells = tuple(axis for axis in ("step", "query", "output", "token") if axis in kept)
         return {
             "influence": ("part", *self.keep),
-            "importance": ("part", *(axis for axis in self.keep if axis != "output")),
-            "total_importance": ("part", *(axis for axis in self.keep if axis not in ("group", "output"))),
+            "importance": ("part", *(axis for axis in self.keep if axis not in ("output", "token"))),
+            "total_importance": ("part", *(axis for axis in self.keep if axis not in ("group", "output", "token"))),
             **dict.fromkeys(("rounding", "buffers", "change", "final", "remainder"), cells),
             "residual": tuple(axis for axis in cells if axis == "step"),
             "residual_floor": tuple(axis for axis in cells if axis == "step"),
@@ -216,12 +239,13 @@ class Accumulator:
         nodes = np.concatenate([block.nodes for block in blocks]) if by_step else np.array(sums.span.nodes)
         variables["nodes"] = (("step",) if by_step else (), nodes)
 
-        # the predictions before the first and behind the last step, which only make sense by query and output
+        # the predictions before the first and behind the last step
         if sums.initial:
+            axes = tuple(axis for axis in dims["final"] if axis != "step")
             initial = torch.cat([sums.initial[start] for start in sorted(sums.initial)])
-            variables["initial"] = (("query", "output"), initial.numpy())
+            variables["initial"] = (axes, initial.numpy())
             if by_step:
-                variables["final"] = (("query", "output"), values["final"][-1].numpy())
+                variables["final"] = (axes, values["final"][-1].numpy())
         else:
             del variables["final"]
 
@@ -230,13 +254,19 @@ class Accumulator:
             labels["step"] = np.concatenate([block.steps for block in blocks])
         if "group" in self.keep:
             labels["group"] = np.array(self.groups, dtype=object)
+        if self._query is not None:
+            told = self._query.token_labels()
+            labels["token"] = told.pop("token")
+            variables |= {name: ("token", values) for name, values in told.items()}
         span = {"first_step": sums.span.first, "last_step": sums.span.last, "steps": sums.span.steps}
         return Influence(xr.Dataset(variables, labels, {**attrs, **span}))
 
     def _summed(self) -> Row:
         """The sums over all steps as one row."""
         sums = self.sums
-        return self._join([self._reduce(sums.chunks[start].arranged(sums.parts)) for start in sorted(sums.chunks)])
+        return self._join(
+            [self._reduce(sums.chunks[start].arranged(sums.parts), start) for start in sorted(sums.chunks)]
+        )
 
     def _stacked(self, blocks: Sequence[Block]) -> Row:
         """The rows of all steps as one, with the step axis in its place."""

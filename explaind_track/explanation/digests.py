@@ -256,6 +256,8 @@ def told_apart(digests: Mapping[str, Digest]) -> dict[str, str]:
 def query_digest(query: Query) -> Digest:
     """Tells one query from others: by its inputs and labels, and by what its target computes."""
     digest = Digest().add((query.inputs, query.labels), "the query's inputs")
+    if query.token_text is not None:
+        digest.add(query.token_labels()["token"], "the query's tokens")
     return digest.add((query.reduction, query.module), "the query").add(query.target, "the query's target")
 
 

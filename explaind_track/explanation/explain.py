@@ -58,9 +58,9 @@ def explain(
         query: Whose targets are explained: X inputs (or one reduction of them) with O outputs each.
         groups: See `resolve_groups`; None: by the first part of the module path.
         keep: Some of "step", "group", "query", "output", ("step", "group") if not given; all other axes are summed
-            over. With "sample", the kernel part is split over the training samples by reverse replay, and "seen" is an
-            axis beside "step": "step" is the step at which the influence acts, "seen" the one whose batch the sample
-            was in.
+            over. "token", of a `Query.tokens`, stands in the place of query and output. With "sample", the kernel part
+            is split over the training samples by reverse replay, and "seen" is an axis beside "step": "step" is the
+            step at which the influence acts, "seen" the one whose batch the sample was in.
         parts: Of the steps, one row each; what is not asked for is left to the remainder. None: all, the rounding
             summed over the groups. "momentum" is a share of "kernel"; "outside" is what something other than the
             optimizer did to the weights since the step before (clamps, masks, copies, another optimizer).

@@ -78,6 +78,7 @@ class Explainer:
         if not any("group" in keep for keep in keeps):
             groups = {"all": [name for names in groups.values() for name in names]}
         self._groups, self._keeps, self._parts, self._rows_in_file = list(groups), keeps, parts, rows_in_file
+        self._query = query
         self.forget()
         self.integrator = Integrator(model, query, groups, parts, quadrature, memory)
         self.close = close
@@ -127,7 +128,7 @@ class Explainer:
         self.accumulators = []
         for keep in self._keeps:
             rows = FiledRows() if self._rows_in_file and "step" in keep else None
-            self.accumulators.append(Accumulator(keep, self._groups, self._parts, rows))
+            self.accumulators.append(Accumulator(keep, self._groups, self._parts, rows, self._query))
 
     def _from_outside(self, step: Step) -> tuple[dict[int, Terms], int]:
         """The terms of what else changed the model since the step before, by the chunk's first row; and their nodes."""
@@ -155,8 +156,7 @@ def _metrics(query: Query, start: int, terms: Terms) -> dict[str, float]:
     """This chunk's share of the query's mean loss and accuracy; nothing where the query has no labels to tell."""
     after = terms.after
     if query.is_loss:
-        scale = 1 if query.reduction == "mean" else query.size
-        return {"loss": float(after.sum()) / scale}
+        return {"loss": float(after.sum()) / query.loss_count}
 
     if query.is_classified and query.reduction is None:
         y = query.labels[0][start : start + len(after)].to(after.device)

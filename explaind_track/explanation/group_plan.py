@@ -51,6 +51,8 @@ class GroupPlan(ExplanationPlan):
             "query": len(integrator.query),
             "output": output_count(integrator.functional.model, integrator.query),
         }
+        if "token" in accumulator.keep:
+            sizes["token"] = int(integrator.query.counted.sum())
         return {axis: size for axis, size in sizes.items() if axis in ("part", *self.keep)}
 
     @property

@@ -118,8 +118,7 @@ class Live:
             metrics |= importance_row(parts, groups, row, "" if name == first else name)
         if query.is_loss:
             loss = history.LOSS if name == self.losses[0] else name
-            scale = 1.0 if query.reduction == "mean" else 1.0 / query.size
-            metrics |= change_row(parts, groups, row, scale, loss)
+            metrics |= change_row(parts, groups, row, 1.0 / query.loss_count, loss)
 
         for measure, value in explainer.metrics.items():
             metrics[history.measure_key(name, measure)] = value

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from explaind_track.checkpoints.sequences import IGNORED, Row, draw, make_sequences, parse_mixture, read_rows
+from explaind_track.checkpoints.sequences import Row, draw, make_sequences, parse_mixture, read_rows
+from explaind_track.core.tokens import IGNORED
 
 VOCABULARY = 50
 
