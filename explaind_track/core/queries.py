@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from explaind_track.core.checks import as_tensor, plain_number, require_instance
+from explaind_track.core.checks import as_tensor, plain_number, require_instance, require_int
+from explaind_track.core.first_batch import class_losses, first_batch
 from explaind_track.core.query_base import Inputs, QueryBase, whole_output
 from explaind_track.core.tokens import TokenText, token_labels, token_losses
 
@@ -108,6 +109,54 @@ class Query(QueryBase):
         called_with, wanted = token_labels(inputs, labels, next_token)
         text = TokenText((lambda ids: " ".join(map(str, ids))) if tokenizer is None else tokenizer)
         return cls(called_with, token_losses, (wanted,), is_loss=True, token_text=text)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        collator: Callable[[list[Any]], Any],
+        rows: int = 64,
+        *,
+        tokenizer: Any = None,
+        next_token: bool = True,
+    ) -> "Query":
+        """The mean loss of a dataset's first rows, batched as training batches them: one number.
+
+        Where there is a label for each token, it is the mean over the tokens that count, as of a language model's own
+        loss, and `tokenizer` and `next_token` are those of `Query.tokens`; where there is one for each row, the mean of
+        the cross-entropies.
+
+        Args:
+            dataset: With rows by number or one after the other, as a data loader takes it.
+            collator: From a list of rows to a batch, a mapping of the model's keyword arguments and `labels`: that of
+                the data loader, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`.
+            rows: The first so many; all, where there are fewer.
+            tokenizer: See `tokens`.
+            next_token: See `tokens`.
+
+        Raises:
+            TypeError: The dataset has no rows, or the batch is no mapping.
+            ValueError: There is no row, or labels are missing, of other shapes, or all ignored.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Query
+            >>> dataset = [{"input": torch.tensor([0, 1, 2])}, {"input": torch.tensor([3, 4])}]
+            >>> def collate(rows):
+            ...     ids = [row["input"] for row in rows]
+            ...     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+            ...     return {"input": padded.clamp(min=0), "labels": padded}
+            >>> query = Query.from_dataset(dataset, collate)
+            >>> query, query.labels[0].tolist()
+            (Query: loss of each token of 2 inputs, their mean, [[1, 2], [4, -100]])
+        """
+        batch = first_batch(dataset, collator, require_int("rows=", rows, 1))
+        labels = batch["labels"]
+        if labels.ndim == 2:
+            return cls.tokens(batch, tokenizer=tokenizer, next_token=next_token).mean()
+
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return cls.loss(inputs, labels, class_losses).mean()
 
     @classmethod
     def logit(cls, x: Inputs, index: int | Tensor) -> "Query":
