@@ -68,7 +68,13 @@ def test_rows_of_one_class_each_have_their_mean_cross_entropy() -> None:
         (Rows(), lambda rows: rows, 3, TypeError, "a mapping of the model's keyword arguments"),
         (Rows(), lambda rows: {"x": torch.ones(3)}, 3, ValueError, "no 'labels'"),
         (Rows(), lambda rows: {"x": torch.ones(3), "labels": torch.ones(3)}, 3, ValueError, "one class each"),
-        (Rows(), lambda rows: {"x": torch.ones(3, 2), "labels": torch.full((3, 2), -100)}, 3, ValueError, "ignored"),
+        (
+            Rows(),
+            lambda rows: {"x": torch.ones(3, 2), "labels": torch.full((3, 2), -100)},
+            3,
+            ValueError,
+            "loss counts",
+        ),
     ],
 )
 def test_what_makes_no_query_is_refused(
