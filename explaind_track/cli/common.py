@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from explaind_track.core.tables import inert
 from explaind_track.errors import CheckpointError, TrajectoryError
 from explaind_track.record.history import HISTORY
 from explaind_track.record.manifest import MANIFEST, Manifest
@@ -45,14 +46,6 @@ def _wandb_error() -> type[Exception]:
 def tell(as_json: bool, content: Any, words: str) -> None:
     """Prints a command's result: the content for programs, or the words for people."""
     click.echo(json.dumps(content, indent=1) if as_json else inert(words))
-
-
-def inert(words: str) -> str:
-    """Words that may hold names out of a record, with all that a terminal would obey, or hide, spelled out."""
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
-        for letter in words
-    )
 
 
 def local_run(run: str) -> Path:

@@ -95,8 +95,7 @@ def make_comparison(runs: Runs) -> str:
     title = " · ".join(runs) if len(runs) < 4 else f"{len(runs)} runs"
     if len(runs) == 2:
         merged = _with_differences(runs, merged)
-    parts = {"outcome": "", "totals": spelled_table(as_table(comparison)), "samples": None, "facts": None}
-    return page_of(title, span, merged, banded, **parts)
+    return page_of(title, span, merged, banded, totals=spelled_table(as_table(comparison)))
 
 
 def merged_rows(runs: Runs) -> list[dict[str, Any]]:

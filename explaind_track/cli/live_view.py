@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from explaind_track.cli.common import inert, latest_values, state_of
+from explaind_track.cli.common import latest_values, state_of
 from explaind_track.core.summary import curve
+from explaind_track.core.tables import inert
 from explaind_track.record.history import (
     AXIS,
     DIFFERENCE,

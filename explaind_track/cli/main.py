@@ -13,7 +13,6 @@ from explaind_track.cli.checkpoints import checkpoints
 from explaind_track.cli.common import (
     AS_JSON,
     RUN,
-    inert,
     latest_values,
     local_run,
     open_trajectory,
@@ -26,6 +25,7 @@ from explaind_track.cli.demo import demo
 from explaind_track.cli.doctor import doctor
 from explaind_track.cli.live_view import Follower, follow, view
 from explaind_track.cli.report_command import compare, report
+from explaind_track.core.tables import inert
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import directory_mb
 from explaind_track.record.history import HISTORY

@@ -79,7 +79,8 @@ def make_report(
 
 
 def page_of(title: str, span: str, rows: Rows, sections: Sequence[Section], **parts: Any) -> str:
-    """A whole page, with the sections' figures drawn from the rows. parts: what else the template has."""
+    """A whole page, with the sections' figures drawn from the rows. parts: what else the template has, of which all but
+    `totals` may be missing."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     drawings: list[dict[str, Any]] = []
@@ -110,7 +111,7 @@ def page_of(title: str, span: str, rows: Rows, sections: Sequence[Section], **pa
         span=span,
         sections=drawn_sections,
         figures=drawings,
-        **parts,
+        **{"outcome": "", "texts": None, "samples": None, "facts": None, **parts},
     )
 
 

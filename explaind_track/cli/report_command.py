@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
-from explaind_track.cli.common import AS_JSON, inert, local_run, report_errors, tell
+from explaind_track.cli.common import AS_JSON, local_run, report_errors, tell
+from explaind_track.core.tables import inert
 from explaind_track.record.history import read_rows
 from explaind_track.record.manifest import Manifest
+from explaind_track.record.results import REQUEST, open_influence
 from explaind_track.record.run_directory import POINTER, read_tie
 
 
@@ -22,7 +24,8 @@ def report(runs: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Write RUN's report, an HTML file.
 
     It needs no network; its figures can be zoomed and read off. Of several runs, such as those of several seeds, curves
-    are means with bands from the lowest run to the highest; of two, their differences follow.
+    are means with bands from the lowest run to the highest; of two, their differences follow. RUN may also be an
+    influence of tokens, a directory of explain(out=…) or a file of Influence.save: its text is coloured.
     """
     if len(runs) == 1:
         target = write_report_of(runs[0], out)
@@ -73,12 +76,29 @@ def rows_by_name(runs: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def write_report_of(run: str, out: Path | None = None) -> Path:
-    """Writes the report of a run; returns the file."""
+    """Writes the report of a run, or of an influence of tokens; returns the file."""
     from explaind_track.cli.report import make_report, write_report
 
+    if is_result(Path(run)):
+        return write_report_of_influence(Path(run), out)
     directory, target = local_run(run), out or Path(run) / "report.html"
     head = Manifest.read(directory, missing_ok=True).head
     write_report(target, make_report(read_rows(directory), head, title_of(directory), read_tie(directory), directory))
+    return target
+
+
+def is_result(path: Path) -> bool:
+    """Whether there is an influence, and no run."""
+    return path.suffix == ".safetensors" or (path / REQUEST).is_file()
+
+
+def write_report_of_influence(path: Path, out: Path | None = None) -> Path:
+    """Writes the report of an influence of tokens; returns the file."""
+    from explaind_track.cli.report import write_report
+    from explaind_track.cli.report_texts import make_influence_report
+
+    target = out or (path / "report.html" if path.is_dir() else path.with_suffix(".html"))
+    write_report(target, make_influence_report(open_influence(path), path.resolve().stem))
     return target
 
 

@@ -253,7 +253,8 @@ class Influence(Summarized):
         return influence_views.frame(self.data)
 
     def plot(self) -> "Figure":
-        """Draws it by the axes it has: lines over steps, bars over one other axis, a heat map over two.
+        """Draws it by the axes it has: lines over steps, bars over one other axis, a heat map over two; of tokens,
+        their text, coloured by the change of their losses, in all and by group.
 
         Importance, or where outputs or samples are kept the influence with its sign; a panel for each part. The first
         steps, in which an optimizer moves a model by far more than in all others, may lie off the scale. Needs the
@@ -275,6 +276,9 @@ class Influence(Summarized):
 
     def _summary(self) -> Summary:
         return influence_views.summary(self.data)
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + influence_views.markup(self.data)
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from explaind_track.core import colored_text
 from explaind_track.core.checks import require_int, require_package, shown
 from explaind_track.core.step import SHARES
 from explaind_track.core.summary import Summary, curve, sizes_in_words
@@ -34,11 +35,20 @@ def summary(data: xr.Dataset) -> Summary:
         top = most_influential(data, FEW, {})
         return Summary(f"{title}; the samples that did most", list(top.columns), top.values.tolist())
 
+    if "token" in influence.dims:
+        rows = colored_text.most_changed(data, FEW)
+        return Summary(f"{title}; the tokens that it helped and harmed most", colored_text.COLUMNS, rows)
+
     if "residual" in data:
         title += f"; residual at most {float(data['residual'].max()):.2g}"
     if "importance" not in data or "part" not in influence.dims:
         return Summary(title)
     return Summary(title, *_table_of_groups(data["importance"]))
+
+
+def markup(data: xr.Dataset) -> str:
+    """HTML that stands below the summary in notebooks: of tokens, their coloured text."""
+    return colored_text.html(colored_text.texts_of(data)) if "token" in data["influence"].dims else ""
 
 
 def _table_of_groups(importance: xr.DataArray) -> tuple[list[str], list[list[Any]]]:
@@ -116,6 +126,12 @@ def frame(data: xr.Dataset) -> pd.DataFrame:
 
 def figure(data: xr.Dataset) -> "Figure":
     """See `Influence.plot`."""
+    if "token" in data["influence"].dims:
+        texts = colored_text.texts_of(data)
+        text = _figure(*colored_text.text_size(texts), layout=None)
+        colored_text.draw(text.add_axes((0, 0, 1, 1)), texts)
+        return text
+
     values, name = _drawn(data)
     axes = [str(axis) for axis in values.dims if axis != "part" and values.sizes[axis] > 1]
     if len(axes) > 2:
@@ -142,7 +158,7 @@ def figure(data: xr.Dataset) -> "Figure":
     return drawn
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> "Figure":
     """An empty figure, in inches, which a notebook shows without pyplot."""
     require_package("matplotlib", "plots", "a figure")
     from matplotlib.figure import Figure
@@ -153,7 +169,7 @@ def _figure(width: float, height: float) -> "Figure":
             self.savefig(content, format="png")
             return content.getvalue()
 
-    return ShownFigure(figsize=(width, height), layout="constrained")
+    return ShownFigure(figsize=(width, height), layout=layout)
 
 
 def _drawn(data: xr.Dataset) -> tuple[xr.DataArray, str]:

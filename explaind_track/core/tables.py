@@ -1,7 +1,15 @@
-"""Tables as text."""
+"""Words and tables for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+def inert(words: str) -> str:
+    """Words that may hold names out of a record, with all that a terminal would obey, or hide, spelled out."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in words
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
