@@ -13,6 +13,7 @@ from explaind_track.core.influence import Influence
 from explaind_track.core.modules import keeping_modes, parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
+from explaind_track.core.switches import keeping_switches
 from explaind_track.core.tensors import low_precision, upcast
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.explanation.explainer import Explainer
@@ -83,9 +84,9 @@ class Live:
         doubts: list[str] = []
 
         # where something interrupts this, half a step is in the sums; and an interruption may come to where a query
-        # gives the modules their modes back, too
+        # gives the modules their modes back, or torch its switches, too
         upto, self.upto = self.upto, NEVER
-        with keeping_modes(self._model):
+        with keeping_switches(), keeping_modes(self._model):
             for name, explainer in self.explainers.items():
                 row, _ = explainer.add(step)
                 metrics |= self._metrics(name, explainer.integrator.parts(step), row)

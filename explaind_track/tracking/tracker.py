@@ -16,6 +16,7 @@ from explaind_track.core.modules import parameters_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Step
+from explaind_track.core.switches import keeping_switches
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, require_quadrature
@@ -265,7 +266,7 @@ class Tracker(StepCalls, Findings):
         try:
             try:
                 self._watch.begin()
-                with self._stopwatch.step():
+                with keeping_switches(), self._stopwatch.step():
                     yield
                 self._watch.pass_body()
             finally:

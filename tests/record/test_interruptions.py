@@ -16,6 +16,7 @@ from torch import nn
 
 import explaind_track
 from explaind_track import Query, Tracker, Trajectory, explain
+from explaind_track.core.switches import SWITCHES
 from explaind_track.record.history import read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::explaind_track.errors.ResumeWarning")
@@ -152,6 +153,7 @@ def interrupted(
     with suppress(*ERRORS), lines.counted():
         ACTIONS[action](run)
     assert all(module.training for module in run.model.modules()), lines.place
+    assert all(read() for read, _ in SWITCHES), lines.place
     return run, lines
 
 
