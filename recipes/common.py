@@ -1,12 +1,15 @@
 """Code that every recipe needs: its configuration, a directory for its results, tables and figures."""
 
 import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from math import isnan, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +21,8 @@ from recipes.data import Split
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,23 @@ def _require_same(config: DictConfig, recorded: DictConfig, out: Path) -> None:
             f"out={out} holds a run with other settings: {', '.join(other)}. Repeat these to go on with it, or name a "
             "new directory"
         )
+
+
+def measured(action: Callable[[], Result]) -> tuple[Result, float, float]:
+    """The action's result, its seconds, and by how many MB the process grew at most meanwhile (nan but on Linux)."""
+    status, before = Path("/proc/self/status"), nan
+    if status.is_file():
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _peak_mb(status)
+    started = perf_counter()
+    result = action()
+    seconds = perf_counter() - started
+    return result, seconds, nan if isnan(before) else _peak_mb(status) - before
+
+
+def _peak_mb(status: Path) -> float:
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+    return int(peak) / 1024
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

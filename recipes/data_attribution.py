@@ -1,32 +1,41 @@
-"""G.1, Fig. 7: influences summed to training samples, as forecasts of models trained on subsets of them.
+"""G.1, Fig. 7: what samples do to predictions, as forecasts of models trained without some of them.
 
-    python -m recipes.data_attribution [preset=cifar2] [key=value …]
+    python -m recipes.data_attribution [preset=paper|cifar2] [key=value …]
 
-The linear datamodeling score, beside TracIn's and TRAK's. `out` receives summary.json, config.yaml, figures/lds.png
-and the trajectory.
+The linear datamodeling score of the path kernel and of the metagradient, beside TracIn's, TRAK's and, where bergson is
+installed, MAGIC's: for the paper's setting, where models are trained again from fresh starts, for the same start and
+order, and for either with a model and rates for which training is smooth. And how many of the samples with wrong labels
+each of them finds. `out` receives summary.json, config.yaml, figures/lds.png and the trajectories.
 """
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.func import functional_call
-from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from explaind_track import Quadrature, Query, explain
 from explaind_track.core.tables import table
 from recipes import images
-from recipes.common import Run, configure, output_directory, save_figures, write_json
+from recipes.attribution_methods import log_odds, methods
+from recipes.common import configure, measured, output_directory, save_figures, write_json
+from recipes.data import Split
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+SETTINGS = {
+    "paper": (False, False),
+    "paper, same start": (False, True),
+    "smooth": (True, False),
+    "smooth, same start": (True, True),
+}
+"""Whether training is smooth; whether models are trained again from the run's start and in its order."""
 
 RESAMPLES = 30
 """The number of times that subsets and queries are drawn again for the error of a score."""
@@ -34,76 +43,61 @@ RESAMPLES = 30
 PAPER_CIFAR2 = {"path kernel": 0.06, "TracIn": 0.05, "TRAK": 0.05}
 """The paper's scores on CIFAR-2 for the fraction 0.5; those on MNIST it only draws."""
 
-
-def log_odds(output: Tensor, y: Tensor) -> Tensor:
-    """The log-odds log p_y / (1 − p_y) of each row, (X, 1): the prediction that all methods attribute."""
-    right = output.gather(1, y[:, None])
-    rest = output.scatter(1, y[:, None], float("-inf"))
-    return right - rest.logsumexp(1, keepdim=True)
+APART = 1000
+"""Between the seeds of the runs whose scores are averaged, so that no model trained again is one of them."""
 
 
-def path_kernel(run: Run, x: Tensor, y: Tensor, nodes: int) -> Tensor:
-    """−Ψ(x_k, x), which each training sample added to each prediction, (samples, queries)."""
-    influence = explain(
-        run.trajectory,
-        run.model,
-        Query.function(x, log_odds, y),
-        keep=("sample", "query"),
-        quadrature=Quadrature.fixed(nodes),
-        sample_loss=images.sample_loss,
-        data=run.data.training_batch,
-    )
-    return -torch.from_numpy(influence.data["influence"].transpose("sample", "query").values)
+def of_kind(config: DictConfig, smooth: bool) -> DictConfig:
+    """The settings of a run that is smooth, or of the paper's."""
+    merged = OmegaConf.merge(config, config.smooth) if smooth else config
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
-def baselines(config: DictConfig, run: Run, x: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """TracIn and single-model TRAK, by `dattri`: (samples, queries) each."""
-    from dattri.algorithm import TracInAttributor, TRAKAttributor
-    from dattri.task import AttributionTask
+def attribute(
+    config: DictConfig, data: Split, x: Tensor, y: Tensor, out: Path, mean: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Trains a run for each seed; returns each method's scores of the first, and averaged over all where there are
+    several; and what the first run and the scores took."""
+    by_seed: list[dict[str, Tensor]] = []
+    cost: dict[str, Any] = {}
+    for place in range(config.seeds):
+        seeded = OmegaConf.merge(config, {"seed": config.seed + APART * place})
+        assert isinstance(seeded, DictConfig)
+        run = images.obtain(seeded, data, seeded.seed, out / f"trajectory-{seeded.seed}")
+        found: dict[str, Tensor] = {}
+        for name, method in methods(seeded, run, x, y, mean).items():
+            result, seconds, megabytes = measured(method)
+            found[name] = result.detach().cpu()
+            if not place:
+                cost[name] = {"seconds": round(seconds, 1), "MB": round(megabytes)}
+        if not place:
+            cost["accuracy"] = images.accuracy(run.model, data.x_test, data.y_test)
+        by_seed.append(found)
 
-    def target(parameters: Any, sample: tuple[Tensor, Tensor]) -> Tensor:
-        image, label = sample
-        return log_odds(functional_call(run.model, parameters, (image[None],)), label.reshape(1)).sum()
-
-    def loss(parameters: Any, sample: tuple[Tensor, Tensor]) -> Tensor:
-        image, label = sample
-        return F.cross_entropy(functional_call(run.model, parameters, (image[None],)), label.reshape(1))
-
-    def probability(parameters: Any, sample: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.exp(-loss(parameters, sample))
-
-    samples = DataLoader(TensorDataset(run.data.x_train, run.data.y_train), batch_size=config.gradients)
-    queries = DataLoader(TensorDataset(x, y), batch_size=config.gradients)
-    options = {"projector_kwargs": {"proj_dim": config.projection, "device": config.device}, "device": config.device}
-    steps = [round(len(run.trajectory) * (place + 1) / config.checkpoints) for place in range(config.checkpoints)]
-    states = [run.trajectory.state_dict(step) for step in steps]
-
-    def tracin() -> Tensor:
-        task = AttributionTask(loss, run.model, states, target_func=target)
-        weights = torch.full((len(states),), float(config.optimizer.lr))
-        scores: Tensor = TracInAttributor(task, weights, normalized_grad=False, **options).attribute(samples, queries)
-        return -scores  # a step on the sample moves the target by −lr ⟨∇loss, ∇target⟩
-
-    def trak() -> Tensor:
-        task = AttributionTask(target, run.model, states[-1], target_func=target)
-        attributor = TRAKAttributor(task, probability, regularization=1e-3, **options)
-        attributor.cache(samples)
-        scores: Tensor = attributor.attribute(queries)
-        return scores
-
-    return {"TracIn": tracin, "TRAK": trak}
+    scores = dict(by_seed[0])
+    if len(by_seed) > 1:
+        for name in by_seed[0]:
+            scores[f"{name}, {len(by_seed)} runs"] = torch.stack([one[name] for one in by_seed]).mean(0)
+    return scores, cost
 
 
-def retrain(config: DictConfig, run: Run, x: Tensor, y: Tensor, subsets: Sequence[Tensor]) -> Tensor:
-    """The predictions of a model trained on each subset, (subsets, queries): each has another start and order.
+def retrain(config: DictConfig, data: Split, x: Tensor, y: Tensor, subsets: Sequence[Tensor], same: bool) -> Tensor:
+    """The predictions of a model trained on each subset, (subsets, queries).
+
+    same: from the run's start and in its order, the others' weights 0; else each has another start and order.
 
     One after the other: stacked by `torch.func.stack_module_state`, 16 CNNs took 1.6 times as long on a CPU.
     """
     values = []
     for number, subset in enumerate(tqdm(subsets, "train again", unit="model")):
-        seed = config.seed + 1 + number
-        model = images.build(config, run.data, seed)
-        images.fit(config, model, *run.data.training_batch(subset), seed)
+        seed = config.seed if same else config.seed + 1 + number
+        model = images.build(config, data, seed)
+        if same:
+            weight = torch.zeros(len(data.y_train), device=config.device).index_fill(0, subset, 1.0)
+            images.fit(config, model, data.x_train, data.y_train, seed, weight)
+        else:
+            images.fit(config, model, *data.training_batch(subset), seed)
         values.append(log_odds(images.log_probabilities(model, x), y)[:, 0])
     return torch.stack(values)
 
@@ -146,64 +140,92 @@ def rank_correlations(foretold: Tensor, truth: Tensor, rows: Tensor) -> Tensor:
     return correlations.nan_to_num()
 
 
-def draw(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> "Figure":
-    """Fig. 7: scores by the fraction that the models are trained on, with their standard errors."""
+def mislabelled(config: DictConfig, data: Split, out: Path) -> dict[str, Any]:
+    """Of the samples that each method has lowest, the share whose labels are wrong; as many are looked at as are wrong.
+
+    Scores are of the mean prediction on test samples: a wrong label makes it worse.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    size, classes = len(data.y_train), int(data.y_train.max()) + 1
+    wrong = torch.randperm(size, generator=generator)[: round(config.flipped * size)]
+    labels = data.y_train.clone()
+    labels[wrong] = (labels[wrong] + torch.randint(1, classes, wrong.shape, generator=generator)) % classes
+
+    x, y = data.x_test[: config.judges], data.y_test[: config.judges]
+    scores, cost = attribute(config, replace(data, y_train=labels), x, y, out, mean=True)
+    found: dict[str, Any] = {"wrong": len(wrong), "accuracy": cost.pop("accuracy")}
+    for name, score in scores.items():
+        lowest = score[:, 0].argsort()[: len(wrong)]
+        found[name] = float(torch.isin(lowest, wrong).float().mean())
+    return {**found, "cost": cost}
+
+
+def draw(rows: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> "Figure":
+    """Fig. 7 for each setting: scores by the fraction that the models are trained on, with their standard errors."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    places = range(len(rows))
-    for name in methods:
-        errors = [row[f"± {name}"] for row in rows]
-        axis.errorbar(places, [row[name] for row in rows], errors, marker="o", capsize=3, label=name)
+    figure = Figure(figsize=(1.5 + 4 * len(settings), 4), layout="constrained")
+    for axis, setting in zip(figure.subplots(1, len(settings), sharey=True, squeeze=False)[0], settings, strict=True):
+        shown = [row for row in rows if row["setting"] == setting]
+        places = range(len(shown))
+        for name in [key[2:] for key in shown[0] if key.startswith("± ")]:
+            values, errors = ([row[key] for row in shown] for key in (name, f"± {name}"))
+            style = "--" if name.endswith("runs") else "-"
+            axis.errorbar(places, values, errors, marker="o", linestyle=style, capsize=3, label=name)
+        axis.axhline(0, color="gray", linewidth=0.5)
+        axis.set_xticks(places, [f"{row['fraction']:g}" for row in shown])
+        axis.set_title(setting, fontsize=10)
+        axis.grid(alpha=0.2)
 
-    axis.axhline(0, color="gray", linewidth=0.5)
-    axis.set_xticks(places, [f"{row['fraction']:g}" for row in rows])
-    axis.set_xlabel("fraction of the training samples that the models are trained on again")
-    axis.set_ylabel("linear datamodeling score\n(rank correlation ± standard error)")
-    axis.legend()
-    axis.grid(alpha=0.2)
+    figure.supxlabel("fraction of the training samples that the models are trained on again", fontsize=9)
+    figure.axes[0].set_ylabel("linear datamodeling score\n(rank correlation ± standard error)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
 def main(arguments: list[str]) -> None:
     config = configure("data_attribution", arguments)
+    if unknown := [name for name in config.settings if name not in SETTINGS]:
+        sys.exit(f"there is no setting {unknown[0]!r}: settings are some of {', '.join(map(repr, SETTINGS))}")
     data = images.load(config)
     out = output_directory(config, "data_attribution")
-    run = images.obtain(config, data, config.seed, out / "trajectory")
     x, y = data.x_test[: config.queries], data.y_test[: config.queries]
 
-    scores: dict[str, Tensor] = {}
-    seconds: dict[str, float] = {}
-    methods = {"path kernel": lambda: path_kernel(run, x, y, config.nodes), **baselines(config, run, x, y)}
-    for name, attribute in methods.items():
-        started = perf_counter()
-        scores[name] = attribute().detach().cpu()
-        seconds[name] = round(perf_counter() - started, 1)
+    # the scores, the same for fresh starts and the run's own
+    kinds = {"smooth" if smooth else "paper": smooth for smooth, _ in map(SETTINGS.__getitem__, config.settings)}
+    scores, summary = {}, {"queries": len(y), "subsets": config.subsets, "seeds": config.seeds}
+    for kind, smooth in kinds.items():
+        scores[smooth], summary[f"cost, {kind}"] = attribute(of_kind(config, smooth), data, x, y, out / kind)
+    summary["paper"] = PAPER_CIFAR2 if config.data.name == "cifar2" else None
 
-    head: dict[str, Any] = {
-        "accuracy": images.accuracy(run.model, data.x_test, data.y_test),
-        "queries": len(y),
-        "subsets": config.subsets,
-        "seconds": seconds,
-        "paper": PAPER_CIFAR2 if config.data.name == "cifar2" else None,
-    }
-    generator = torch.Generator().manual_seed(config.seed)
-    size = len(data.y_train)
+    # the models that they foretell
     rows: list[dict[str, Any]] = []
-    for fraction in config.fractions:
-        draws = [torch.randperm(size, generator=generator)[: round(fraction * size)] for _ in range(config.subsets)]
-        subsets = torch.stack(draws)
-        truth = retrain(config, run, x, y, subsets.unbind()).cpu()
-        row: dict[str, Any] = {"fraction": fraction}
-        for name, score in scores.items():
-            row[name], row[f"± {name}"] = datamodeling_score(score, truth, subsets, generator)
-        rows.append(row)
-        write_json(out / "summary.json", {**head, "rows": rows})  # after each: a fraction takes minutes
+    for setting in config.settings:
+        smooth, same = SETTINGS[setting]
+        generator = torch.Generator().manual_seed(config.seed)  # so that all settings have the same subsets
+        for fraction in config.fractions:
+            size = len(data.y_train)
+            draws = [torch.randperm(size, generator=generator)[: round(fraction * size)] for _ in range(config.subsets)]
+            subsets = torch.stack(draws)
+            truth = retrain(of_kind(config, smooth), data, x, y, subsets.unbind(), same).cpu()
+            row: dict[str, Any] = {"setting": setting, "fraction": fraction}
+            for name, score in scores[smooth].items():
+                row[name], row[f"± {name}"] = datamodeling_score(
+                    score, truth, subsets, torch.Generator().manual_seed(0)
+                )
+            rows.append(row)
+            write_json(out / "summary.json", {**summary, "rows": rows})  # after each: a fraction takes minutes
 
-    save_figures(out / "figures", {"lds": draw(rows, list(scores))})
+    if config.flipped:
+        summary["mislabelled"] = {
+            kind: mislabelled(of_kind(config, smooth), data, out / f"{kind}-mislabelled")
+            for kind, smooth in kinds.items()
+        }
+        write_json(out / "summary.json", {**summary, "rows": rows})
+    save_figures(out / "figures", {"lds": draw(rows, list(config.settings))})
     print(f"\nlinear datamodeling score of {config.subsets} models for each fraction, {len(y)} queries\n{table(rows)}")
-    print(f"seconds: {seconds} (the paper, on a GPU: path kernel 170, TRAK 114, TracIn 100)")
+    for key, value in summary.items():
+        print(f"{key}: {value}")
     print(f"{out / 'summary.json'}\n{out / 'figures' / 'lds.png'}")
 
 

@@ -15,7 +15,7 @@ from explaind_track import Query, Tracker, Trajectory, open_run, where_to_look
 from explaind_track.core.faithfulness import faithfulness
 from recipes.common import Run
 from recipes.data import Split, image_data
-from recipes.models import CNN, ResNet9
+from recipes.models import CNN, ResNet9, SmoothCNN
 
 WATCHED = 100
 """Test samples whose loss is explained live, in a run at W&B."""
@@ -31,7 +31,9 @@ def build(config: DictConfig, data: Split, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     _, channels, side, _ = data.x_train.shape
     classes = int(data.y_train.max()) + 1
-    model: nn.Module = CNN(side, channels, classes) if config.model == "cnn" else ResNet9(channels, classes)
+    cnns = {"cnn": CNN, "smooth_cnn": SmoothCNN}
+    kind = cnns.get(config.model)
+    model: nn.Module = ResNet9(channels, classes) if kind is None else kind(side, channels, classes)
     return model.to(config.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
@@ -112,12 +114,14 @@ def obtain(config: DictConfig, data: Split, seed: int, directory: Path) -> Run:
     return Run(model.eval(), data, trajectory)
 
 
-def fit(config: DictConfig, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
-    """Trains a model on these samples as `train` does, without watching it."""
+def fit(config: DictConfig, model: nn.Module, x: Tensor, y: Tensor, seed: int, weight: Tensor | None = None) -> None:
+    """Trains a model on these samples as `train` does, without watching it. weight: by which their losses are
+    multiplied, (N,)."""
     optimizer, schedule = make_optimizer(config, model, -(-len(y) // config.batch))
     for index in batches(len(y), config, seed):
         optimizer.zero_grad()
-        sample_loss(model, (x[index], y[index])).mean().backward()
+        losses = sample_loss(model, (x[index], y[index]))
+        (losses if weight is None else losses * weight[index]).mean().backward()
         optimizer.step()
         schedule.step()
 

@@ -91,10 +91,37 @@ def test_a_pulled_trajectory_is_pruned_as_the_one_that_was_recorded(smoke: Smoke
 
 
 def test_samples_foretell_retraining(smoke: Smoke) -> None:
-    summary = smoke("data_attribution", figures=("lds",))
-    assert [row["fraction"] for row in summary["rows"]] == [0.5, 0.9]
-    assert summary["seconds"].keys() == {"path kernel", "TracIn", "TRAK"}
-    assert all(-1 <= row[name] <= 1 for row in summary["rows"] for name in summary["seconds"])
+    summary = smoke("data_attribution", "magic=false", figures=("lds",))
+    cells = [(row["setting"], row["fraction"]) for row in summary["rows"]]
+    assert cells == [("smooth", 0.5), ("smooth", 0.9), ("smooth, same start", 0.5), ("smooth, same start", 0.9)]
+    assert summary["rows"][-1]["metagradient"] > 0.5
+    assert summary["mislabelled"]["smooth"]["wrong"] == 16
+    cost = summary["cost, smooth"]
+    assert cost.pop("accuracy") > 0
+    assert cost.keys() == {"path kernel", "metagradient", "TracIn", "TRAK"}
+    assert all(-1 <= row[name] <= 1 for row in summary["rows"] for name in cost)
+
+
+def test_a_model_trained_again_from_the_same_start_is_the_run() -> None:
+    config = configure("data_attribution", ["preset=smoke"])
+    data = images.load(config)
+    model = images.build(config, data, config.seed)
+    images.fit(config, model, data.x_train, data.y_train, config.seed)
+    wanted = data_attribution.log_odds(images.log_probabilities(model, data.x_test), data.y_test)[:, 0]
+    x, y, everything = data.x_test, data.y_test, torch.arange(len(data.y_train))
+    for same in (True, False):
+        found = data_attribution.retrain(config, data, x, y, [everything, everything[1:]], same)
+        assert torch.equal(found[0], wanted) == same
+        assert not torch.equal(found[1], wanted)
+
+
+def test_what_influences_say_of_parts_is_what_happens_without_them(smoke: Smoke, grokking: Path) -> None:
+    summary = smoke("interventions", f"run={grokking}", figures=("interventions",))
+    rows = {(row["part"], row["group"]): row for row in summary["interventions"]}
+    assert len(rows) == 12
+    derivative = [row for row in summary["correlations"] if row["foretold by"].startswith("derivative")]
+    assert [row["interventions"] for row in derivative] == [12, 6, 6]
+    assert derivative[0]["pearson"] > 0.8
 
 
 def test_the_datamodeling_score_is_a_mean_of_rank_correlations() -> None:

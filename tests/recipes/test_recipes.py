@@ -65,6 +65,8 @@ def test_a_recorded_run_is_checked_offline(run: Path, tmp_path: Path, capsys: py
         ("epk_validation", ["data.path=/nowhere", "out={empty}/out"], "data.name=digits, which needs neither"),
         ("pipeline_transplant", [], "say which run"),
         ("grokking_analysis", [], "say which runs"),
+        ("interventions", [], "say which run"),
+        ("data_attribution", ["settings=[papers]"], "no setting 'papers'"),
     ],
 )
 def test_what_cannot_be_run_is_refused_with_a_sentence(
