@@ -55,7 +55,7 @@ def names_in(folder: Path) -> Iterable[str]:
     return _table(folder).state_dict_metadata
 
 
-class _Reader(filesystem.FileSystemReader):
+class PlainReader(filesystem.FileSystemReader):
     """Reads the table of contents without unpickling what it may name."""
 
     def __init__(self, folder: Path) -> None:
@@ -66,11 +66,21 @@ class _Reader(filesystem.FileSystemReader):
         return _table(self._folder)
 
 
-class _Planner(DefaultLoadPlanner):
+class PlainPlanner(DefaultLoadPlanner):
     """Reads what is no tensor by torch's own restricted unpickler."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def shapes_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shape and type of every tensor in a folder. Raises CheckpointError where it holds anything else."""
+    found = {}
+    for name, entry in _table(folder).state_dict_metadata.items():
+        if not isinstance(entry, metadata.TensorStorageMetadata):
+            raise CheckpointError(f"{folder} holds {name!r}, which is no tensor")
+        found[name] = entry.size, entry.properties.dtype
+    return found
 
 
 def read_entries(folder: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -86,7 +96,9 @@ def read_entries(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")  # no process group: as meant
-            load(found, storage_reader=_Reader(folder), planner=_Planner(flatten_state_dict=False), no_dist=True)
+            load(
+                found, storage_reader=PlainReader(folder), planner=PlainPlanner(flatten_state_dict=False), no_dist=True
+            )
     except (Exception, CheckpointException) as error:  # whatever a torn file leads to
         raise CheckpointError(
             f"{folder} cannot be read: a shard is missing or torn ({str(error).strip().splitlines()[-1][:200]}). Copy "

@@ -15,7 +15,7 @@ class KeptState:
     """
 
     def __init__(self, parameters: Tensors) -> None:
-        """parameters: the model's own, by name."""
+        """parameters: the model's own, by name; or what this process holds of them."""
         self.parameters = parameters
         self.start = State({}, {})
         """The beginning of the step at hand: the parameters right before the optimizer's step (copies), and the buffers

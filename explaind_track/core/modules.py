@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-WRAPPER = re.compile(r"(^|(?<=\.))_orig_mod\.")
-"""What `torch.compile(module)` puts in front of the names of the module's tensors."""
+WRAPPER = re.compile(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module)\.")
+"""What `torch.compile(module)` and `checkpoint_wrapper` put in front of the names of the module's tensors."""
 
 
 def plain_name(name: str) -> str:
-    """The name of a tensor of the model as it is without `torch.compile`.
+    """The name of a tensor of the model as it is without `torch.compile` and `checkpoint_wrapper`.
 
     Example:
         >>> from explaind_track.core.modules import plain_name

@@ -1,7 +1,7 @@
 """The StepObserver: watches a live optimizer, and tells of each of its steps as a `Step`."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from explaind_track.core.kept_state import KeptState
 from explaind_track.core.lasting import lasting_copy
 from explaind_track.core.proof import require_explained
 from explaind_track.core.rules import Rule, require_rule, update_rule
+from explaind_track.core.shards import Pieces, local, local_gradient
 from explaind_track.core.step import Batch, OutsideChange, State, Step, Validity
 from explaind_track.core.tensors import Tensors, low_precision, upcast
 from explaind_track.core.update import Contribution, Update
@@ -25,6 +26,8 @@ class StepObserver:
 
     What training holds in bfloat16 or float16, a step tells in float32: parameters, gradients, the optimizer's state
     and buffers, the same numbers all of them. What the coarse arithmetic did to the parameters is the part `rounding`.
+
+    Of parameters in pieces (`fully_shard`, tensor parallelism), a step tells the pieces that this process holds.
 
     Example:
         >>> import torch
@@ -58,6 +61,7 @@ class StepObserver:
         require_rule(optimizer)
         self.optimizer = optimizer
         self.parameters = parameters
+        """As the optimizer has them: in pieces, they are whole to it."""
         self.precision = low_precision(parameters)
         """See `Step.precision`."""
         self.momentum_shares: dict[str, dict[str, Tensor]] = {}
@@ -73,7 +77,7 @@ class StepObserver:
         """The parameters for which the optimizer held no state."""
 
         # From one step to the next
-        self.kept = KeptState(parameters)
+        self.kept = KeptState(Pieces(parameters))
         """The model as the last step has left it."""
         self._state_versions: list[tuple[int, int]] = []
         """Of the optimizer's state after the last step."""
@@ -102,7 +106,7 @@ class StepObserver:
         Raises:
             ValueError: One of them is sparse.
         """
-        found = {name: p.grad.detach() for name, p, _ in self._members() if p.grad is not None}
+        found = {name: local_gradient(p) for name, p, _ in self._members() if p.grad is not None}
         sparse = [name for name, gradient in found.items() if gradient.is_sparse]
         if sparse:
             raise ValueError(f"the gradient of '{sparse[0]}' is sparse; use sparse=False in its module")
@@ -215,7 +219,7 @@ class StepObserver:
         Returns:
             The step, valid until the next; None where the model is as the last step has left it.
         """
-        after = State({name: p.detach() for name, p in self.parameters.items()}, buffers).upcast()
+        after = State({name: p.detach() for name, p in Pieces(self.parameters).items()}, buffers).upcast()
         outside = self._outside(number, after, self.kept.changes(buffers))
         if outside is None:
             return None
@@ -302,7 +306,7 @@ class StepObserver:
         """Of every tensor in the optimizer's state: which it is, and how often it was written to."""
         states = (self.optimizer.state.get(parameter, {}) for _, parameter, _ in self._members())
         values = (value for state in states for value in state.values())
-        return [(id(value), value._version) for value in values if isinstance(value, Tensor)]
+        return [(id(value), local(value)._version) for value in values if isinstance(value, Tensor)]
 
     # ----------------------------------------------------------- its parameters
 
@@ -328,7 +332,7 @@ class StepObserver:
     # ------------------------------------------------------------- their updates
 
     def _update(self, name: str, parameter: Tensor, settings: dict[str, Any], before: Tensor, after: Tensor) -> Update:
-        gradient = upcast(cast(Tensor, parameter.grad).detach())
+        gradient = upcast(local_gradient(parameter))
         sign = -1.0 if settings.get("maximize") else 1.0
         rule = self._rule(name, settings, self.optimizer.state[parameter])
 
@@ -366,7 +370,7 @@ class StepObserver:
 
 def _upcast_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """An optimizer's state of one parameter, as its rule reads it."""
-    return {key: upcast(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+    return {key: upcast(local(value)) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _copied(value: Any) -> Any:

@@ -15,6 +15,8 @@ from explaind_track.record.schema import FORMAT
 from explaind_track.record.validation import Count, Head, Sha256, checked, file_below, read_json
 
 MANIFEST = "manifest.json"
+KEYFRAME_LIST = "keyframes.json"
+"""In its place, of a run whose parameters are in pieces: see `keyframe_list`."""
 KEYFRAMES, STEPS = "keyframes", "steps"
 PATHS = re.compile(rf"^({KEYFRAMES}|{STEPS})/[0-9]{{8,18}}\.safetensors\Z")
 """The names of a trajectory's files: nothing else is read, and nothing outside of its directory."""
@@ -115,7 +117,7 @@ class Manifest:
         if not path.is_file():
             if missing_ok:
                 return cls({}, ())
-            raise TrajectoryError(f"{directory} holds no trajectory: there is no {MANIFEST} in it")
+            raise TrajectoryError(f"{directory} holds no trajectory: {_missing(directory)}")
 
         content = read_json(path)
         if not isinstance(content, dict):
@@ -134,6 +136,17 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         return {**self.head, "files": [msgspec.structs.asdict(entry) for entry in self.entries]}
+
+
+def _missing(directory: Path) -> str:
+    """What is there in the place of a manifest."""
+    if (directory / KEYFRAME_LIST).is_file():
+        return (
+            "its run's parameters were in pieces, one for each process, so that it has rows (`explaind-track report`) "
+            "and keyframes to go on from, and no gradients to explain steps by. Explain the run's own checkpoints: "
+            "CheckpointSeries.open(…)"
+        )
+    return f"there is no {MANIFEST} in it"
 
 
 def _refuse_gaps(entries: Iterable[Entry], path: Path) -> None:

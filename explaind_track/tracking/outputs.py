@@ -22,6 +22,7 @@ from explaind_track.record.row_writers import RowWriter
 from explaind_track.record.run_directory import mark_finished
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import TrajectoryWriter
+from explaind_track.tracking.ddp import Ranks
 from explaind_track.wandb_io.panels import Panels
 from explaind_track.wandb_io.rows_at_wandb import steps_at_wandb
 from explaind_track.wandb_io.run import is_disabled, is_offline, is_tied, tie
@@ -29,6 +30,8 @@ from explaind_track.wandb_io.upload import TrajectoryUpload
 
 if TYPE_CHECKING:
     import wandb
+
+    from explaind_track.tracking.sharded_record import ShardedWriter
 
 
 def begin_record(
@@ -38,24 +41,43 @@ def begin_record(
     model: nn.Module,
     observer: StepObserver,
     gradients: bool,
-) -> tuple[Trajectory | None, TrajectoryWriter | None]:
-    """The record that is gone on with, None if the run begins; and what writes it.
+    ranks: Ranks,
+) -> tuple[Trajectory | None, "TrajectoryWriter | ShardedWriter | None", int]:
+    """The record that is gone on with, None if the run begins; what writes it, on rank zero or, of parameters in
+    pieces, everywhere; and the number of the step that comes next.
 
-    Raises ValueError for a `resume` without a directory, and whatever `resume` and `TrajectoryWriter` raise.
+    Raises ValueError for a `resume` without a directory, and one that cannot be; and whatever `resume`, `take_up` and
+    the writers raise.
     """
-    if directory is None:
-        if resume is not False:
-            raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
-        return None, None
-
+    if directory is None and resume is not False:
+        raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
     if not gradients and resume is not False:
         raise ValueError(
             'record="batches" keeps no gradients, so that a run cannot be gone on with in the midst of its steps; '
             'leave resume= out, or record="gradients"'
         )
-    record = None if resume is False else resume_run(Path(directory), model, observer, resume)
-    entries = None if record is None else record.manifest.entries
-    return record, TrajectoryWriter(directory, model, observer, keyframe_every, entries, gradients=gradients)
+    if resume is True and ranks.count > 1 and ranks.shards is None:
+        raise ValueError(
+            "resume=True puts back the random state of rank zero alone; load your own checkpoint in every process, and "
+            "pass the number of its step: resume=1500"
+        )
+    if directory is None:
+        return None, None, 0
+
+    path = Path(directory)
+    if ranks.shards is not None:
+        from explaind_track.tracking.sharded_record import ShardedWriter, take_up  # which takes a second to import
+
+        begun, number = (None, 0) if resume is False else take_up(path, resume, model, observer, ranks)
+        return None, ShardedWriter(path, model, observer, ranks, keyframe_every, begun), number
+
+    def on_zero() -> tuple[Trajectory | None, TrajectoryWriter]:
+        record = None if resume is False else resume_run(path, model, observer, resume)
+        entries = None if record is None else record.manifest.entries
+        return record, TrajectoryWriter(path, model, observer, keyframe_every, entries, gradients=gradients)
+
+    recorded, writer = ranks.at_zero(on_zero) or (None, None)
+    return recorded, writer, ranks.gather(0 if recorded is None else len(recorded))[0]
 
 
 class Outputs:
@@ -64,23 +86,27 @@ class Outputs:
     def __init__(
         self,
         run: "wandb.Run | None",
-        writer: TrajectoryWriter | None,
+        writer: "TrajectoryWriter | ShardedWriter | None",
+        is_first: bool,
         configuration: Mapping[str, Any],
         row_writers: Sequence[RowWriter],
         number: int,
     ) -> None:
-        """configuration, row_writers: see `Panels`. number: of the step that the run begins with, or goes on with."""
+        """is_first: whether this is rank zero, which writes the rows. configuration, row_writers: see `Panels`. number:
+        of the step that the run begins with, or goes on with."""
         run = None if run is None or is_disabled(run) else run
         self.writer = writer
         self._process = os.getpid()
-        self.seen = run is not None or writer is not None or bool(row_writers)
+        directory = writer.directory if writer is not None and is_first else None
+        self.seen = run is not None or directory is not None or bool(row_writers)
         """Whether anybody will see what goes out."""
-        directory = None if writer is None else writer.directory
+        self._directory = directory
 
         self.panels = Panels(run, directory, configuration, row_writers)
         if run is not None and directory is not None and is_tied(directory, run):
             self._go_on(run, directory, number)
-        self._upload = None if run is None or directory is None else _begin_upload(run, directory)
+        sends = isinstance(writer, TrajectoryWriter)  # keyframes of parameters in pieces stay on this disk
+        self._upload = None if run is None or directory is None else _begin_upload(run, directory, sends)
         self._unsent = 0
         self.call_off_exit = before_exit(self._leave) if self.seen else lambda: None
         """Calls off what is done where the process goes before the end of the run."""
@@ -144,7 +170,8 @@ class Outputs:
             self.writer.release()
         else:
             self.writer.close(steps)
-        mark_finished(self.writer.directory, steps)
+        if self._directory is not None:
+            mark_finished(self._directory, steps)
 
     def send(self) -> float:
         """Waits until W&B has the record. Warns, with the command that completes them, of rows and files that it does
@@ -179,10 +206,11 @@ def before_exit(action: Callable[[], None]) -> Callable[[], None]:
     return lambda: atexit.unregister(action)
 
 
-def _begin_upload(run: "wandb.Run", directory: Path) -> TrajectoryUpload | None:
+def _begin_upload(run: "wandb.Run", directory: Path, sends: bool) -> TrajectoryUpload | None:
+    """Ties the record to the run; the upload of its files, if it `sends` them."""
     try:
         tie(directory, run)
-        return TrajectoryUpload(run, directory)
+        return TrajectoryUpload(run, directory) if sends else None
     except Exception as error:
         warnings.warn(
             f"W&B does not tell of its run ({error!r}); the trajectory stays in {directory} alone",

@@ -54,7 +54,7 @@ class StepBatches:
         # the optimizer sees the mean of the ranks' gradients
         self.local = [_shared(batch, ranks.count) for batch in self.local]
         self.of_all_ranks = tuple(self.local)
-        if ranks.count == 1:
+        if ranks.count == 1 or ranks.shards is not None:  # of which nobody explains samples
             self.ids = ids_of(self.of_all_ranks)
             return
 

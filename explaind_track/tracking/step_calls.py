@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from explaind_track.core.alterations import Alteration
 from explaind_track.core.checks import require_positive, require_real
 from explaind_track.core.modules import buffers_of, parameters_of
+from explaind_track.core.shards import whole
 from explaind_track.core.step import State
 from explaind_track.record.batch_json import refuse_unrecordable
 from explaind_track.tracking.ddp import Ranks
@@ -150,7 +151,7 @@ class StepCalls:
         """
         max_norm = require_positive("max_norm", max_norm)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        self.gradient_scaled(min(1.0, max_norm / (float(norm) + 1e-6)), max_norm)
+        self.gradient_scaled(min(1.0, max_norm / (float(whole(norm)) + 1e-6)), max_norm)
         return norm
 
     def gradient_scaled(self, factor: float, max_norm: float | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from explaind_track.core.checks import plain_number
 from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.step import Batch, Step
-from explaind_track.core.tensors import Tensors
+from explaind_track.core.tensors import Tensors, same_bits
 from explaind_track.engine.integrator import buffers_moved
 from explaind_track.errors import NonFiniteError
 from explaind_track.record.writer import TrajectoryWriter
@@ -22,6 +22,9 @@ from explaind_track.tracking.live_samples import CHECKED_STEPS, LiveSamples
 from explaind_track.tracking.step_batches import StepBatches
 from explaind_track.tracking.stopwatch import Stopwatch
 from explaind_track.tracking.wrappers import puts_off_steps
+
+if TYPE_CHECKING:
+    from explaind_track.tracking.sharded_record import ShardedWriter
 
 
 class StepWatch:
@@ -37,7 +40,7 @@ class StepWatch:
         observer: StepObserver,
         ranks: Ranks,
         samples: LiveSamples | None,
-        writer: TrajectoryWriter | None,
+        writer: "TrajectoryWriter | ShardedWriter | None",
         number: int,
         auxiliary: Mapping[str, Callable[[nn.Module], Tensor]],
         mark_nonfinite: bool,
@@ -159,7 +162,7 @@ class StepWatch:
             return
 
         gradients = self._gradients()
-        self.nonfinite = _nonfinite(gradients)
+        self.nonfinite = self._ranks.together(_nonfinite(gradients))
         if self.nonfinite and not self._mark_nonfinite:
             raise NonFiniteError(
                 f"the gradient of step {number} is not finite in {', '.join(self.nonfinite)}; the parameters "
@@ -177,6 +180,7 @@ class StepWatch:
 
         # what the step starts from
         self._observer.before(self._buffers, self._auxiliary_gradients)
+        self._refuse_changed_pieces()
         if self._samples is not None and not self.nonfinite:
             trained = {name for name, p in self._observer.parameters.items() if p.requires_grad}
             start = self._observer.kept.start
@@ -192,7 +196,7 @@ class StepWatch:
     def after(self) -> Step:
         """Proves and records the step that the optimizer has just taken. It holds until `settle`."""
         buffers = {name: buffer.detach() for name, buffer in buffers_of(self._model).items()}
-        step = self._observer.after(self.number, buffers, self.batches.of_all_ranks)
+        step = self._ranks.all_succeed(lambda: self._observer.after(self.number, buffers, self.batches.of_all_ranks))
         with self._stopwatch.timed("trajectory"):
             if self._writer is not None:
                 self._writer.add(step, buffers_moved(step), self._auxiliary_gradients)
@@ -236,6 +240,22 @@ class StepWatch:
                         f"the optimizer's {key} is {value!r} ({type(value).__name__}), so that the optimizer computes "
                         f"in that precision, which a record cannot replay: set {key} to float({key})"
                     )
+
+    def _refuse_changed_pieces(self) -> None:
+        """Raises RuntimeError where something but the optimizer has changed parameters in pieces, or a forward pass the
+        buffers: each process knows of its own changes alone."""
+        if self._ranks.shards is None:
+            return
+        changed = self._observer.kept.changed
+        now = buffers_of(self._model)
+        moved = [name for name, value in self._buffers.items() if not same_bits(value, now[name])]
+        names = self._ranks.together([*changed.parameters, *changed.buffers, *moved])
+        if names:
+            raise RuntimeError(
+                f"before step {self.number}, something other than the optimizer has changed {', '.join(names[:5])}; "
+                "where parameters are in pieces, each process sees its own changes alone, and the Tracker follows the "
+                "optimizer's: leave out what clamps, averages or masks weights, and train with batch norms in eval mode"
+            )
 
     def _gradients(self) -> dict[str, Tensor]:
         """Those that the optimizer is about to use."""

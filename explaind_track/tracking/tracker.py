@@ -32,6 +32,7 @@ from explaind_track.tracking.live import Live
 from explaind_track.tracking.live_audit import LiveAudit
 from explaind_track.tracking.live_samples import LiveSamples
 from explaind_track.tracking.outputs import Outputs, begin_record
+from explaind_track.tracking.piece_arguments import check_pieces
 from explaind_track.tracking.step_calls import StepCalls
 from explaind_track.tracking.step_watch import StepWatch, has_finite_gradients, hook_optimizer
 from explaind_track.tracking.stopwatch import Stopwatch
@@ -146,6 +147,9 @@ class Tracker(StepCalls, Findings):
         )
         ranks = Ranks(plain_model(model, sample_loss is not None))
         model = ranks.model
+        if ranks.shards is not None:
+            whole = {"sample_loss": sample_loss, "auxiliary": auxiliary, "scores": scores, "audit_every": audit_every}
+            check_pieces(plain_optimizer(optimizer), queries, record, whole)
         parameters = parameters_of(model)
         self.optimizer, self.every, self.samples_every = plain_optimizer(optimizer), every, samples_every
         self.groups = resolve_groups(groups, model)
@@ -175,19 +179,12 @@ class Tracker(StepCalls, Findings):
             self._audit = LiveAudit(model, next(iter(queries.values())), self.groups, loss)
 
         # where it is recorded
-        if resume is True and ranks.count > 1:
-            raise ValueError(
-                "resume=True puts back the random state of rank zero alone; load your own checkpoint in every process, "
-                "and pass the number of its step: resume=1500"
-            )
-        begun = ranks.at_zero(
-            lambda: begin_record(trajectory, resume, keyframe_every, model, self._observer, record == "gradients")
+        recorded, writer, number = begin_record(
+            trajectory, resume, keyframe_every, model, self._observer, record == "gradients", ranks
         )
-        recorded, writer = begun or (None, None)
         with ExitStack() as undo:  # where something fails, the directory and the optimizer are free for another Tracker
             if writer is not None:
                 undo.callback(writer.release)
-            number: int = ranks.gather(0 if recorded is None else len(recorded))[0]
 
             # how it is watched
             self._stopwatch = Stopwatch()
@@ -204,7 +201,9 @@ class Tracker(StepCalls, Findings):
             self._told = -1
             """The number of the step whose row is whole and not logged; −1: there is none."""
             about = configuration(model, self.optimizer, self.groups, queries, self.quadrature, every, samples_every)
-            self._outputs = Outputs(self.run, writer, about, writers if ranks.rank == 0 else (), number)
+            self._outputs = Outputs(
+                self.run, writer, ranks.rank == 0, about, writers if ranks.rank == 0 else (), number
+            )
             undo.callback(self._outputs.call_off_exit)
             self.staging_mb = 0.0
             """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""

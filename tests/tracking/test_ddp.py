@@ -206,7 +206,7 @@ def test_batches_without_an_index_are_in_the_record_themselves(out: Path) -> Non
             assert torch.equal(batch.data[0], job.x[micro])
 
 
-def test_parameters_in_pieces_are_refused(tmp_path: Path) -> None:
+def test_what_pieces_and_ranks_cannot_tell_is_refused(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -214,7 +214,7 @@ def test_parameters_in_pieces_are_refused(tmp_path: Path) -> None:
     try:
         job = make_job()
         fully_shard(job.model, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match=r"in pieces.*0\.weight.*DistributedDataParallel"):
+        with pytest.raises(ValueError, match=r"queries\['query'\] has 5 targets.* a scalar query is needed, because"):
             Tracker(job.model, torch.optim.AdamW(job.model.parameters()), queries=job.queries)
         job = make_job()
         wrapped = DistributedDataParallel(job.model)
