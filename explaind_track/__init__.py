@@ -28,7 +28,7 @@ from explaind_track.record.results import open_influence
 from explaind_track.record.row_writers import CSVWriter, TensorBoardWriter
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.tracking.tracker import Tracker
-from explaind_track.wandb_io.artifacts import log_result
+from explaind_track.wandb_io.artifacts import log_rerun, log_result
 from explaind_track.wandb_io.run import open_run, where_to_look
 from explaind_track.what_if.counterfactual import counterfactual
 from explaind_track.what_if.recomputed import with_gradients
@@ -43,6 +43,7 @@ __all__ = [  # noqa: RUF022 (by use)
     "open_run",
     "where_to_look",
     "log_result",
+    "log_rerun",
     "CSVWriter",
     "TensorBoardWriter",
     # ask: what is explained, how finely, and by which parts of the model

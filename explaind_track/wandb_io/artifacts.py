@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from explaind_track.record.history import HISTORY
 from explaind_track.record.manifest import MANIFEST, Manifest
 from explaind_track.record.media import pictures
-from explaind_track.record.run_directory import POINTER, is_finished
+from explaind_track.record.remote import PREFIX
+from explaind_track.record.run_directory import POINTER, is_finished, read_tie
 from explaind_track.record.validation import file_below
 from explaind_track.wandb_io.run import FINISH_SECONDS, is_offline
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import wandb
 
     from explaind_track.record.trajectory import Trajectory
+    from explaind_track.what_if.rerun import Rerun
 
 
 def trajectory_version(
@@ -134,6 +136,68 @@ def log_result(
     if source is not None:
         run.use_artifact(source)
     run.log_artifact(artifact).wait(int(FINISH_SECONDS))
+
+
+def log_rerun(run: "wandb.Run", rerun: "Rerun") -> str:
+    """Logs the record of a rerun as an artifact, which says what was changed and from which step on.
+
+    The artifact is called `rerun-<run id>`, each further one a version of it, and opens as any trajectory does. Where
+    the original is at W&B (opened from there, or recorded by a run there), the run is shown to descend from it. Online,
+    this waits until W&B has confirmed it; offline, the record's directory has to stay until `wandb sync` has sent it.
+
+    Args:
+        run: The W&B run that it goes to.
+        rerun: What `rerun(…, out=DIRECTORY)` returned.
+
+    Returns:
+        What `Trajectory.open` takes, `wandb:entity/project/rerun-ID:step-N`.
+
+    Raises:
+        ValueError: The rerun has no record.
+        wandb.errors.Error: Whatever W&B raises.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from explaind_track import Tracker, Trajectory, log_rerun, open_run, rerun
+        >>> model, x = torch.nn.Linear(3, 1), torch.ones(4, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> loss = lambda model, batch: model(batch).square().mean(1)
+        >>> run = open_run("grokking", mode="disabled")
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     tracker = Tracker(model, optimizer, queries={}, trajectory=f"{place}/run")
+        ...     with tracker.step():
+        ...         tracker.batch(x, index=range(4))
+        ...         loss(model, x).mean().backward()
+        ...         optimizer.step()
+        ...     tracker.finish()
+        ...     data, out = (lambda index: x[index]), f"{place}/again"
+        ...     again = rerun(Trajectory.open(f"{place}/run"), model, loss, data, out=out, progress=False)
+        ...     log_rerun(run, again)  # doctest: +ELLIPSIS
+        'wandb:.../rerun-...:step-1'
+        >>> run.finish()
+    """
+    if rerun.trajectory is None:
+        raise ValueError("this rerun has no record, so there is nothing to log: pass out=DIRECTORY to rerun")
+    name, source = f"rerun-{run.id}", _at_wandb(rerun.original)
+    artifact = trajectory_version(rerun.trajectory.directory, name)
+    lineage = rerun.trajectory.manifest.head["lineage"]
+    artifact.metadata |= {"made_from": source, **{key: lineage[key] for key in ("run", "start", "changes")}}
+
+    offline = is_offline(run)
+    if source is not None and not offline:
+        run.use_artifact(source)
+    logged = run.log_artifact(artifact, aliases=["latest", f"step-{rerun.stop}"])
+    if not offline:
+        logged.wait(int(FINISH_SECONDS))
+    return PREFIX + "/".join(filter(None, (run.entity, run.project, f"{name}:step-{rerun.stop}")))
+
+
+def _at_wandb(trajectory: "Trajectory") -> str | None:
+    """The artifact that a trajectory was opened from, or that the run which recorded it has at W&B."""
+    tie = read_tie(trajectory.directory) if trajectory.artifact is None else None
+    if tie is None or tie.offline:
+        return trajectory.artifact
+    return "/".join(filter(None, (tie.entity, tie.project, f"{tie.artifact}:latest")))
 
 
 def log_references(run: "wandb.Run", kind: str, places: Mapping[str, Path]) -> str:

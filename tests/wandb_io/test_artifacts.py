@@ -12,13 +12,14 @@ import pytest
 import torch
 import wandb
 import xarray as xr
-from jobs import make_job
+from jobs import make_job, sample_loss
 from servers import Server
 
-from explaind_track import Trajectory, explain, log_result, open_influence, open_run
+from explaind_track import Trajectory, explain, log_rerun, log_result, open_influence, open_run, rerun
 from explaind_track.errors import LoggingWarning, TrajectoryError
 from explaind_track.record.remote import cache_directory, fetch_result
 from explaind_track.record.schema import FORMAT
+from explaind_track.what_if import Frozen
 
 pytestmark = pytest.mark.usefixtures("closing_wandb")
 
@@ -252,6 +253,54 @@ def test_results_are_artifacts_that_descend_from_the_trajectory(server: Server, 
     assert {artifact.type for artifact in this.logged_artifacts()} == {"trajectory", "influence", "masks", "figure"}
     with pytest.raises(TrajectoryError, match="no result"):
         open_influence(name_of(run))
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_rerun_is_an_artifact_that_descends_from_the_run(server: Server, tmp_path: Path, local: bool) -> None:
+    job, _, run = train(tmp_path, 6)
+    run.finish()
+    original = Trajectory.open(tmp_path / "t" if local else name_of(run))
+    again = rerun(
+        original, job.model, sample_loss, lambda index: (job.x[index], job.y[index]), progress=False,
+        start=4, change=Frozen("0.*", window=(4, 6)), out=tmp_path / "again",
+    )  # fmt: skip
+
+    own = open_run("project", tmp_path / "own")
+    name = log_rerun(own, again)
+    own.finish()
+    found = Trajectory.open(name)
+    assert found.manifest.head["lineage"]["changes"] == ["Frozen(window=(4, 6), parameters='0.*')"]
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in found.state_dict(6).items())
+    artifact = wandb.Api().artifact(name.removeprefix("wandb:"))
+    assert {key: artifact.metadata[key] for key in ("run", "start")} == {"run": original.fingerprint, "start": 4}
+    assert str(tmp_path) not in json.dumps(artifact.metadata)
+    used = wandb.Api().run(f"{own.entity}/project/{own.id}").used_artifacts()
+    assert [one.name.split(":")[0] for one in used] == [f"trajectory-{run.id}"]
+
+
+def test_a_rerun_without_a_record_is_not_logged(tmp_path: Path) -> None:
+    job = make_job()
+    tracker = job.tracker(trajectory=tmp_path / "t")
+    job.run(tracker, 2)
+    tracker.finish()
+    data, original = (lambda index: (job.x[index], job.y[index])), Trajectory.open(tmp_path / "t")
+    with pytest.raises(ValueError, match="pass out=DIRECTORY"):
+        log_rerun(None, rerun(original, job.model, sample_loss, data, progress=False))  # type: ignore[arg-type]
+
+
+def test_a_rerun_in_an_offline_run_is_sent_by_wandb_sync(server: Server, tmp_path: Path) -> None:
+    job = make_job()
+    tracker = job.tracker(trajectory=tmp_path / "t")
+    job.run(tracker, 3)
+    tracker.finish()
+    data, original = (lambda index: (job.x[index], job.y[index])), Trajectory.open(tmp_path / "t")
+    again = rerun(original, job.model, sample_loss, data, out=tmp_path / "again", progress=False)
+    own = open_run("project", tmp_path / "own", mode="offline")
+    log_rerun(own, again)
+    sent = Path(own.settings.sync_dir)
+    own.finish()
+    subprocess.run([sys.executable, "-m", "wandb", "sync", str(sent)], check=True, capture_output=True)
+    assert len(Trajectory.open(f"wandb:dev/project/rerun-{own.id}")) == 3
 
 
 @pytest.mark.usefixtures("eager")

@@ -1,5 +1,7 @@
 """The derivative of a run against central differences of training again, in float64."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 import xarray as xr
 from cases import OPTIMIZERS
 from helpers import some_of
-from jobs import sample_loss
+from jobs import child_environment, make_job, sample_loss
 from loops import LOOPS, Loop
 from low_precision_loops import LOW_PRECISION_LOOPS
 from models import mlp
@@ -19,7 +21,17 @@ from optimizers import Lion, nesterov
 from outside_loops import OUTSIDE_LOOPS
 from torch import Tensor, nn
 
-from explaind_track import Query, Rule, Tracker, Trajectory, counterfactual, open_influence, rerun, update_rule
+from explaind_track import (
+    Influence,
+    Query,
+    Rule,
+    Tracker,
+    Trajectory,
+    counterfactual,
+    open_influence,
+    rerun,
+    update_rule,
+)
 from explaind_track.errors import SampleMismatchWarning, UnexplainedUpdateError
 from explaind_track.what_if import Change, Reweighted, Settings, Transplanted, plan_counterfactual
 from explaind_track.what_if.adjoint import Adjoint
@@ -283,6 +295,44 @@ def test_a_result_on_disk_goes_on_where_it_stopped(tmp_path: Path) -> None:
     whole = run.effects(keep=("query", "sample"))
     for name in ("effect", "rate", "decay"):
         check(open_influence(tmp_path / "out").data[name], whole[name].values, 1e-12)
+
+
+SCRIPT = """
+import sys
+import torch.distributed as dist
+from jobs import make_job, sample_loss
+from explaind_track import Trajectory, counterfactual
+
+dist.init_process_group("gloo")
+job = make_job()
+options = dict(sample_loss=sample_loss, data=lambda index: (job.x[index], job.y[index]), progress=False)
+for name, query in job.queries.items():
+    found = counterfactual(Trajectory.open(sys.argv[1]), job.model, query, initial=True, **options)
+    found.save(f"{sys.argv[2]}/{name}-{dist.get_rank()}.safetensors")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_targets_and_find_what_one_does(tmp_path: Path) -> None:
+    job = make_job()
+    tracker = job.tracker(trajectory=tmp_path / "t", queries={}, keyframe_every=4)
+    job.run(tracker, 6)
+    tracker.finish()
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    places = [str(tmp_path / "t"), str(tmp_path)]
+    done = subprocess.run([*command, *places], capture_output=True, text=True, check=False, env=child_environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    options: dict[str, Any] = {"sample_loss": sample_loss, "data": lambda index: (job.x[index], job.y[index])}
+    for name, query in job.queries.items():
+        trajectory = Trajectory.open(tmp_path / "t")
+        wanted = counterfactual(trajectory, job.model, query, initial=True, progress=False, **options)
+        for rank in range(2):
+            found = Influence.load(tmp_path / f"{name}-{rank}.safetensors").data
+            xr.testing.assert_allclose(found, wanted.data, rtol=1e-9, atol=1e-13)
 
 
 # ------------------------------------------------------------- what is told and refused
