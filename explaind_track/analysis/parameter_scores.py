@@ -53,7 +53,7 @@ class ParameterScores:
         self._integrator.parts(step)  # raises for one that there is not
         if self.part not in change.parts:
             return  # such as the past of a run that was watched from its first step on
-        for name, value in self._features.of(change, self._integrator.nodes(change)).items():
+        for name, value in self._features.of(change, self._integrator.path(change)).items():
             value *= change.parts[self.part][name]
             if name in self.rows:
                 self.rows[name] += value

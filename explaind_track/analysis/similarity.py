@@ -131,7 +131,7 @@ def similarity(
             for step in source.forwards(piece.start, piece.stop):
                 if not step.updates:
                     continue
-                nodes = integrator.nodes(step)
+                nodes = integrator.path(step)
                 for feature in features:
                     _add_products(products, feature.of(step, nodes), weights[step.number], resolved)
 

@@ -171,6 +171,8 @@ class Change(ABC):
     def point(self, time: float) -> State:
         """`θ_s(t) = θ_s + t (θ_{s+1} − θ_s)`, with the buffers of step s; valid until the next point is asked for."""
         before, after = self.before.parameters, self.after.parameters
+        if time == 0:
+            return self.before
         if time == 1:
             return State(after, self.before.buffers)
         moved = {name: torch.lerp(before[name], after[name], time) for name in self.moved}

@@ -11,7 +11,7 @@ from explaind_track.core.tensors import Tensors, size_in_bytes
 from explaind_track.engine.derivatives import vjp_rows
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.memory import QueryChunks
-from explaind_track.engine.path_integral import gauss_legendre
+from explaind_track.engine.path_integral import Nodes
 from explaind_track.engine.targets import target_of
 from explaind_track.errors import GradientMismatchWarning
 
@@ -28,7 +28,7 @@ class Features:
         self._chunks = QueryChunks(functional, query, memory)
         self._steps = 0
 
-    def of(self, step: Change, nodes: int) -> dict[str, Tensor]:
+    def of(self, step: Change, nodes: Nodes) -> dict[str, Tensor]:
         """∫₀¹ ∇_θ f_{θ_s(t)}(x)_j dt with respect to the parameters that the step moved."""
         total: dict[str, Tensor] = {}
         if not step.moved:
@@ -36,7 +36,7 @@ class Features:
         device = next(iter(step.before.parameters.values())).device
         with evaluation(self._functional.model):
             for start, chunk in self._chunks.cut(self._chunk_size(step), device):
-                for time, weight in gauss_legendre(nodes):
+                for time, weight in nodes:
                     state = step.point(time)
                     primals = {name: state.parameters[name] for name in step.moved}
                     self._add(total, start, self._gradients(chunk, state, primals), weight)
@@ -45,7 +45,7 @@ class Features:
         self._steps += 1
         return total
 
-    def _prove(self, step: Change, nodes: int, features: dict[str, Tensor]) -> None:
+    def _prove(self, step: Change, nodes: Nodes, features: dict[str, Tensor]) -> None:
         """Compares ⟨φ, θ_s − θ_{s+1}⟩ with the derivative in that direction by forward mode, in which no backward pass
         has a part; warns where they differ."""
         direction = {name: step.before.parameters[name] - step.after.parameters[name] for name in features}
@@ -67,7 +67,7 @@ class Features:
                 stacklevel=4,
             )
 
-    def _derivative(self, step: Change, nodes: int, direction: Tensors) -> Tensor:
+    def _derivative(self, step: Change, nodes: Nodes, direction: Tensors) -> Tensor:
         """∫₀¹ ⟨∇_θ f_{θ_s(t)}(x)_j, direction⟩ dt by forward mode, (x·O,)."""
         some = next(iter(direction.values()))
         tangents = {name: value[None] for name, value in direction.items()}
@@ -77,7 +77,7 @@ class Features:
             for _, chunk in self._chunks.cut(size, some.device):
                 function = target_of(self.query, chunk)
                 total: Tensor | None = None
-                for time, weight in gauss_legendre(nodes):
+                for time, weight in nodes:
                     state = step.point(time)
                     primals = {name: state.parameters[name] for name in direction}
                     slope = self._functional.jvp(self._functional.at(state, function), primals, tangents)[0] * weight

@@ -16,7 +16,7 @@ from explaind_track.core.tensors import Tensors, explained_bytes, size_in_bytes
 from explaind_track.engine.directions import DirectionalDerivatives, Wanted, choose_derivatives, prefers_reverse
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.memory import MEMORY, QueryChunks
-from explaind_track.engine.path_integral import Quadrature, Terms, gauss_legendre
+from explaind_track.engine.path_integral import Nodes, Quadrature, Terms
 from explaind_track.engine.streaming import StreamingDerivatives, streamed, streams
 from explaind_track.engine.targets import in_float64, output_count, target_of
 
@@ -119,6 +119,10 @@ class Integrator:
             nodes = min(2 * nodes, rule.max_nodes)
         return nodes
 
+    def path(self, step: Change) -> Nodes:
+        """The times and weights of these nodes."""
+        return self.quadrature.at(self.nodes(step))
+
     def _total_residual(self, step: Change, nodes: int) -> tuple[float, float, float]:
         """‖remainder‖₂, ‖change‖₂, and the rounding floor of the first, from the direction of the whole step."""
         slope = self._slope(step)
@@ -130,7 +134,7 @@ class Integrator:
 
                 # [f(θ_{s+1}) − f(θ_s)] + Σ_t w_t ⟨∇f_{θ_s(t)}, θ_s − θ_{s+1}⟩
                 remainder = terms.change
-                for time, weight in gauss_legendre(nodes):
+                for time, weight in self.quadrature.at(nodes):
                     state = step.point(time)
                     for _, chunk in together:
                         remainder = remainder + slope(state, chunk) * weight
@@ -175,7 +179,7 @@ class Integrator:
         total = {name: torch.zeros_like(step.before.parameters[name]) for name in step.moved}
         with self._evaluation():
             (together,) = self._together(step, self._chunk_size(step, None))
-            for time, weight in gauss_legendre(nodes):
+            for time, weight in self.quadrature.at(nodes):
                 state = step.point(time)
                 leaves = {name: state.parameters[name].detach().requires_grad_() for name in step.moved}
 
@@ -211,11 +215,10 @@ class Integrator:
             return StreamingDerivatives(self.functional, self._asked, step, wanted)
         return choose_derivatives(self.functional, self.query, step, wanted, self._outputs, self.memory)
 
-    @staticmethod
     def _integrate(
-        step: Change, derivatives: DirectionalDerivatives, together: Sequence[Chunk], nodes: int, terms: Terms
+        self, step: Change, derivatives: DirectionalDerivatives, together: Sequence[Chunk], nodes: int, terms: Terms
     ) -> None:
-        for time, weight in gauss_legendre(nodes):
+        for time, weight in self.quadrature.at(nodes):
             state = step.point(time)
             influence, rounding = derivatives.at(state, together[0][1])
             for _, chunk in together[1:]:

@@ -8,15 +8,18 @@ What something other than the optimizer did between two steps has a straight pat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from einops import reduce
 from torch import Tensor
 
-from explaind_track.core.checks import require_int, require_number
+from explaind_track.core.checks import require_int, require_number, require_one_of
 from explaind_track.core.step import SHARES
+
+Nodes = tuple[tuple[float, float], ...]
+"""Pairs of a time t in [0, 1] and its weight; the weights add up to 1."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Quadrature:
     By Gauss–Legendre nodes, whose number is doubled until the step's residual ‖remainder‖₂ / ‖change‖₂ (over queries ×
     outputs) is at most `tolerance`, or at the floor that float rounding sets. A step's cost grows with its nodes; on
     networks with kinks (ReLU) the residual falls slowly with them, yet sums over many steps are good with one or two.
+    Or by `trapezoid`, whose nodes are the step's two ends.
 
     Raises:
         ValueError: Unless 1 ≤ nodes ≤ max_nodes.
@@ -57,6 +61,8 @@ class Quadrature:
     """Nodes to begin with."""
     max_nodes: int = 64
     """Nodes to end with at the latest."""
+    rule: Literal["gauss-legendre", "trapezoid"] = "gauss-legendre"
+    """Where the nodes lie."""
 
     def __post_init__(self) -> None:
         """Raises TypeError and ValueError for settings that are no numbers, or out of bounds."""
@@ -65,6 +71,9 @@ class Quadrature:
             object.__setattr__(self, name, require_int(f"{name}=", getattr(self, name), 1))
         if self.nodes > self.max_nodes:
             raise ValueError(f"expected 1 <= nodes <= max_nodes, got nodes={self.nodes}, max_nodes={self.max_nodes}")
+        require_one_of("rule=", self.rule, ("gauss-legendre", "trapezoid"))
+        if self.is_trapezoid and (self.nodes, self.max_nodes) != (2, 2):
+            raise ValueError("a trapezoid has two nodes, the ends of the step: write Quadrature.trapezoid()")
 
     @classmethod
     def fixed(cls, nodes: int) -> "Quadrature":
@@ -76,9 +85,38 @@ class Quadrature:
         Example:
             >>> from explaind_track import Quadrature
             >>> Quadrature.fixed(4)
-            Quadrature(tolerance=0.0, nodes=4, max_nodes=4)
+            Quadrature(tolerance=0.0, nodes=4, max_nodes=4, rule='gauss-legendre')
         """
         return cls(tolerance=0.0, nodes=nodes, max_nodes=nodes)
+
+    @classmethod
+    def trapezoid(cls) -> "Quadrature":
+        """Both ends of the step: φ_s^test ≈ ½ (∇_θ f_{θ_s} + ∇_θ f_{θ_{s+1}}).
+
+        Where the target is one scalar and steps follow on each other, as in training, the gradient at θ_{s+1} serves
+        this step and the next, so that a step costs one forward and backward pass of the query. Its error is about
+        twice the midpoint's; the residual tells it.
+
+        Example:
+            >>> from explaind_track import Quadrature
+            >>> Quadrature.trapezoid().nodes
+            2
+        """
+        return cls(tolerance=0.0, nodes=2, max_nodes=2, rule="trapezoid")
+
+    @property
+    def is_trapezoid(self) -> bool:
+        """Whether its nodes are the step's ends."""
+        return self.rule == "trapezoid"
+
+    @property
+    def settings(self) -> list[Any]:
+        """What tells it from others."""
+        return [self.tolerance, self.nodes, self.max_nodes, *([self.rule] if self.is_trapezoid else [])]
+
+    def at(self, nodes: int) -> Nodes:
+        """The times and weights of so many nodes."""
+        return TRAPEZOID if self.is_trapezoid else gauss_legendre(nodes)
 
 
 def require_quadrature(quadrature: Any) -> None:
@@ -92,8 +130,11 @@ def require_quadrature(quadrature: Any) -> None:
     )
 
 
+TRAPEZOID: Nodes = ((0.0, 0.5), (1.0, 0.5))
+
+
 @lru_cache
-def gauss_legendre(nodes: int) -> tuple[tuple[float, float], ...]:
+def gauss_legendre(nodes: int) -> Nodes:
     """Nodes and weights on [0, 1], as pairs: Gauss–Legendre in even panels of at most four nodes.
 
     One node is the midpoint, up to four are plain Gauss–Legendre. Beyond, panels spread the nodes evenly: a ReLU

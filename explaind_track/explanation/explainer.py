@@ -145,6 +145,7 @@ class Explainer:
             "tolerance": rule.tolerance,
             "min_nodes": rule.nodes,
             "max_nodes": rule.max_nodes,
+            **({"rule": rule.rule} if rule.is_trapezoid else {}),
             "closed": int(self.close),
             "torch": torch.__version__,
             "explaind_track": version("explaind_track"),

@@ -183,6 +183,6 @@ class GroupPlan(ExplanationPlan):
             "close": self._example.close,
             **told_apart({"query": query_digest(integrator.query), "model": model_digest(integrator.functional.model)}),
             "trajectory": self._source.fingerprint,
-            "quadrature": [rule.tolerance, rule.nodes, rule.max_nodes],
+            "quadrature": rule.settings,
             "memory": self._memory,
         }

@@ -22,6 +22,7 @@ from explaind_track.core.step import Batch, Step
 from explaind_track.core.tensors import Tensors, tree_take
 from explaind_track.core.update import Update
 from explaind_track.engine.features import Features
+from explaind_track.engine.path_integral import Nodes
 from explaind_track.engine.per_sample import PerSampleGradients
 from explaind_track.errors import SampleMismatchWarning
 from explaind_track.explanation.sample_axis import Array, SampleAxis
@@ -167,7 +168,7 @@ class ReverseSweep:
         gradients: PerSampleGradients,
         samples: SampleAxis,
         groups: Groups,
-        nodes: Callable[[Step], int],
+        nodes: Callable[[Step], Nodes],
         shared: bool,
     ) -> None:
         """features: of the tile's targets. shared: whether all processes do this sweep together, each for its share of

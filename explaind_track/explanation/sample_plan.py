@@ -23,7 +23,7 @@ from explaind_track.core.tensors import explained_bytes
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.integrator import Integrator
-from explaind_track.engine.path_integral import Quadrature
+from explaind_track.engine.path_integral import Nodes, Quadrature
 from explaind_track.engine.per_sample import CHUNK_BYTES, PerSampleGradients
 from explaind_track.engine.targets import kept_targets, output_count, some_outputs
 from explaind_track.explanation.digests import Digest, fingerprint, model_digest, query_digest, told_apart
@@ -65,7 +65,7 @@ class SamplePlan(ExplanationPlan):
         self._source, self._model, self._samples, self._memory = source, model, samples, memory
         self._gradients = PerSampleGradients(model, samples.loss, memory, samples.alone)
         self._integrator = Integrator(model, query, self.groups, (), quadrature, memory)
-        self._nodes: dict[int, int] = {}
+        self._nodes: dict[int, Nodes] = {}
 
     @cached_property
     def outputs(self) -> int:
@@ -224,10 +224,10 @@ class SamplePlan(ExplanationPlan):
         features = Features(Functional(self._model), query, self._memory)
         return ReverseSweep(tile, features, self._gradients, self._samples, self.groups, self._nodes_of, shared)
 
-    def _nodes_of(self, step: Step) -> int:
+    def _nodes_of(self, step: Step) -> Nodes:
         """Found once, for all sweeps."""
         if step.number not in self._nodes:
-            self._nodes[step.number] = self._integrator.nodes(step)
+            self._nodes[step.number] = self._integrator.path(step)
         return self._nodes[step.number]
 
     def _labels(self) -> dict[str, Any]:
@@ -252,6 +252,6 @@ class SamplePlan(ExplanationPlan):
             ),
             "targets": [len(self.query), self.outputs],
             "trajectory": self._source.fingerprint,
-            "quadrature": [rule.tolerance, rule.nodes, rule.max_nodes],
+            "quadrature": rule.settings,
             "walks": [tile.name for tile in self.tiles()],
         }

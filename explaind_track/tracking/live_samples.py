@@ -190,7 +190,7 @@ class LiveSamples:
         mine = batches.local if step.precision is None else [upcast_batch(batch) for batch in batches.local]
         local = replace(step, batches=tuple(mine))
         integrator = self._live.explainers[self._live.losses[0]].integrator
-        query, nodes = integrator.query, integrator.nodes(step)
+        query, nodes = integrator.query, integrator.path(step)
 
         def features(query: Query) -> dict[str, Tensor]:
             mean = Features(integrator.functional, replace(query, reduction="mean"), integrator.memory)

@@ -23,6 +23,7 @@ from explaind_track.core.step import State
 from explaind_track.core.tensors import size_in_bytes
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
+from explaind_track.engine.path_integral import gauss_legendre
 from explaind_track.engine.targets import kept_targets, output_count, some_outputs
 from explaind_track.explanation.digests import Digest, fingerprint, model_digest, query_digest, told_apart
 from explaind_track.explanation.plan import ExplanationPlan
@@ -230,7 +231,7 @@ class CounterfactualPlan(ExplanationPlan):
         statistics = self._curvature.statistics
         moved = tuple(dict.fromkeys((*names, *statistics.scales)))
         features = Features(Functional(self._model), query, self._memory)
-        gradients = features.of(Standstill(len(self._trajectory), state, state, moved), 1)
+        gradients = features.of(Standstill(len(self._trajectory), state, state, moved), gauss_legendre(1))
         adjoint = {**{name: gradients[name] for name in names}, **statistics.of_targets(gradients, state)}
         return Sweep(Adjoint(adjoint), self._curvature, self._samples, self._window)
 

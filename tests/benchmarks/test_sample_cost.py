@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from explaind_track import Quadrature, Query, Tracker, Trajectory, explain
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional
+from explaind_track.engine.path_integral import gauss_legendre
 from explaind_track.engine.per_sample import sample_gradients
 
 pytestmark = pytest.mark.slow
@@ -103,7 +104,7 @@ def by_the_definition(count: int, directory: Path) -> Tensor:
         assert batch.index is not None
         chunk = (x[batch.index], y[batch.index])
         gradients, _ = sample_gradients(Functional(model), sample_loss, step.before, chunk)
-        for name, rows in features.of(step, 1).items():
+        for name, rows in features.of(step, gauss_legendre(1)).items():
             update = step.updates[name]
             own = momentum[name].mul_(update.rule.beta)
             own.index_add_(0, batch.index, gradients[name].flatten(1), alpha=update.rule.b / BATCH)

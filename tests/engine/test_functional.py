@@ -19,6 +19,7 @@ from explaind_track.engine import directions
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.memory import activation_bytes
+from explaind_track.engine.path_integral import gauss_legendre
 from explaind_track.engine.per_sample import sample_gradients
 from explaind_track.errors import ForwardModeFallbackWarning
 
@@ -72,7 +73,7 @@ def test_the_query_feature_is_the_integrated_gradient(id: str, memory: int) -> N
     case = Case(id, target=TARGETS["mean-loss"])
     features = Features(Functional(case.make(9)), case.query(), memory)
     for s, step in enumerate(case.steps()):
-        check(flat(features.of(step, 3)), case.reference(3).test[s, 0, 0])
+        check(flat(features.of(step, gauss_legendre(3))), case.reference(3).test[s, 0, 0])
 
 
 class Cube(torch.autograd.Function):
