@@ -30,7 +30,7 @@ from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import directory_mb
 from explaind_track.record.history import HISTORY
 from explaind_track.record.manifest import Manifest
-from explaind_track.record.media import is_picture
+from explaind_track.record.media import is_medium
 from explaind_track.record.remote import RemoteArtifact
 from explaind_track.record.run_directory import find_runs, read_tie
 
@@ -136,7 +136,7 @@ def pull(name: str, directory: Path, as_json: bool) -> None:
         (directory / entry.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(fetched, directory / entry.path)
     for path in remote.artifact.manifest.entries:
-        if path == HISTORY or is_picture(path):
+        if path == HISTORY or is_medium(path):
             remote.artifact.get_entry(path).download(root=str(directory))
     manifest.write(directory)  # last: a trajectory is whole once it has one
 

@@ -123,7 +123,7 @@ def write_report(path: Path, html: str) -> None:
 def _policy(style: str, *scripts: str) -> str:
     """The page's Content-Security-Policy: it loads nothing, and its browser obeys no style and script but these."""
     hashes = [f"'sha256-{b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in (style, *scripts)]
-    sources = f"style-src {hashes[0]}; script-src {' '.join(hashes[1:])}; img-src data:"
+    sources = f"style-src {hashes[0]}; script-src {' '.join(hashes[1:])}; img-src data:; media-src data:"
     return f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'"
 
 
@@ -172,7 +172,7 @@ def _samples(rows: Rows, directory: Path) -> dict[str, Any] | None:
     pictures = {key: shown[key] for key in captions if isinstance(shown.get(key), Path)}
     return {
         "step": last[AXIS],
-        "pictures": [_picture(path, captions[key]) for key, path in pictures.items()],
+        "pictures": [_medium(path, captions[key]) for key, path in pictures.items()],
         "table": spelled_table([table.columns, *table.data]),
     }
 
@@ -213,13 +213,14 @@ def spelled_table(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
 
 def _cell(value: Any, title: str) -> str | dict[str, str]:
     if isinstance(value, Path):
-        return _picture(value, title)
+        return _medium(value, title)
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)
 
 
-def _picture(path: Path, alt: str) -> dict[str, str]:
+def _medium(path: Path, alt: str) -> dict[str, str]:
     if (size := path.stat().st_size) > MOST_PICTURE_BYTES:
         raise TrajectoryError(f"{path} has {size} bytes, too many for a page: it takes {MOST_PICTURE_BYTES}")
-    return {"src": f"data:image/png;base64,{b64encode(path.read_bytes()).decode()}", "alt": alt}
+    tag, kind = ("audio", "audio/wav") if path.suffix == ".wav" else ("img", "image/png")
+    return {"tag": tag, "src": f"data:{kind};base64,{b64encode(path.read_bytes()).decode()}", "alt": alt}

@@ -1,5 +1,6 @@
 """Groups: named parts of the model's parameters, every parameter in exactly one."""
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -14,23 +15,31 @@ from explaind_track.core.modules import parameters_of
 Groups = Mapping[str, Sequence[str]]
 """The parameters of each group, by the group's name."""
 
+_log = logging.getLogger(__name__)
+
 GroupSpec = int | str | Mapping[str, str | Sequence[str]] | None
 """A caller's groups: a module depth, `"type"`, `"layer"` or `"tensor"`, or for each group a pattern (or several, or
 plain parameter names)."""
 
 BY_ARCHITECTURE = ("type", "layer", "tensor")
 
+WRAPPERS = ("module", "_orig_mod", "net", "model")
+"""Modules by which DataParallel, `torch.compile` and people wrap a whole model in another."""
+
 
 def resolve_groups(spec: GroupSpec, parameters: Iterable[str] | nn.Module) -> dict[str, tuple[str, ...]]:
     """The parameters of every group.
 
     Args:
-        spec: None or a depth (None is 1) groups by the first so many parts of the parameters' module path, so that `2`
-            puts `attention.encoder.weight` into `attention.encoder`. A mapping gives each group's patterns, in which
-            `*` stands for anything: `{"attention": "attention.*", "mlp": ["linear1.*", "linear2.*"]}`. `"type"` groups
-            a transformer's parameters by what they are (`embedding`, `attention.q`, `mlp.up`, `norm`, `head` …), by the
-            names that the architectures of the package transformers give them; `"layer"` by depth (`embedding`,
-            `layer.00`, … `norm`, `head`; of other models by numbered modules, else by module); `"tensor"` each alone.
+        spec: None groups by the model's modules, or by those of its only module, and so on down to a level with more
+            than one; modules that only wrap the model (`module`, `_orig_mod`, `net`, `model`, and what a model of
+            transformers calls its body) are passed by. A depth groups by the first so many parts of the parameters'
+            module path, so that `2` puts `attention.encoder.weight` into `attention.encoder`. A mapping gives each
+            group's patterns, in which `*` stands for anything: `{"attention": "attention.*", "mlp": ["linear1.*",
+            "linear2.*"]}`. `"type"` groups a transformer's parameters by what they are (`embedding`, `attention.q`,
+            `mlp.up`, `norm`, `head` …), by the names that the architectures of the package transformers give them;
+            `"layer"` by depth (`embedding`, `layer.00`, … `norm`, `head`; of other models by numbered modules, else by
+            module); `"tensor"` each alone.
         parameters: The names of the model's parameters; or the model, whose tied weights are told then: one that
             embeds tokens and makes the logits is of the type `embedding+head`.
 
@@ -58,8 +67,12 @@ def resolve_groups(spec: GroupSpec, parameters: Iterable[str] | nn.Module) -> di
     names = list(aliases)
     if isinstance(spec, str):
         return _by_architecture(spec, aliases)
-    if spec is None or isinstance(spec, Integral):
-        return _by_depth(require_int("groups= (a module depth)", 1 if spec is None else spec, 1), names)
+    if spec is None:
+        groups = _by_modules(names, _bodies(parameters))
+        _log.info("groups= was not given: the groups are %s", ", ".join(groups))
+        return groups
+    if isinstance(spec, Integral):
+        return _by_depth(require_int("groups= (a module depth)", spec, 1), names)
 
     patterns = _patterns(spec)
     groups_of: dict[str, list[str]] = {
@@ -130,6 +143,47 @@ def _patterns(spec: Any) -> dict[str, tuple[str, ...]]:
             raise TypeError(f"groups[{group!r}] is a pattern or several, such as 'attention.*', not {shown(given)}")
         found[group] = tuple(patterns)
     return found
+
+
+def _bodies(parameters: Iterable[str] | nn.Module) -> set[str]:
+    """What models of transformers call the module that their heads are put on."""
+    modules = parameters.modules() if isinstance(parameters, nn.Module) else ()
+    named = (getattr(module, "base_model_prefix", None) for module in modules)
+    return {name for name in named if isinstance(name, str)}
+
+
+def _by_modules(names: list[str], bodies: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
+    """By the modules of the first level that has several. bodies: the names of other wrappers."""
+    wrappers = {*WRAPPERS, *bodies}
+    prefixes = dict.fromkeys(names, "")
+    paths = {name: name.split(".") for name in names}
+    """From the level at hand on, with the parameter's own name."""
+
+    while (opened := _to_open({tuple(path) for path in paths.values()}, wrappers)) is not None:
+        siblings = any(path[0] != opened for path in paths.values())
+        inside = [name for name, path in paths.items() if path[0] == opened]
+        is_numbered = any(paths[name][1].isdecimal() for name in inside)
+        for name in inside:
+            if opened not in wrappers or (siblings and is_numbered):  # beside others, a number says nothing
+                prefixes[name] += f"{opened}."
+            del paths[name][0]
+
+    groups: dict[str, list[str]] = {}
+    for name, path in paths.items():
+        groups.setdefault(prefixes[name] + path[0], []).append(name)
+    return {group: tuple(members) for group, members in groups.items()}
+
+
+def _to_open(paths: Collection[tuple[str, ...]], wrappers: Collection[str]) -> str | None:
+    """The module of a level whose own modules make better groups: the only one, or a wrapper. None if there is none."""
+    firsts = {path[0] for path in paths}
+    for module in sorted(firsts):
+        inside = {path[1:] for path in paths if path[0] == module}
+        holds_modules = () not in inside and any(len(path) > 1 for path in inside)
+        is_distinct = {path[0] for path in inside if path}.isdisjoint(firsts - {module})
+        if holds_modules and (firsts == {module} or (module in wrappers and is_distinct)):
+            return module
+    return None
 
 
 def _by_depth(depth: int, names: list[str]) -> dict[str, tuple[str, ...]]:

@@ -19,6 +19,7 @@ __all__ = [
     "RerunWarning",
     "ResumeWarning",
     "SampleMismatchWarning",
+    "StaleTrackerWarning",
     "TrajectoryError",
     "UncheckedContentWarning",
     "UnexplainedUpdateError",
@@ -125,6 +126,14 @@ class SampleMismatchWarning(UserWarning):
     Influences of training samples are wrong at these steps until they do; those of parameter groups are exact all the
     same. Tell `tracker.batch` of every batch, with its samples' weights in the loss; clip by `tracker.clip_grad_norm_`;
     name losses that belong to no sample in `auxiliary=`; and explain in the mode (train or eval) of the training.
+    """
+
+
+class StaleTrackerWarning(UserWarning):
+    """A Tracker was made of an optimizer that another one still watched, and has ended that.
+
+    As where a cell of a notebook is run twice. The earlier record is complete up to its last step, and its influences
+    can still be asked for. End a Tracker by its `finish()`, or write `with Tracker(…) as tracker:`.
     """
 
 

@@ -162,8 +162,8 @@ def _require_samples(number: int, batch: Batch, data: Data | None) -> None:
     """Raises ValueError unless the batch's samples have names and can be had, and their sum is the step's gradient."""
     if batch.clipped:
         raise ValueError(
-            f"the gradient of step {number} was clipped by value, and what is left of it is no sum over samples; "
-            "clip it by its norm, or explain groups and steps only"
+            f"the gradient of step {number} was clipped by value, or changed in a part of it alone, and what is left "
+            "is no sum over samples; clip all of it by its norm, or explain groups and steps only"
         )
 
     if batch.index is None:

@@ -37,20 +37,32 @@ class Lock:
 
     _descriptor: int | None = None
 
-    def __init__(self, directory: Path) -> None:
-        """Raises TrajectoryError if another process (or another Lock of this one) holds it."""
+    def __init__(self, directory: Path, purpose: str = "another call is not done with it") -> None:
+        """purpose: what holds it and how that is ended, in words for whoever else wants it in this process.
+
+        Raises TrajectoryError if another process (or another Lock of this one) holds it.
+        """
         if fcntl is None:
             return
+        self._purpose = purpose
         self._descriptor = os.open(directory, os.O_RDONLY)
         _held.add(self)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            own = next((lock for lock in _held if lock is not self and lock._is_on(self._descriptor)), None)
             self.release()
+            if own is not None:
+                raise TrajectoryError(
+                    f"this process is writing to {directory} already: {own._purpose}, or name another directory"
+                ) from None
             raise TrajectoryError(
-                f"another process is writing to {directory}, or a Tracker of this one that is not finished: wait for "
-                "it to end, call finish(), or name another directory"
+                f"another process is writing to {directory}: wait for it to end, or name another directory"
             ) from None
+
+    def _is_on(self, descriptor: int) -> bool:
+        """Whether this holds the directory of an open descriptor."""
+        return self._descriptor is not None and os.path.sameopenfile(self._descriptor, descriptor)
 
     def release(self) -> None:
         """Lets go of the directory; a second time, of nothing."""

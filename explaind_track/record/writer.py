@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class TrajectoryWriter:
         """
         self.directory = Path(directory)
         if entries is None and self.directory.exists() and any(self.directory.iterdir()):
+            Lock(self.directory).release()  # where it is being written, that is what to tell of
             raise FileExistsError(
                 f"{self.directory} is not empty; name a new directory, remove that one first, or go on with the run in "
                 "it by Tracker(…, resume=True)"
@@ -96,7 +98,8 @@ class TrajectoryWriter:
             make_directory(self.directory)
         except OSError as error:
             raise TrajectoryError(f"{self.directory} cannot be made: {error}") from error
-        self._lock = Lock(self.directory)
+        whose = f"{type(model).__name__} with {type(observer.optimizer).__name__}"
+        self._lock = Lock(self.directory, f"call finish() on the Tracker of {whose}, made at {datetime.now():%H:%M:%S}")
         self._manifest.write(self.directory)
 
     @property

@@ -1,9 +1,11 @@
 """What a Tracker has found so far: influences, scores, residuals, and its record."""
 
 import warnings
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from explaind_track.core.checks import require_known
 from explaind_track.core.influence import Influence
@@ -11,6 +13,7 @@ from explaind_track.core.observer import StepObserver
 from explaind_track.core.step import Step
 from explaind_track.core.summary import Summarized, Summary, curve
 from explaind_track.errors import MissingStepWarning
+from explaind_track.record import history
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live import LIVE_AXES, Live
@@ -76,6 +79,20 @@ class Findings(Summarized):
             if self._finishing if step.closing else self._is_due(step) and has_finite_gradients(step):
                 self._live.add(step)
             self._live.pass_by(step.number)
+
+    def _complete_rows(self, record: Trajectory) -> None:
+        """Drops the rows of steps that are not in the record, and makes those that were lost."""
+        written = history.cut_history(record.directory, self._watch.number)
+        lost = [number for number in range(self._watch.number) if number not in written]
+        missing = [number for number in lost if number % self.every == 0]
+        with tqdm(desc="complete the rows", total=len(missing), disable=not missing, unit="step") as bar:
+            for first, last in _stretches(missing, self.every):
+                for step in record.steps(first, last + 1):
+                    if self._is_due(step) and has_finite_gradients(step):
+                        row, _ = self._live.add(step)
+                        self._outputs.log(step.number, row)
+                        bar.update()
+        self._outputs.tell_of_lost_rows(lost)
 
     def _is_due(self, step: Step) -> bool:
         """Whether the step is one of those that are explained, if its gradient is finite."""
@@ -193,3 +210,10 @@ def _tell_of_missing_step(summed: bool) -> None:
     if summed:
         raise RuntimeError(f"{told}: the sums over the steps hold an unknown part of it; ask for ('step', 'group')")
     warnings.warn(f"{told}: it is missing among the steps", MissingStepWarning, stacklevel=4)
+
+
+def _stretches(numbers: Sequence[int], every: int) -> Iterator[tuple[int, int]]:
+    """The first and the last of those that follow on each other, in steps of `every`."""
+    for _, stretch in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0] * every):
+        found = [number for _, number in stretch]
+        yield found[0], found[-1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from explaind_track.engine.sample_influence import SampleInfluence
-from explaind_track.record.media import Table
+from explaind_track.record.media import Table, is_sound
 from explaind_track.tracking.rendering import rendered
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def sample_table(
             columns[name] = [value if value >= 0 else None for value in values[order].tolist()]
     if render is not None:
         cells = rendered(render, names)
-        columns["image" if any(isinstance(cell, bytes) for cell in cells) else "rendered"] = cells
+        kinds = {"audio" if is_sound(cell) else "image" for cell in cells if isinstance(cell, bytes)}
+        columns[kinds.pop() if len(kinds) == 1 else "rendered"] = cells
     return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
 

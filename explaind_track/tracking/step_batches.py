@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,18 @@ from explaind_track.core.rng import random_state
 from explaind_track.core.step import Batch, ids_of, number_of_id
 from explaind_track.core.tensors import tree_map, tree_rows, tree_tensors
 from explaind_track.tracking.ddp import Ranks
+
+
+@dataclass(frozen=True)
+class GradientChange:
+    """Something that was done to a step's gradient as a whole."""
+
+    how: Alteration
+    factor: float
+    batches: int
+    """How many of the step's batches were in the gradient then."""
+    seen: bool
+    """Whether the Tracker has seen it by itself, and the loop has not told of it."""
 
 
 @dataclass
@@ -30,17 +43,34 @@ class StepBatches:
     """The step's loss, where `Tracker.backward` has computed it; after `exchange`, the mean over the ranks."""
     ids: dict[int, str] = field(default_factory=dict)
     """By training index: the names of samples that the loop names by words; after `exchange`, those of all ranks."""
-    clip: float = 1.0
-    """The factor that the gradient was clipped by."""
+    changes: list["GradientChange"] = field(default_factory=list)
+    """What the loop has done to the gradient, in that order."""
 
-    def scale(self, factor: float, how: Alteration) -> None:
-        """Lets the samples' weights take on a factor of the gradient."""
-        self.clip *= factor
-        self.local = [replace(_altered(batch, how), weight=batch.weight * factor) for batch in self.local]
+    @property
+    def clip(self) -> float:
+        """The factor that the gradient was clipped by."""
+        return prod(change.factor for change in self.changes)
 
-    def alter(self, how: Alteration) -> None:
-        """Notes that the gradient is no sum over samples any more."""
-        self.local = [replace(_altered(batch, how), clipped=True) for batch in self.local]
+    def change(self, how: Alteration, factor: float = 1.0, seen: bool = False) -> None:
+        """Notes what was done to the gradient of the batches so far.
+
+        factor: for the weights of their samples. seen: see `GradientChange`.
+        """
+        self.changes.append(GradientChange(how, factor, len(self.local), seen))
+
+    def forget_seen_changes(self) -> None:
+        """Where the loop tells of what it did, that is the whole of it."""
+        self.changes = [change for change in self.changes if not change.seen]
+
+    def _apply_changes(self) -> None:
+        """Lets the samples' weights take on the factors."""
+        for change in self.changes:
+            for place, batch in enumerate(self.local[: change.batches]):
+                altered = (batch.altered or Alterations(batch.weight)).then(change.how)
+                is_sum = change.how.kind in ("norm", "factor")
+                self.local[place] = replace(
+                    batch, altered=altered, weight=batch.weight * change.factor, clipped=batch.clipped or not is_sum
+                )
 
     def forget_unused_randomness(self, device: torch.device) -> None:
         """Drops the random states of batches during whose passes nothing random was drawn."""
@@ -51,6 +81,8 @@ class StepBatches:
 
     def exchange(self, ranks: Ranks) -> None:
         """Brings together the batches, norms and losses of all ranks; every rank calls it."""
+        self._apply_changes()
+
         # the optimizer sees the mean of the ranks' gradients
         self.local = [_shared(batch, ranks.count) for batch in self.local]
         self.of_all_ranks = tuple(self.local)
@@ -68,10 +100,6 @@ class StepBatches:
         self.norms = {index: norm for _, norms, _ in gathered for index, norm in norms.items()}
         losses = [loss for *_, loss in gathered if loss is not None]
         self.loss = sum(losses) / len(losses) if losses else None
-
-
-def _altered(batch: Batch, how: Alteration) -> Batch:
-    return replace(batch, altered=(batch.altered or Alterations(batch.weight)).then(how))
 
 
 def _shared(batch: Batch, ranks: int) -> Batch:

@@ -1,17 +1,18 @@
 """The calls that a training loop makes within a step: of its batches, and of what it does to their gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from explaind_track.core.alterations import Alteration
 from explaind_track.core.checks import require_positive, require_real
 from explaind_track.core.modules import buffers_of, parameters_of
-from explaind_track.core.shards import whole
 from explaind_track.core.step import State
 from explaind_track.record.batch_json import refuse_unrecordable
+from explaind_track.tracking.clipping import factor_of, unseen
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.live_samples import LiveSamples
 from explaind_track.tracking.step_batches import make_batch
@@ -26,6 +27,8 @@ Weight = Tensor | float | str | Sequence[float] | np.ndarray[Any, Any]
 
 class StepCalls:
     """What a `Tracker` is told between the beginning of a step and the optimizer's `step()`."""
+
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self,
@@ -130,6 +133,8 @@ class StepCalls:
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Calls `torch.nn.utils.clip_grad_norm_` on the model, and lets its factor scale the samples' weights.
 
+        Torch's own is seen in a step just as well, also where Accelerate, Fabric or a Trainer calls it.
+
         Args:
             max_norm: The 2-norm that the gradient is scaled down to.
 
@@ -150,15 +155,18 @@ class StepCalls:
             (1936, 0.89)
         """
         max_norm = require_positive("max_norm", max_norm)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        self.gradient_scaled(min(1.0, max_norm / (float(whole(norm)) + 1e-6)), max_norm)
+        with unseen():
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self._watch.batches.change(Alteration("norm", max_norm), factor_of(max_norm, norm))
         return norm
 
     def gradient_scaled(self, factor: float, max_norm: float | None = None) -> None:
         """Tells, right before the optimizer's step, that the loop has scaled the step's gradient itself.
 
+        Clipping by `torch.nn.utils`, and by what calls that, is seen without it.
+
         Args:
-            factor: What the gradient was multiplied by, and so the samples' weights.
+            factor: What the gradient was multiplied by in all, and so the samples' weights.
             max_norm: The 2-norm that it was clipped to, if that is why: then a `rerun` clips by its own gradient.
 
         Example:
@@ -177,7 +185,9 @@ class StepCalls:
         how = Alteration("factor", require_real("factor", factor))
         if max_norm is not None:
             how = Alteration("norm", require_positive("max_norm", max_norm))
-        self._watch.batches.scale(require_real("factor", factor), how)
+        factor = require_real("factor", factor)
+        self._watch.batches.forget_seen_changes()
+        self._watch.batches.change(how, factor)
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """Calls `torch.nn.utils.clip_grad_value_` on the model, and notes that it did.
@@ -202,8 +212,9 @@ class StepCalls:
             1.0
         """
         clip_value = require_positive("clip_value", clip_value)
-        nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
-        self._watch.batches.alter(Alteration("value", clip_value))
+        with unseen():
+            nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
+        self._watch.batches.change(Alteration("value", clip_value))
 
     def gradient_altered(self) -> None:
         """Tells that the loop has changed the step's gradient in another way than by a factor.
@@ -222,4 +233,22 @@ class StepCalls:
             ...     tracker.gradient_altered()
             ...     optimizer.step()
         """
-        self._watch.batches.alter(Alteration("other"))
+        self._watch.batches.forget_seen_changes()
+        self._watch.batches.change(Alteration("other"))
+
+    def _see_clipping(self, parameters: list[Tensor], how: Alteration, factor: Callable[[], float]) -> None:
+        """Notes a clipping within the step that the Tracker was not told of; see `seeing_clipping`."""
+        if not (self._watch.batches.local or self._watch.has_auxiliary):
+            return
+        clipped = {id(parameter) for parameter in parameters}
+        groups = self.optimizer.param_groups
+        moving = {id(p) for group in groups for p in group["params"] if p.grad is not None}
+        if clipped.isdisjoint(moving):
+            return
+
+        scale = factor()
+        if moving <= clipped:
+            how = Alteration("factor", scale) if how.kind == "factor" else how
+            self._watch.batches.change(how, scale, seen=True)
+        elif scale < 1 or how.kind == "value":  # some of the gradient alone is no sum over the samples as they weigh
+            self._watch.batches.change(Alteration("other"), seen=True)

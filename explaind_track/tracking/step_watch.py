@@ -79,6 +79,11 @@ class StepWatch:
         return self._writer is not None
 
     @property
+    def has_auxiliary(self) -> bool:
+        """Whether there are losses that belong to no sample."""
+        return bool(self._auxiliary)
+
+    @property
     def at_hand(self) -> int:
         """The number of the step at hand, or of the next one where none is open."""
         return self._begun if self.open and self._begun is not None else self.number

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import groupby
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from explaind_track.core.checks import require_int, require_one_of
 from explaind_track.core.groups import GroupSpec, resolve_groups
@@ -22,19 +20,20 @@ from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, require_quadrature
 from explaind_track.record import history
 from explaind_track.record.row_writers import RowWriter
-from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import KEYFRAME_EVERY
 from explaind_track.tracking import arguments
+from explaind_track.tracking.clipping import seeing_clipping
 from explaind_track.tracking.configuration import configuration
 from explaind_track.tracking.ddp import Ranks
 from explaind_track.tracking.findings import Findings
+from explaind_track.tracking.lifetime import Lifetime, begin, end_stale
 from explaind_track.tracking.live import Live
 from explaind_track.tracking.live_audit import LiveAudit
 from explaind_track.tracking.live_samples import LiveSamples
 from explaind_track.tracking.outputs import Outputs, begin_record
 from explaind_track.tracking.piece_arguments import check_pieces
 from explaind_track.tracking.step_calls import StepCalls
-from explaind_track.tracking.step_watch import StepWatch, has_finite_gradients, hook_optimizer
+from explaind_track.tracking.step_watch import StepWatch, hook_optimizer
 from explaind_track.tracking.stopwatch import Stopwatch
 from explaind_track.tracking.wrappers import plain_model, plain_optimizer
 
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     import wandb
 
 
-class Tracker(StepCalls, Findings):
+class Tracker(StepCalls, Findings, Lifetime):
     """Watches an optimizer's steps: explains each on the given queries, shows it and records it.
 
     Parameters in bfloat16 or float16 are explained in float32, and recorded as they are; what their arithmetic did to a
@@ -111,8 +110,9 @@ class Tracker(StepCalls, Findings):
             samples_every: Make a table of the most influential samples every n-th step, on the first loss query.
             map_queries: Beside each table, a heat map of the samples' influences on so many single queries, and one of
                 these queries' cosines.
-            render: From a training sample's index, or its name, to what the tables show of it: a string, a number or an
-                image (PIL's, or an array; floats from 0 to 1 are scaled). Where it fails, the row goes without.
+            render: From a training sample's index, or its name, to what the tables show of it: a string, a number, an
+                image (PIL's, or an array; floats from 0 to 1 are scaled) or a sound: (samples a second, array), or
+                W&B's Audio. Where it fails, the row goes without.
             quadrature: None: one node a step, which costs least; the residual tells what it leaves out.
             keyframe_every: A whole checkpoint in the trajectory every n-th step; replays start from these.
             memory: See `explain`.
@@ -179,6 +179,7 @@ class Tracker(StepCalls, Findings):
             self._audit = LiveAudit(model, next(iter(queries.values())), self.groups, loss)
 
         # where it is recorded
+        end_stale(self.optimizer)
         recorded, writer, number = begin_record(
             trajectory, resume, keyframe_every, model, self._observer, record == "gradients", ranks
         )
@@ -210,26 +211,13 @@ class Tracker(StepCalls, Findings):
             if recorded is not None:
                 self._complete_rows(recorded)
             self._hooks = hook_optimizer(self.optimizer, self._before, self._after)
+            begin(self.optimizer, self)
             undo.pop_all()
 
     @property
     def number(self) -> int:
         """The number of the next step; inside of `step`, of the one at hand. All before it are recorded."""
         return self._watch.at_hand
-
-    def _complete_rows(self, record: Trajectory) -> None:
-        """Drops the rows of steps that are not in the record, and makes those that were lost."""
-        written = history.cut_history(record.directory, self._watch.number)
-        lost = [number for number in range(self._watch.number) if number not in written]
-        missing = [number for number in lost if number % self.every == 0]
-        with tqdm(desc="complete the rows", total=len(missing), disable=not missing, unit="step") as bar:
-            for first, last in _stretches(missing, self.every):
-                for step in record.steps(first, last + 1):
-                    if self._is_due(step) and has_finite_gradients(step):
-                        row, _ = self._live.add(step)
-                        self._outputs.log(step.number, row)
-                        bar.update()
-        self._outputs.tell_of_lost_rows(lost)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -265,7 +253,7 @@ class Tracker(StepCalls, Findings):
         try:
             try:
                 self._watch.begin()
-                with keeping_switches(), self._stopwatch.step():
+                with keeping_switches(), self._stopwatch.step(), seeing_clipping(self._see_clipping):
                     yield
                 self._watch.pass_body()
             finally:
@@ -389,10 +377,3 @@ class Tracker(StepCalls, Findings):
                 self._row[history.SAMPLES_OWN_STEP] = shown.own_step
                 if self._outputs.seen:
                     self._outputs.panels.attempt("draw the samples", lambda: self._row.update(shown.draw()))
-
-
-def _stretches(numbers: Sequence[int], every: int) -> Iterator[tuple[int, int]]:
-    """The first and the last of those that follow on each other, in steps of `every`."""
-    for _, stretch in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0] * every):
-        found = [number for _, number in stretch]
-        yield found[0], found[-1]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from explaind_track.record.history import HISTORY
 from explaind_track.record.manifest import MANIFEST, Manifest
-from explaind_track.record.media import pictures
+from explaind_track.record.media import media_of
 from explaind_track.record.remote import PREFIX
 from explaind_track.record.run_directory import POINTER, is_finished, read_tie
 from explaind_track.record.validation import file_below
@@ -44,7 +44,7 @@ def trajectory_version(
     new = [entry for entry in manifest.entries if entry.path not in kept]
     for entry in new:
         entry.verify_size(directory)
-    for path in (*(entry.path for entry in new), *(pictures(directory) if final else ())):
+    for path in (*(entry.path for entry in new), *(media_of(directory) if final else ())):
         artifact.add_file(str(file_below(directory.absolute(), path)), path, skip_cache=True, policy="immutable")
 
     # the manifest as it was read, though more may be on disk by now
@@ -70,7 +70,7 @@ def add_offline(run: "wandb.Run", directory: Path) -> float:
         target.unlink()  # it led to `directory`
     manifest = Manifest.read(directory)
     artifact = wandb.Artifact(f"trajectory-{run.id}", type="trajectory", metadata=_metadata(directory, manifest))
-    names = [*(entry.path for entry in manifest.entries), *pictures(directory)]
+    names = [*(entry.path for entry in manifest.entries), *media_of(directory)]
 
     copied = 0
     for name in names:

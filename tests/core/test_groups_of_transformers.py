@@ -120,3 +120,23 @@ def test_a_head_of_ones_own_is_named_in_the_error() -> None:
     model.value = nn.Linear(8, 1)
     with pytest.raises(ValueError, match=r"does not know what value\.weight, value\.bias are \(21 of 23"):
         resolve_groups("type", model)
+
+
+@pytest.mark.parametrize(("make", "expected"), [
+    (llama, ["embed_tokens", "layers", "norm", "lm_head"]),
+    (gpt2, ["wte", "wpe", "h", "ln_f"]),
+    (made("BertForSequenceClassification", "BertConfig", **SMALL), ["embeddings", "encoder", "pooler", "classifier"]),
+    (t5(), ["shared", "encoder", "decoder"]),
+])  # fmt: skip
+def test_the_default_passes_by_the_module_that_heads_are_put_on(
+    make: Callable[[], nn.Module], expected: list[str]
+) -> None:
+    model = make()
+    assert list(resolve_groups(None, model)) == expected
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+    assert list(resolve_groups(None, Wrapper())) == expected

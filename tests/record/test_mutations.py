@@ -28,7 +28,7 @@ from explaind_track.errors import TrajectoryError
 from explaind_track.record import files, remote
 from explaind_track.record.history import append_row, read_rows
 from explaind_track.record.manifest import Manifest
-from explaind_track.record.media import Table, from_json, pictures
+from explaind_track.record.media import Table, from_json, media_of
 from explaind_track.record.run_directory import find_runs, is_finished, read_tie
 from explaind_track.record.validation import read_json
 
@@ -228,7 +228,7 @@ def check_rows(copy: Callable[[], Path], slow: bool) -> None:
         def each() -> None:
             for row in read_rows(directory):
                 from_json(row, directory)
-            pictures(directory)
+            media_of(directory)
 
         with watched(directory):
             attempt(each, lambda: look(directory), lambda: resume(directory))

@@ -290,7 +290,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         job(tmp_path / "t", before_step=stop)
-    with pytest.raises(TrajectoryError, match="another process is writing"):
+    with pytest.raises(TrajectoryError, match="process is writing to"):
         job(tmp_path / "t", resume=True)
 
 

@@ -12,7 +12,7 @@ from jobs import make_job
 from explaind_track import Trajectory
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.history import append_row, read_rows, steps_logged
-from explaind_track.record.media import pictures
+from explaind_track.record.media import media_of
 from explaind_track.record.run_directory import read_tie
 from explaind_track.wandb_io.artifacts import trajectory_version
 
@@ -128,9 +128,9 @@ def test_links_are_followed_neither_on_reading_nor_on_sending(name: str, directo
 
 def test_a_linked_picture_is_not_sent(directory: Path, tmp_path: Path) -> None:
     written = append_row(directory, {"train/step": 6, "picture": b"a picture"})["picture"]
-    assert pictures(directory) == [f"media/{written.name}"]
+    assert media_of(directory) == [f"media/{written.name}"]
     (directory / "media" / "secret.png").symlink_to(tmp_path)  # no name of ours: left alone
-    assert pictures(directory) == [f"media/{written.name}"]
+    assert media_of(directory) == [f"media/{written.name}"]
     written.rename(tmp_path / "secret")
     written.symlink_to(tmp_path / "secret")
     with pytest.raises(TrajectoryError, match="is a link"):

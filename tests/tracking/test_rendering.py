@@ -1,6 +1,7 @@
 """What tables of samples show: labels, predictions, and whatever `render=` gives."""
 
 import io
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import wandb
 from jobs import make_job, sample_loss
 
+from explaind_track.cli.report import make_report
 from explaind_track.errors import LoggingWarning
 from explaind_track.record.history import SAMPLES, read_rows
+from explaind_track.record.media import from_json, media_of
 from explaind_track.tracking.rendering import cell_of
+from explaind_track.wandb_io.media import for_wandb
 
 
 def pixels(value: Any) -> Any:
@@ -37,6 +42,50 @@ def test_pictures_are_scaled_by_what_they_hold() -> None:
 
 def test_words_and_numbers_are_shown_as_they_are() -> None:
     assert [cell_of(value) for value in ("a text", 3, torch.tensor(0.5), None)] == ["a text", 3, 0.5, None]
+
+
+def heard(value: Any) -> tuple[int, int, list[int]]:
+    content = cell_of(value)
+    assert isinstance(content, bytes)
+    with wave.open(io.BytesIO(content)) as file:
+        frames = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        return file.getframerate(), file.getnchannels(), frames.tolist()
+
+
+def test_sounds_are_waves_of_16_bits() -> None:
+    assert heard((8000, np.array([0.0, 0.5, -1.0]))) == (8000, 1, [0, 16384, -32767])
+    assert heard((8000, np.array([0.0, 2.0, -4.0]))) == (8000, 1, [0, 16384, -32767])  # too loud
+    assert heard((16, np.array([1, -5], dtype=np.int16))) == (16, 1, [1, -5])
+    assert heard((16, np.array([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]]))) == (16, 2, [32767, 0, 0, -32767, 0, 0])
+    assert heard((16, torch.tensor([[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]))) == (16, 2, [32767, 0, 0, -32767, 0, 0])
+    for wrong in ((0, np.zeros(3)), (8000, np.array([np.nan])), (8000, np.zeros(0)), (8000, "a"), (1, 2, 3)):
+        with pytest.raises((TypeError, ValueError)):
+            cell_of(wrong)
+
+
+def test_media_of_wandb_are_what_they_hold(tmp_path: Path) -> None:
+    content = cell_of((8000, np.zeros(4)))
+    assert isinstance(content, bytes)
+    (tmp_path / "a.wav").write_bytes(content)
+    assert cell_of(wandb.Audio(str(tmp_path / "a.wav"))) == content
+    assert pixels(wandb.Image(PIL.Image.new("L", (2, 1), 9))) == [[9, 9]]
+
+
+def test_sounds_are_kept_and_shown(tmp_path: Path) -> None:
+    job = make_job()
+    tracker = job.tracker(trajectory=tmp_path, samples_every=1, render=lambda index: (8000, np.full(4, index / 99)))
+    job.run(tracker, 1)
+    tracker.finish()
+    (row,) = read_rows(tmp_path)
+    place = row[SAMPLES]["columns"].index("audio")
+    names = {line[place]["sound"] for line in row[SAMPLES]["data"]}
+    assert names == set(media_of(tmp_path))
+    assert len(names) == 8
+
+    table = for_wandb(from_json(row, tmp_path))[SAMPLES]
+    assert all(isinstance(line[place], wandb.Audio) for line in table.data)
+    assert isinstance(for_wandb({"a": cell_of((8000, np.zeros(4)))})["a"], wandb.Audio)
+    assert make_report([row], {}, "run", directory=tmp_path).count("<audio controls") == 8
 
 
 @pytest.mark.parametrize(

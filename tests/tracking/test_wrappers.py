@@ -46,7 +46,7 @@ def with_accelerate(accumulated: int, directory: Path) -> Tracker:
                 tracker.batch(batch[:2], index=batch[2], weight=1 / len(batch[0]) / accumulated)
                 accelerator.backward(losses(model, batch).mean())
                 if accelerator.sync_gradients:
-                    tracker.clip_grad_norm_(0.05)
+                    accelerator.clip_grad_norm_(model.parameters(), 0.05)
                 optimizer.step()
                 optimizer.zero_grad()
     tracker.finish()
@@ -100,7 +100,7 @@ def test_what_fabric_sets_up_is_tracked(tmp_path: Path) -> None:
             stepping.zero_grad()
             tracker.batch(batch[:2], index=batch[2])
             fabric.backward(losses(prepared, batch).mean())
-            tracker.clip_grad_norm_(0.05)
+            fabric.clip_gradients(prepared, stepping, max_norm=0.05)
             stepping.step()
     tracker.finish()
 

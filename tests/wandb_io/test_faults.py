@@ -342,7 +342,7 @@ def test_what_cannot_be_synced_is_refused(tmp_path: Path) -> None:
     assert not is_running(tmp_path / "t")
     run = open_run("project", tmp_path, mode="offline")
     tracker = job.tracker(run=run, trajectory=tmp_path / "u")
-    with pytest.raises(TrajectoryError, match="another process is writing"):
+    with pytest.raises(TrajectoryError, match="process is writing to"):
         sync(tmp_path / "u")
     tracker.finish()
 
