@@ -330,6 +330,7 @@ def test_gradients_of_samples_that_cannot_be_taken_one_by_one(tmp_path: Path) ->
         tracker.batch((X, Y))
         with pytest.raises(RuntimeError, match=r"use loss\.backward\(\) in its place.*saved tensor hooks"):
             tracker.backward()
+    tracker.finish()
 
     wrong = Tracker(model, optimizer, queries={}, trajectory=tmp_path / "u", sample_loss=lambda model, batch: model(3))
     with wrong.step():

@@ -54,6 +54,23 @@ def gradients(copy: nn.Module, value: Tensor) -> dict[str, Tensor]:
     }
 
 
+def through_shortening(copy: nn.Module, given: Tensors, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients by the parameters that the copy was given, where its forward pass has then shortened rows of some
+    in place, which ordinary autograd does not see: `nn.Embedding(max_norm=m)`, w → w · m / ‖w‖."""
+    names = {id(parameter): name for name, parameter in copy.named_parameters()}
+    for module in copy.modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.max_norm is None:
+            continue
+        name = names[id(module.weight)]
+        rows = given[name].detach().to(module.weight).requires_grad_()
+
+        norms = torch.linalg.vector_norm(rows, module.norm_type, dim=1, keepdim=True)
+        is_shortened = (module.weight != rows).any(1, keepdim=True)
+        short = torch.where(is_shortened, rows * module.max_norm / (norms + 1e-7), rows)
+        slopes[name] = torch.autograd.grad(short, rows, slopes[name].to(rows))[0].double()
+    return slopes
+
+
 def quadrature(nodes: int) -> list[tuple[float, float]]:
     """Gauss–Legendre nodes and weights on [0, 1], in one panel."""
     points, weights = np.polynomial.legendre.leggauss(nodes)
@@ -85,7 +102,7 @@ def group_sums(
         values = target(copy)
 
         for cell, place in enumerate(cells):
-            slope = gradients(copy, values[place])
+            slope = through_shortening(copy, between, gradients(copy, values[place]))
             for part, direction in enumerate(parts):
                 for group, names in enumerate(groups.values()):
                     products = [(slope[n] * direction[n].double()).sum() for n in names if n in direction]
@@ -106,7 +123,8 @@ def target_gradient(
     for time, weight in nodes:
         between = {name: torch.lerp(value, after[name], time) for name, value in before.items()}
         copy = copy_at(model, between, buffers, training=False)
-        for name, slope in gradients(copy, target(copy).sum()).items():
+        slopes = gradients(copy, target(copy).sum())
+        for name, slope in through_shortening(copy, between, slopes).items():
             total[name] = total.get(name, 0.0) + weight * slope
     return total
 

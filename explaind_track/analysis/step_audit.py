@@ -31,6 +31,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 """By how much the two may differ, relative to the largest number of their kind. Float32's rounding is a few 1e-5 of a
 sum whose terms do not cancel; the faults that an audit looks for are of a percent and more."""
 
+NOISE = 100.0
+"""So many times its rounding may be in an entry of a sample's gradient: where terms cancel (a bias in front of a batch
+norm), it is that alone."""
+
 
 @runtime_checkable
 class Recorded(Protocol):
@@ -225,7 +229,10 @@ def _of_single_samples(
         quadrature=Quadrature.fixed(nodes), progress=False,
     ).data["influence"].sel(seen=step.number)  # fmt: skip
 
-    plain = torch.zeros(len(chosen), dtype=torch.float64)
+    # an optimizer that divides by the size of gradients may make much of those that are rounding alone
+    eps = max(torch.finfo(update.before.dtype).eps for update in step.updates.values())
+    reach = sum(float(d.norm()) for d in direction.values())
+    plain, noise = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen))
     for place, index in enumerate(chosen):
         for batch in batches:
             weight = _weights(batch) * (torch.as_tensor(batch.index) == index)
@@ -234,11 +241,13 @@ def _of_single_samples(
                     model, step.before.parameters, step.before.buffers, loss, batch.data, weight, batch.random_state
                 )
                 plain[place] += sum((slope[n] * d.to(slope[n])).sum().cpu() for n, d in direction.items())
+                noise[place] += NOISE * eps * reach * max(float(slope[n].norm()) for n in direction)
 
     found, largest = torch.from_numpy(ours.values).double(), plain.abs().max()
     names = ids_of(batches)
     for place, index in enumerate(chosen):
-        yield _finding(f"sample {names.get(index, index)}", found[place], plain[place], step, largest)
+        rounded = float(noise[place] / largest.clamp(min=1e-300))
+        yield _finding(f"sample {names.get(index, index)}", found[place], plain[place], step, largest, rounded)
 
 
 def _finding(

@@ -190,11 +190,11 @@ def sync(run: str, as_json: bool) -> None:
 @AS_JSON
 @report_errors
 def workspace(project: str, as_json: bool) -> None:
-    """Save our panels as a workspace at W&B.
+    """Save our panels as a workspace and as a report at W&B.
 
     In sections, from what changed to how far to trust it.
     """
     from explaind_track.wandb_io.workspace import save_workspace
 
-    url = save_workspace(project)
-    tell(as_json, {"url": url}, url)
+    url, report = save_workspace(project)
+    tell(as_json, {"url": url, "report": report}, f"workspace {url}\nreport {report}")

@@ -1,6 +1,7 @@
 """How long a Tracker watches an optimizer: one Tracker at a time, and as a context to the end of the training."""
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -13,7 +14,7 @@ from explaind_track.errors import StaleTrackerWarning
 from explaind_track.tracking.step_watch import StepWatch
 
 
-class Lifetime:
+class Lifetime(ABC):
     """A Tracker from its first step to its end. Within `with`, that is the end of the block, however that is left."""
 
     _watch: StepWatch
@@ -22,9 +23,9 @@ class Lifetime:
     _finishing: bool
     """Whether the run is over, and what has changed the model behind its last step is told too."""
 
+    @abstractmethod
     def finish(self) -> None:
-        """See `Tracker.finish`."""
-        raise NotImplementedError
+        """Ends the run; see `Tracker.finish`."""
 
     def __enter__(self) -> Self:
         return self

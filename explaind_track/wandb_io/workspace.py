@@ -1,4 +1,5 @@
-"""A saved workspace at W&B with our panels in the order they are read in. Needs wandb-workspaces (`workspace`)."""
+"""A saved workspace and a saved report at W&B, with our panels in the order they are read in. Needs wandb-workspaces
+(the extra `workspace`)."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,10 @@ from explaind_track.record.history import (
     SECONDS,
     TOTAL,
 )
+from explaind_track.wandb_io.summary import MEAN
 
 if TYPE_CHECKING:
+    import wandb_workspaces.reports.v2.interface as wr
     import wandb_workspaces.workspaces as ws
 
 NAME = "explaind_track"
@@ -54,6 +57,7 @@ SECTIONS: dict[str, tuple[dict[str, Any], ...]] = {
             "metric_regex": f"^{KERNEL}/{GROUP}",
             "plot_type": "stacked-area",
         },
+        {"title": "shares of the groups in it", "metric_regex": f"^{KERNEL}/{GROUP}", "plot_type": "pct-area"},
         {"title": "of weight decay", "metric_regex": f"^{REGULARIZATION}/{GROUP}", "plot_type": "stacked-area"},
     ),
     "Change of the loss": (
@@ -72,28 +76,75 @@ SECTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
+DESCRIPTIONS = {
+    "Predictions": "What the query's predictions are worth after each step.",
+    "Kernel against weight decay": (
+        "How much training samples (kernel) and weight decay (reg) changed the predictions in each step. Where D is "
+        "above zero, samples did more in the same direction. The points are runs, by their means over the steps."
+    ),
+    "Importance by group": "Through which parts of the model the change went; the shares add up to all of it.",
+    "Change of the loss": "Below zero, the loss of the query fell by it.",
+    "How far to trust it, and its cost": (
+        "The residual is what the split leaves over of a step's change: under 0.05, parts are good to some percent. "
+        "Above 0.5 an alert says so: pass Tracker(quadrature=Quadrature(tolerance=0.01))."
+    ),
+    "Samples": "The training samples that changed the query's loss most, in the steps that made a table.",
+}
+"""What the sections say, for the report; docs/panels.md says it of each panel."""
+
+
 def make_workspace(entity: str, project: str) -> "ws.Workspace":
     """The workspace, not saved yet: line plots over the training step, and the media of samples."""
     require_package("wandb_workspaces", "workspace", "a workspace at W&B")
     import wandb_workspaces.workspaces as ws
-    from wandb_workspaces.reports.v2.interface import LinePlot, MediaBrowser
 
     axis = ws.SectionPanelSettings(x_axis=AXIS)
-    panels: dict[str, list[Any]] = {
-        name: [LinePlot(x=AXIS, **panel) for panel in given] for name, given in SECTIONS.items()
-    }
-    panels["Samples"] = [MediaBrowser(media_keys=[SAMPLES, SAMPLE_MAP, QUERY_COSINES])]
     sections = [
-        ws.Section(name=name, is_open=True, panels=drawn, panel_settings=axis) for name, drawn in panels.items()
+        ws.Section(name=name, is_open=True, panels=panels, panel_settings=axis) for name, panels in _panels().items()
     ]
     settings = ws.WorkspaceSettings(x_axis=AXIS)
     return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections, settings=settings)
 
 
-def save_workspace(project: str) -> str:
-    """Saves it at W&B as a new view of `entity/project`; returns its address. ValueError for another name."""
+def make_saved_report(entity: str, project: str) -> "wr.Report":
+    """The same panels as a report, not saved yet, with words to each section: of all runs of the project."""
+    require_package("wandb_workspaces", "workspace", "a report at W&B")
+    import wandb_workspaces.reports.v2.interface as wr
+
+    blocks: list[Any] = [wr.TableOfContents()]
+    for name, panels in _panels().items():
+        size = wr.Layout(w=24 if len(panels) == 1 else 12, h=8)
+        for place, panel in enumerate(panels):
+            panel.layout = wr.Layout(x=place % 2 * 12, y=place // 2 * 8, w=size.w, h=size.h)
+        runs = wr.Runset(entity=entity, project=project)
+        blocks += [wr.H2(name), wr.P(DESCRIPTIONS[name]), wr.PanelGrid(runsets=[runs], panels=panels)]
+
+    return wr.Report(
+        entity=entity, project=project, title=f"{NAME}: {project}", blocks=blocks, width="fluid",
+        description="What each training step did to the queries, through which part of the model, and why.",
+    )  # fmt: skip
+
+
+def _panels() -> dict[str, list[Any]]:
+    """The panels of each section."""
+    from wandb_workspaces.reports.v2.interface import LinePlot, MediaBrowser, ScatterPlot, SummaryMetric
+
+    panels: dict[str, list[Any]] = {
+        name: [LinePlot(x=AXIS, **panel) for panel in given] for name, given in SECTIONS.items()
+    }
+    kernel, decay = (SummaryMetric(f"{part}/{TOTAL}{MEAN}") for part in (KERNEL, REGULARIZATION))
+    panels["Kernel against weight decay"] += [ScatterPlot(title="runs, by both", x=decay, y=kernel)]
+    return {**panels, "Samples": [MediaBrowser(media_keys=[SAMPLES, SAMPLE_MAP, QUERY_COSINES])]}
+
+
+def save_workspace(project: str) -> tuple[str, str]:
+    """Saves both at W&B as new ones of `entity/project`; returns the addresses of workspace and report.
+
+    Raises ValueError for another name.
+    """
     entity, slash, name = project.partition("/")
     if not slash or not name:
         raise ValueError(f"a workspace belongs to ENTITY/PROJECT, not to {project!r}")
-    saved = make_workspace(entity, name).save()
-    return str(saved.url)
+    report = make_saved_report(entity, name)
+    report.save()  # first, since it needs a project with runs
+    return str(make_workspace(entity, name).save().url), str(report.url)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 import xarray as xr
 from click.testing import CliRunner, Result
 from hypothesis import given
@@ -259,12 +260,25 @@ def test_misuse_and_missing_runs_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package that makes it
-def test_the_workspace_is_saved_with_our_panels(server: Server) -> None:
+def test_the_workspace_is_saved_with_our_panels_and_a_report(server: Server) -> None:
     pytest.importorskip("wandb_workspaces")
-    url = answer("workspace", "dev/project")["url"]
-    assert "dev/project" in url
+    assert call("workspace", "dev/project").exit_code == 1  # nothing has run there
+    wandb.Api().create_project("project", "dev")
+    urls = answer("workspace", "dev/project")
+    assert "dev/project" in urls["url"]
+    assert "dev/project/reports/" in urls["report"]
 
-    (view,) = server.ask("state")["views"].values()
+    report, view = server.ask("state")["views"].values()
+    assert report["type"] == "runs"
+    blocks = json.loads(report["spec"])["blocks"]
+    grids = [block["metadata"]["panelBankSectionConfig"]["panels"] for block in blocks if block["type"] == "panel-grid"]
+    drawn = [panel["config"] for panels in grids for panel in panels]
+    (shares,) = [one for one in drawn if one.get("plotType") == "pct-area"]
+    assert re.search(shares["metricRegex"], "kernel/head")
+    assert not re.search(shares["metricRegex"], "kernel/total")
+    (points,) = [one for one in drawn if "yAxis" in one and "total_mean" in str(one["yAxis"])]
+    assert (points["xAxis"], points["yAxis"]) == ("summary:reg/total_mean", "summary:kernel/total_mean")
+
     sections = json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
     panels = [panel for section in sections for panel in section["panels"]]
     lines = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
@@ -273,7 +287,7 @@ def test_the_workspace_is_saved_with_our_panels(server: Server) -> None:
     keys = ["kernel/head", "kernel/total", "reg/body", "D/tot", "loss/kernel/head", "residual/query", "residual/nodes"]
     shown = {key: [line["chartTitle"] for line in lines if re.search(line["metricRegex"], key)] for key in keys}
     assert shown == {
-        "kernel/head": ["of the training samples (kernel)"],
+        "kernel/head": ["of the training samples (kernel)", "shares of the groups in it"],
         "kernel/total": ["importance of all groups together"],
         "reg/body": ["of weight decay"],
         "D/tot": ["kernel minus regularization (D), by group"],

@@ -29,6 +29,7 @@ def test_scalars_stay_scalars_and_nothing_of_the_user_is_lost(server: Server, tm
         run.log({"test/f1": number / 100, "test/best": -number}, commit=False)
         tracker.log({"test/accuracy": number / 4})
         job.run(tracker, 1)
+        run.log({"own/ahead": number}, step=100 * (number + 1))  # above all that was logged
     run.log({"query/own": 7.0})
     tracker.finish()
     run.finish()
@@ -40,6 +41,7 @@ def test_scalars_stay_scalars_and_nothing_of_the_user_is_lost(server: Server, tm
         "test/best": [0, -1, -2, -3],
         "test/accuracy": [0.0, 0.25, 0.5, 0.75],
         "query/own": [7.0],
+        "own/ahead": [0, 1, 2, 3],
         "train/step": [0, 1, 2, 3],
     }.items():
         assert [row[key] for row in rows if key in row] == values, key
