@@ -20,6 +20,7 @@ from explaind_track.record.history import (
     measure_key,
     residual_key,
     section_of_part,
+    share_row,
     whole_change_key,
 )
 
@@ -86,6 +87,7 @@ def panel_row(row: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
         here = values.sel(step=row["step"])
         loss = grouping if number else LOSS
         keys[whole_change_key(loss)] = row["change"]
+        sections = [section_of_part(str(part)) for part in here["part"].values]
         for part in map(str, here["part"].values):
             cells = here.sel(part=part)
             by_group = {str(group): float(cells.sel(group=group)) for group in cells["group"].values}
@@ -94,6 +96,7 @@ def panel_row(row: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
             if loss == LOSS:
                 keys |= {importance_key(section_of_part(part), group): abs(value) for group, value in by_group.items()}
         if loss == LOSS:
+            keys |= share_row({section: keys[change_key(section, TOTAL)] for section in sections})
             keys |= _differences(here)
     return {key: value for key, value in keys.items() if math.isfinite(value)}
 

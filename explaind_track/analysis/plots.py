@@ -3,18 +3,24 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xarray as xr
 
 from explaind_track.core.checks import require_package
+from explaind_track.core.colored_text import FELL, INK, ROSE
 from explaind_track.core.influence import Influence
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
 EARLY_STEPS = 10
 """An optimizer's first steps move a model by far more than all others do: they do not set the scale."""
+
+
+WITHIN = 0.9
+"""The share of the groups that lie within the colours of a map."""
 
 
 def empty_figure(width: float, height: float) -> "Figure":
@@ -59,11 +65,16 @@ def training(influence: Influence, accuracy: Mapping[str, Sequence[float]], unit
 def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int | str]) -> "Figure":
     """Draws how much training samples changed the loss of single queries, as a heat map of changes (queries,
     samples)."""
-    figure = empty_figure(2 + 0.35 * len(samples), 1.5 + 0.3 * len(changes))
+    from matplotlib.ticker import MaxNLocator
+
+    names = [str(sample) for sample in samples]
+    letters = max(map(len, names), default=0)
+    figure = empty_figure(2 + 0.35 * len(samples), 1.5 + 0.3 * len(changes) + 0.07 * letters)
     axis = figure.subplots()
     limit = float(abs(changes).max()) or 1.0
     image = axis.imshow(changes, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axis.set_xticks(range(len(samples)), [str(sample) for sample in samples], rotation=90, fontsize=8)
+    axis.set_xticks(range(len(samples)), names, rotation=90, fontsize=8)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("training sample")
     axis.set_ylabel("query")
     figure.colorbar(image, label="change of the query's loss")
@@ -73,13 +84,44 @@ def sample_map(changes: "np.ndarray[Any, Any]", samples: Sequence[int | str]) ->
 def cosine_map(cosines: "np.ndarray[Any, Any]") -> "Figure":
     """Draws how alike the training samples' influences on two queries are, as a heat map of cosines (queries,
     queries)."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = empty_figure(2.5 + 0.3 * len(cosines), 1.5 + 0.3 * len(cosines))
     axis = figure.subplots()
     image = axis.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("query")
     axis.set_ylabel("query")
     figure.colorbar(image, label="cosine over the step's samples")
     return figure
+
+
+def change_maps(tables: "Mapping[str, np.ndarray[Any, Any]]", rows: Sequence[str], columns: Sequence[str]) -> "Figure":
+    """Draws changes of losses as heat maps one below the other, by the losses' names: blue where a loss fell, orange
+    where it rose, with the numbers. NaN: there is no such group."""
+    height = 1.3 + 0.3 * len(rows)
+    figure = empty_figure(2.2 + 0.62 * len(columns), height * len(tables))
+    for axis, (name, table) in zip(figure.subplots(len(tables), 1, squeeze=False)[:, 0], tables.items(), strict=True):
+        # a few groups, such as the head, may do more than all others: they do not set the scale
+        sizes = abs(table[np.isfinite(table) & (table != 0)])
+        limit = float(np.quantile(sizes, WITHIN, method="lower")) if sizes.size else 1.0
+        image = axis.imshow(table, cmap=falling_and_rising(), vmin=-limit, vmax=limit, aspect="auto")
+        axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set_title(f"{name}: change of the loss", fontsize=10)
+        for (down, right), value in {place: table[place] for place in np.ndindex(*table.shape)}.items():
+            if np.isfinite(value):
+                axis.text(right, down, f"{value:.1e}", ha="center", va="center", fontsize=7, color=INK)
+        figure.colorbar(image, label="nats", extend="both")
+    return figure
+
+
+def falling_and_rising() -> "LinearSegmentedColormap":
+    """The colours of coloured text, from the strongest blue over white to the strongest orange."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("falling and rising", [*FELL[::-1], "#ffffff", *ROSE])
 
 
 def curves(axis: "Axes", values: xr.DataArray, along: str, title: str, unit: str) -> None:

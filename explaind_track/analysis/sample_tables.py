@@ -1,5 +1,6 @@
 """Tables of training samples: labels, predictions and losses, and those that look mislabelled."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -14,11 +15,17 @@ from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Batch, State
 from explaind_track.core.tensors import tree_map, tree_rows
-from explaind_track.core.tokens import logits_of
+from explaind_track.core.tokens import TokenText, logits_of
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.path_integral import Quadrature
-from explaind_track.engine.predictions import inputs_and_labels, labels_and_predictions
+from explaind_track.engine.predictions import (
+    SampleTokens,
+    inputs_and_labels,
+    labels_and_predictions,
+    tokens_and_predictions,
+)
+from explaind_track.errors import LoggingWarning
 from explaind_track.explanation.explain import explain
 from explaind_track.explanation.sample_axis import Data, choose_indices
 from explaind_track.explanation.step_source import StepSource, Window
@@ -32,7 +39,12 @@ SAME_LOSS = 1e-3
 
 
 def describe_samples(
-    model: nn.Module, samples: Iterable[int | str], data: Data, sample_loss: SampleLoss | None = None
+    model: nn.Module,
+    samples: Iterable[int | str],
+    data: Data,
+    sample_loss: SampleLoss | None = None,
+    *,
+    tokenizer: Any = None,
 ) -> pd.DataFrame:
     """Labels, predictions and losses of training samples, by the model as it is, in eval mode.
 
@@ -41,13 +53,15 @@ def describe_samples(
         samples: Their indices, or names.
         data: From an index tensor (N,), or the list of names, to the batch that `sample_loss` takes.
         sample_loss: `(model, batch)` → unreduced losses (N,); None: no losses.
+        tokenizer: See `TokenText`; of samples with `input_ids`, tells their text and what the model takes for it.
 
     Raises:
         ValueError: For `data` that gives another number of samples.
 
     Returns:
         Indexed by sample, with the columns `label` and `prediction` where batches are `(inputs, …, classes)`, or a
-        mapping with "labels", and the model scores classes; and `loss`. Joins what `Influence.top` gives:
+        mapping with "labels", and the model scores classes; with a tokenizer `text`, as `prediction` the likeliest
+        tokens, and `label` where labels are others; and `loss`. Joins what `Influence.top` gives:
         `influence.top().join(describe_samples(…), on="sample")`.
 
     Example:
@@ -74,10 +88,32 @@ def describe_samples(
     for name, values in (("label", labels), ("prediction", predictions)):
         if bool((values >= 0).any()):
             columns[name] = values.tolist()
+    if tokenizer is not None:
+        columns |= text_columns(TokenText(tokenizer), tokens_and_predictions(Functional(model), state, batch))
     if sample_loss is not None:
         with torch.no_grad(), evaluation(model):
             columns["loss"] = sample_loss(model, content).tolist()
     return pd.DataFrame(columns).set_index("sample")
+
+
+def text_columns(text: TokenText, tokens: Sequence[SampleTokens]) -> dict[str, list[Any]]:
+    """The columns that tell samples by their text: `text`, the `label` where labels are others, and the `prediction`,
+    the likeliest tokens by the model. None where there are no tokens, of which a LoggingWarning tells."""
+    if not tokens:
+        warnings.warn(
+            "the text of samples is known of batches that are mappings with 'input_ids' (samples, tokens), and these "
+            "are others: give their text by a function, Tracker(render=…), or leave the tokenizer out",
+            LoggingWarning,
+            stacklevel=3,
+        )
+        return {}
+
+    columns = {"text": [text(one.ids) for one in tokens]}
+    if any(one.labels for one in tokens):
+        columns["label"] = [text(one.labels) for one in tokens]
+    if any(one.predictions for one in tokens):
+        columns["prediction"] = [text(one.predictions) for one in tokens]
+    return columns
 
 
 def find_mislabelled(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from explaind_track.callbacks.base import TrackerCallbackBase, active_run, clipped_by, gradient_norm
 from explaind_track.callbacks.sample_losses import sample_losses
 from explaind_track.core.checks import missing_package
+from explaind_track.core.tokens import TokenText
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -28,7 +29,8 @@ class TrackerCallback(TrackerCallbackBase, TrainerCallback):
     `sample_loss`, `index` and `weight` get a batch as the data loader gave it, whatever the Trainer or its
     `compute_loss` then take out of it: `sample_loss` its tensors, the others all of it, and `num_items_in_batch` where
     the Trainer counts items. The Trainer's scaling of losses and its clipping are followed. For models of transformers
-    there is a `sample_loss` that is ready, `sample_losses`, which follows the Trainer's label smoothing too. For the
+    there is a `sample_loss` that is ready, `sample_losses`, which follows the Trainer's label smoothing too. Tables of
+    samples show their text where the Trainer has a `processing_class`. For the
     arguments see `TrackerCallbackBase.__init__`.
 
     Example::
@@ -53,6 +55,10 @@ class TrackerCallback(TrackerCallbackBase, TrainerCallback):
 
         if self._sample_loss is sample_losses:
             self._options["sample_loss"] = partial(sample_losses, label_smoothing=args.label_smoothing_factor)
+        tokenizer = around.get("processing_class")
+        reads_text = getattr(around["model"], "main_input_name", None) == "input_ids" and hasattr(tokenizer, "decode")
+        if self.tells_batches and reads_text and "render" not in self._options:
+            self._options["render"] = TokenText(tokenizer)
         self._stop_watching()  # an attempt that was given up: `auto_find_batch_size` begins anew
         self.make_tracker(around["model"], around["optimizer"], active_run(), state.global_step)
         if self.tells_batches:

@@ -14,12 +14,15 @@ from typing import Any
 
 from explaind_track.cli.common import latest_values
 from explaind_track.cli.report_figures import POINTS, Rows, Section, drawing, sections_of
+from explaind_track.cli.report_maps import maps_of
+from explaind_track.cli.report_texts import texts_in
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import write_atomic
 from explaind_track.record.history import (
     AXIS,
     DIFFERENCE,
     KERNEL,
+    LOSS,
     OUTSIDE,
     QUERY_COSINES,
     REGULARIZATION,
@@ -32,6 +35,7 @@ from explaind_track.record.history import (
     keys_by_group,
     numbers_in,
 )
+from explaind_track.record.layer_types import LAYER, without_cells
 from explaind_track.record.media import Table, from_json
 from explaind_track.record.run_directory import Tie
 
@@ -62,7 +66,7 @@ def make_report(
     """
     if not rows:
         raise ValueError(f"{title} has no rows yet: there is nothing to report")
-    numbers = sorted(map(numbers_in, rows), key=lambda row: row[AXIS])
+    numbers = sorted((without_cells(numbers_in(row)) for row in rows), key=lambda row: row[AXIS])
     span = f"{len(rows)} rows, training steps {numbers[0][AXIS]} to {numbers[-1][AXIS]}."
     if len(rows) > POINTS:
         span += " Of so many, figures have the rows in which a curve is lowest or highest in its stretch of the run."
@@ -73,6 +77,8 @@ def make_report(
         sections_of(numbers),
         outcome=_outcome(numbers),
         totals=spelled_table(_totals(numbers)),
+        maps=maps_of(sorted(rows, key=lambda row: row[AXIS])),
+        texts=texts_in(rows),
         samples=None if directory is None else _samples(rows, directory),
         facts=_facts(head, tie) if head or tie else None,
     )
@@ -111,7 +117,7 @@ def page_of(title: str, span: str, rows: Rows, sections: Sequence[Section], **pa
         span=span,
         sections=drawn_sections,
         figures=drawings,
-        **{"outcome": "", "texts": None, "samples": None, "facts": None, **parts},
+        **{"outcome": "", "maps": None, "texts": None, "samples": None, "facts": None, **parts},
     )
 
 
@@ -147,12 +153,15 @@ def _totals(rows: Rows) -> list[list[Any]]:
     if changed_outside:
         columns += ["Σ importance, changed from outside", "loss, through changes from outside"]
     table: list[list[Any]] = [columns]
-    for group in dict.fromkeys(group for row in rows for group in keys_by_group(row, KERNEL)):
+    sections = (KERNEL, DIFFERENCE, f"{LOSS}/{KERNEL}")
+    groups = dict.fromkeys(group for row in rows for section in sections for group in keys_by_group(row, section))
+    for group in sorted(groups, key=lambda group: group.startswith(f"{LAYER}/")):
         keys = [importance_key(section, group) for section in (KERNEL, REGULARIZATION, DIFFERENCE)]
         keys += [change_key(section, group) for section in (KERNEL, REGULARIZATION)]
         if changed_outside:
             keys += [importance_key(OUTSIDE, group), change_key(OUTSIDE, group)]
-        table.append([group, *(sum(row.get(key, 0.0) for row in rows) for key in keys)])
+        sums = ([row[key] for row in rows if key in row] for key in keys)
+        table.append([group, *(sum(values) if values else None for values in sums)])
     return table
 
 

@@ -10,6 +10,7 @@ import click
 from explaind_track.cli.common import AS_JSON, local_run, report_errors, tell
 from explaind_track.core.tables import inert
 from explaind_track.record.history import read_rows
+from explaind_track.record.layer_types import without_cells
 from explaind_track.record.manifest import Manifest
 from explaind_track.record.results import REQUEST, open_influence
 from explaind_track.record.run_directory import POINTER, read_tie
@@ -72,7 +73,8 @@ def rows_by_name(runs: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     names = [run if count[title] > 1 else title for run, title in zip(runs, titles, strict=True)]
     if len(set(names)) < len(names):
         raise ValueError(f"{', '.join(name for name in set(names) if names.count(name) > 1)} is named twice")
-    return {name: read_rows(directory) for name, directory in zip(names, directories, strict=True)}
+    rows = [[*map(without_cells, read_rows(directory))] for directory in directories]
+    return dict(zip(names, rows, strict=True))
 
 
 def write_report_of(run: str, out: Path | None = None) -> Path:
@@ -95,7 +97,7 @@ def is_result(path: Path) -> bool:
 def write_report_of_influence(path: Path, out: Path | None = None) -> Path:
     """Writes the report of an influence of tokens; returns the file."""
     from explaind_track.cli.report import write_report
-    from explaind_track.cli.report_texts import make_influence_report
+    from explaind_track.cli.report_influence import make_influence_report
 
     target = out or (path / "report.html" if path.is_dir() else path.with_suffix(".html"))
     write_report(target, make_influence_report(open_influence(path), path.resolve().stem))

@@ -10,11 +10,13 @@ from explaind_track.record.history import (
     DIFFERENCE,
     KERNEL,
     LOSS,
+    MOMENTUM,
     OUTSIDE,
     PAST,
     REGULARIZATION,
     RESIDUAL,
     SECONDS,
+    SHARE,
     TOTAL,
     importance_key,
     is_measure,
@@ -23,6 +25,7 @@ from explaind_track.record.history import (
     section_of,
     whole_change_key,
 )
+from explaind_track.record.layer_types import LAYER, TYPE
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -43,6 +46,16 @@ CHANGES = {
     OUTSIDE: "through changes by something other than the optimizer",
 }
 """What changed a loss, in words."""
+
+
+SHARES = {
+    KERNEL: "gradients of the step",
+    MOMENTUM: "gradients of earlier steps",
+    REGULARIZATION: "weight decay",
+    PAST: "the first moment from before",
+    OUTSIDE: "something other than the optimizer",
+}
+"""Parts that have a share in what changed a loss, in words."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,21 @@ def _all_sections(keys: Sequence[str]) -> list[Section]:
         """The section's keys by group; the sum over all groups is no group."""
         return {group: key for group, key in keys_by_group(keys, section).items() if group != TOTAL}
 
+    def by_group(title: str, section: str, stacked: bool = False) -> list[Figure]:
+        """A figure; of groups by layer and type, one for each of the two."""
+        found = groups(section)
+        rest = {name: key for name, key in found.items() if not name.startswith((f"{TYPE}/", f"{LAYER}/"))}
+        figures = [Figure(title, rest, stacked)]
+        for kind in (TYPE, LAYER):
+            prefix = f"{section}/{kind}/"
+            figures.append(
+                Figure(
+                    f"{title.removesuffix(', by group')}, by {kind}",
+                    _by_end((k for k in keys if k.startswith(prefix)), prefix),
+                )
+            )
+        return figures
+
     def measures(name: str) -> dict[str, str]:
         return {key: key for key in keys if is_measure(key) and key.endswith(name)}
 
@@ -113,15 +141,26 @@ def _all_sections(keys: Sequence[str]) -> list[Section]:
         Section(
             "Relative regularization influence",
             "D of each step: signed kernel minus signed regularization influence.",
-            [Figure("D, by group", groups(DIFFERENCE))],
+            by_group("D, by group", DIFFERENCE),
         ),
         Section(
             "Change of the loss",
             "How much each group changed the queries' loss in each step; below zero: it fell.",
             [
-                Figure(f"{title}{of}", groups(f"{loss}/{part}"))
+                figure
                 for loss, of in losses.items()
                 for part, title in CHANGES.items()
+                for figure in by_group(f"{title}{of}", f"{loss}/{part}")
+            ],
+        ),
+        Section(
+            "Shares",
+            "How large each part of a step is among what changed a loss: the gradients of the step itself, those of "
+            "earlier steps, which the momentum carries, and weight decay.",
+            [
+                Figure(f"shares{of}", {SHARES.get(name, name): key for name, key in found.items()}, stacked=True)
+                for loss, of in losses.items()
+                if (found := groups(f"{loss}/{SHARE}"))
             ],
         ),
         Section(

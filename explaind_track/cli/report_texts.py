@@ -1,57 +1,53 @@
-"""Coloured text in a report: which tokens were helped, from a run's tables or an influence that keeps them."""
+"""Coloured text in a report: which tokens were helped, from the tables of a run or from an influence."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from explaind_track.cli.report import page_of, spelled_table
-from explaind_track.core.colored_text import LEVELS, ColoredText, texts_of
-from explaind_track.core.influence import Influence
+from explaind_track.cli.report_figures import Rows
+from explaind_track.core.colored_text import ColoredText
+from explaind_track.record.history import TOKENS
+
+NUMBERED = ("token", "input", "loss")
+"""The columns of a table of tokens before those of changes."""
 
 
-def make_influence_report(influence: Influence, title: str) -> str:
-    """Makes the HTML of an influence with the axis "token": its text, coloured, and what each group did in all.
-
-    Raises ValueError for an influence without that axis.
-    """
-    data = influence.data
-    if "token" not in data["influence"].dims:
-        raise ValueError(
-            f"{title} keeps {', '.join(influence.kept) or 'no axis'}, and a report shows the tokens of an influence: "
-            "explain(…, Query.tokens(…), keep=('group', 'token')). influence.plot() draws others"
-        )
-
-    texts = texts_of(data)
-    residual = f", residual at most {float(data['residual'].max()):.2g}" if "residual" in data else ""
-    span = f"{len(texts[0].tokens):,} tokens of {len(set(texts[0].inputs))} inputs, {steps_of(data.attrs)}{residual}."
-    parts = {"texts": {"steps": "", "queries": [{"name": "", "texts": [*map(drawn, texts)]}]}}
-    return page_of(title, span, [], [], totals=spelled_table(_totals(texts)), **parts)
+def texts_in(rows: Rows) -> dict[str, Any] | None:
+    """The texts of the tables of tokens in the rows, added up over the run, as the page's template takes them; None
+    where there are none."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(f"{TOKENS}/"))
+    queries = []
+    for key in keys:
+        tables = [row[key] for row in rows if isinstance(row.get(key), Mapping) and "columns" in row[key]]
+        if tables and (texts := _texts_of(tables)):
+            queries.append({"name": key.removeprefix(f"{TOKENS}/"), "texts": [*map(drawn, texts)]})
+    return {"queries": queries} if queries else None
 
 
-def steps_of(attrs: Mapping[str, Any]) -> str:
-    """The steps that an influence is of, in words."""
-    if "first_step" not in attrs:
-        return "of a run"
-    return f"training steps {attrs['first_step']} to {attrs['last_step']}"
+def _texts_of(tables: list[Mapping[str, Any]]) -> list[ColoredText]:
+    """The changes of all tables that have the columns and the tokens of the last."""
+    last = tables[-1]
+    columns: list[str] = last["columns"]
+    if tuple(columns[: len(NUMBERED)]) != NUMBERED:
+        return []
+    named = [line[:2] for line in last["data"]]
+    same = [one for one in tables if one["columns"] == columns and [line[:2] for line in one["data"]] == named]
+
+    texts = []
+    for place, title in enumerate(columns[len(NUMBERED) :], len(NUMBERED)):
+        by_table = [[_number(line[place]) for line in one["data"]] for one in same]
+        changes = [sum(values) for values in zip(*by_table, strict=True)]
+        texts.append(ColoredText(title, [str(token) for token, _ in named], changes, [number for _, number in named]))
+    return texts
 
 
-def _totals(texts: Sequence[ColoredText]) -> list[list[Any]]:
-    rows: list[list[Any]] = [["group", "change of the loss, all tokens (nats)", "tokens whose loss fell", "rose"]]
-    for text in texts:
-        fell, rose = (sum(change * sign > 0 for change in text.changes) for sign in (-1, 1))
-        rows.append([text.title, float(sum(text.changes)), fell, rose])
-    return rows
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def drawn(text: ColoredText) -> dict[str, Any]:
     """A text as the page's template takes it."""
     lines = [
-        [{"text": token, "shade": _shade(level), "change": f"{change:+.3g}"} for token, level, change in line]
+        [{"text": token, "level": level, "change": f"{change:+.3g}"} for token, level, change in line]
         for line in text.lines()
     ]
-    shades = [_shade(level) for level in range(-LEVELS, LEVELS + 1) if level]
-    return {"title": text.title, "legend": text.legend, "shades": shades, "lines": lines}
-
-
-def _shade(level: int) -> str:
-    """A class of the page's style; none for no change."""
-    return "" if level == 0 else f"fell-{-level}" if level < 0 else f"rose-{level}"
+    return {"title": text.title, "legend": text.legend, "lines": lines}

@@ -118,6 +118,47 @@ def by_layer(places: Mapping[str, Place]) -> dict[str, tuple[str, ...]]:
     return _grouped(((label(name, place), name) for name, place in places.items()), [*before, *layers, NORM, HEAD])
 
 
+def by_layer_and_type(places: Mapping[str, Place]) -> dict[str, tuple[str, ...]]:
+    """The parameters of each type in each layer, `layer.07.mlp.up`, with what is in no layer as `by_layer` has it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for label, names in by_layer(places).items():
+        in_layer = {name: places[name] for name in names if places[name].depth is not None}
+        types = by_type(in_layer)
+        found |= {f"{label}.{kind}": members for kind, members in types.items()} or {label: names}
+    return found
+
+
+CELL = re.compile(rf"(?P<layer>.+\.\d+)\.(?P<type>{'|'.join(re.escape(kind) for kind in SHOWN)})")
+"""A group of `by_layer_and_type` that lies in a layer."""
+
+
+class Cell(NamedTuple):
+    """A type in a layer, which is one of the groups of `by_layer_and_type`."""
+
+    layer: str
+    type: str
+
+
+def cells_of(groups: Iterable[str]) -> dict[str, Cell]:
+    """The layer and the type of each group of `by_layer_and_type`, by their names; nothing for groups that are others.
+
+    What lies in no layer has its type in the place of one.
+
+    Example:
+        >>> from explaind_track.core.architectures import cells_of
+        >>> cells_of(["embedding", "layer.0.mlp.up", "layer.1.mlp.up"])["layer.1.mlp.up"]
+        Cell(layer='layer.1', type='mlp.up')
+        >>> cells_of(["embedding", "body", "head"])
+        {}
+    """
+    names = list(groups)
+    matches = {name: CELL.fullmatch(name) for name in names}
+    is_known = all(match or name in SHOWN for name, match in matches.items())
+    if not is_known or not any(matches.values()):
+        return {}
+    return {name: Cell(match["layer"], match["type"]) if match else Cell(name, name) for name, match in matches.items()}
+
+
 def _stack_names(stacks: Iterable[str]) -> dict[str, str]:
     """What each stack of layers is called: `layer` if it is the only one, else by its module, in full if need be."""
     known = list(stacks)

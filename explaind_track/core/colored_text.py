@@ -31,6 +31,8 @@ MOST_TOKENS = 2000
 
 MOST_GROUPS = 12
 
+ALL = "all groups"
+
 COLUMNS = ("effect", "token", "input", "change")
 """Of what `most_changed` gives."""
 
@@ -41,6 +43,16 @@ INK = "#14151c"
 
 LINE = 88
 """Letters in a line of a figure."""
+
+
+def shades(changes: Sequence[float], within: float) -> tuple[list[int], float]:
+    """The shade of each number, from −`LEVELS` (the largest falls) to `LEVELS`; and the size that has the strongest, up
+    to which the share `within` of them lies."""
+    numbers = np.nan_to_num(np.asarray(changes, dtype=np.float64), posinf=0.0, neginf=0.0)
+    sizes = abs(numbers[numbers != 0])
+    limit = float(np.quantile(sizes, within, method="higher")) if sizes.size else 0.0
+    scaled = numbers / limit * LEVELS if limit else np.zeros_like(numbers)
+    return [int(level) for level in np.clip(np.round(scaled), -LEVELS, LEVELS)], limit
 
 
 @dataclass(frozen=True)
@@ -57,18 +69,12 @@ class ColoredText:
     @property
     def limit(self) -> float:
         """The change that has the strongest colour."""
-        sizes = np.abs(np.asarray(self.changes, dtype=np.float64))
-        sizes = sizes[np.isfinite(sizes)]
-        return float(np.quantile(sizes, FULL, method="higher")) if sizes.size else 0.0
+        return shades(self.changes, FULL)[1]
 
     @property
     def levels(self) -> list[int]:
-        """The shade of each token, from −`LEVELS` (its loss fell) to `LEVELS`."""
-        limit = self.limit
-        if limit == 0:
-            return [0] * len(self.changes)
-        scaled = np.nan_to_num(np.asarray(self.changes, dtype=np.float64) / limit * LEVELS)
-        return [int(level) for level in np.clip(np.round(scaled), -LEVELS, LEVELS)]
+        """The shade of each token."""
+        return shades(self.changes, FULL)[0]
 
     @property
     def legend(self) -> str:
@@ -109,13 +115,13 @@ def texts_of(data: xr.Dataset) -> list[ColoredText]:
     tokens = [str(text) for text in data["token"].values]
     inputs = data["input"].values.tolist() if "input" in data else [0] * len(tokens)
     if "group" not in changes.dims:
-        return [ColoredText("all groups", tokens, changes.values.tolist(), inputs)]
+        return [ColoredText(ALL, tokens, changes.values.tolist(), inputs)]
     whole = changes.sum("group").values.tolist()
     sizes = abs(changes).sum("token").values
     groups = sorted(np.argsort(sizes)[::-1][:MOST_GROUPS].tolist())
     names = [str(name) for name in changes["group"].values]
     own = [ColoredText(names[at], tokens, changes.isel(group=at).values.tolist(), inputs) for at in groups]
-    return [ColoredText("all groups", tokens, whole, inputs), *own]
+    return [ColoredText(ALL, tokens, whole, inputs), *own]
 
 
 def most_changed(data: xr.Dataset, count: int) -> list[list[Any]]:

@@ -18,10 +18,10 @@ Groups = Mapping[str, Sequence[str]]
 _log = logging.getLogger(__name__)
 
 GroupSpec = int | str | Mapping[str, str | Sequence[str]] | None
-"""A caller's groups: a module depth, `"type"`, `"layer"` or `"tensor"`, or for each group a pattern (or several, or
-plain parameter names)."""
+"""A caller's groups: a module depth, `"type"`, `"layer"`, `"layer.type"` or `"tensor"`, or for each group a pattern (or
+several, or plain parameter names)."""
 
-BY_ARCHITECTURE = ("type", "layer", "tensor")
+BY_ARCHITECTURE = ("type", "layer", "layer.type", "tensor")
 
 WRAPPERS = ("module", "_orig_mod", "net", "model")
 """Modules by which DataParallel, `torch.compile` and people wrap a whole model in another."""
@@ -39,7 +39,8 @@ def resolve_groups(spec: GroupSpec, parameters: Iterable[str] | nn.Module) -> di
             "linear2.*"]}`. `"type"` groups a transformer's parameters by what they are (`embedding`, `attention.q`,
             `mlp.up`, `norm`, `head` …), by the names that the architectures of the package transformers give them;
             `"layer"` by depth (`embedding`, `layer.00`, … `norm`, `head`; of other models by numbered modules, else by
-            module); `"tensor"` each alone.
+            module); `"layer.type"` by both (`layer.00.attention.q` …), from which panels and reports make a heat map
+            and its sums; `"tensor"` each alone.
         parameters: The names of the model's parameters; or the model, whose tied weights are told then: one that
             embeds tokens and makes the logits is of the type `embedding+head`.
 
@@ -125,12 +126,12 @@ def _by_architecture(spec: str, aliases: Mapping[str, list[str]]) -> dict[str, t
         return _by_number(list(aliases)) if unknown else architectures.by_layer(places)
     if unknown:
         raise ValueError(
-            f"groups='type' goes by the names that transformers give their modules, and does not know what "
+            f"groups={spec!r} goes by the names that transformers give their modules, and does not know what "
             f"{first_few(unknown, 20)} {'is' if len(unknown) == 1 else 'are'} ({len(places)} of {len(aliases)} "
             "parameters were recognised). Give the groups as patterns, such as {'attention': '*.attn.*', …}, or use "
             "groups='layer' or 'tensor'"
         )
-    return architectures.by_type(places)
+    return architectures.by_layer_and_type(places) if spec == "layer.type" else architectures.by_type(places)
 
 
 def _patterns(spec: Any) -> dict[str, tuple[str, ...]]:

@@ -32,7 +32,7 @@ from explaind_track.engine.batch_losses import BatchLosses, SampleLoss
 from explaind_track.engine.derivatives import elsewhere, prove_same, tell_of_fallback, vjp_in, vjp_rows
 from explaind_track.engine.functional import Functional, differentiable_attention
 from explaind_track.engine.memory import MEMORY, activation_bytes
-from explaind_track.engine.predictions import labels_and_predictions
+from explaind_track.engine.predictions import SampleTokens, labels_and_predictions, tokens_and_predictions
 
 CHUNK_BYTES = 2**25
 """What one chunk of per-sample gradients may take. Measured on the modulo-113 Transformer (4000 samples, 2 cores):
@@ -68,6 +68,10 @@ class PerSampleGradients:
     def classes(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
         """The samples' labels and the model's predictions, (N,) each; see `labels_and_predictions`."""
         return labels_and_predictions(self._functional, state, batch)
+
+    def tokens(self, state: State, batch: Batch) -> list[SampleTokens]:
+        """The samples' tokens and the model's predictions of them; see `tokens_and_predictions`."""
+        return tokens_and_predictions(self._functional, state, batch)
 
     def stands_alone(self, state: State, batch: Batch) -> bool:
         """Whether a sample's loss depends on that sample alone, as far as the first batch told."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from explaind_track.core.step import Step
 from explaind_track.core.tensors import Tensors
 from explaind_track.engine.per_sample import PerSampleGradients
+from explaind_track.engine.predictions import SampleTokens
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,15 @@ class SampleInfluence:
     label: Tensor
     prediction: Tensor
     """Classes before the step, as the model found them in eval mode; −1 where there are none (`predictions`)."""
+    tokens: tuple[SampleTokens, ...] = ()
+    """Of a language model's samples, where they were asked for."""
 
     @classmethod
-    def of(cls, samples: PerSampleGradients, step: Step, features: Tensors) -> "SampleInfluence":
+    def of(
+        cls, samples: PerSampleGradients, step: Step, features: Tensors, with_tokens: bool = False
+    ) -> "SampleInfluence":
         """Of all the step's samples on the target whose gradient is φ_s^test, by parameter."""
+        tokens = [samples.tokens(step.before, batch) for batch in step.batches] if with_tokens else []
         influence = through_own_step(samples, step, features)
         losses = [samples.losses(step.before, batch) for batch in step.batches]
         batches = list(zip(step.batches, losses, strict=True))
@@ -39,13 +45,16 @@ class SampleInfluence:
             weight=torch.cat([batch.weights(loss) for batch, loss in batches]).cpu(),
             label=torch.cat([labels for labels, _ in classes]),
             prediction=torch.cat([predictions for _, predictions in classes]),
+            tokens=tuple(sample for batch in tokens for sample in batch) if all(tokens) else (),
         )
 
     @classmethod
     def together(cls, pieces: "Sequence[SampleInfluence]") -> "SampleInfluence":
         """The samples of all the pieces."""
-        rows = {name: torch.cat([getattr(piece, name) for piece in pieces]) for name in vars(pieces[0])}
-        return cls(**rows)
+        names = [name for name in vars(pieces[0]) if name != "tokens"]
+        rows = {name: torch.cat([getattr(piece, name) for piece in pieces]) for name in names}
+        tokens = tuple(sample for piece in pieces for sample in piece.tokens)
+        return cls(**rows, tokens=tokens if len(tokens) == len(rows["index"]) else ())
 
 
 def through_own_step(samples: PerSampleGradients, step: Step, features: Tensors) -> Tensor:

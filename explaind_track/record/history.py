@@ -5,11 +5,13 @@
     [<query>/]outside/<group>                  the same of what else changed the weights since the step before
     [<query>/]D/<group>                        relative regularization influence: signed kernel minus regularization
     <loss>/<part>/<group>, <loss>/change       how much each changed a query's loss; <loss>: `loss`, or the query's name
+    <loss>/share/<part>                        what each part's size is of all, by their changes of the loss
     <query>/loss, <query>/accuracy             what the query's predictions are worth after the step
     residual/<query>                           what the split leaves over, relative to the change of the predictions
     residual/nodes, residual/nonfinite         quadrature nodes; numbers of the step that were not finite
     cost/seconds_training, …_influence         wall time of the step
     samples/…                                  tables and pictures of training samples
+    maps/…                                     pictures by layer and type, and tables of tokens, of several steps
 
 `total` stands in the place of a group for all groups together. The first query has no `<query>/` in front of its
 importances, the first loss query is `loss`. Beside them stand the metrics that the training loop logs, `train/loss`
@@ -39,6 +41,8 @@ KERNEL = "kernel"
 REGULARIZATION = "reg"
 PAST = "past"
 OUTSIDE = "outside"
+MOMENTUM = "momentum"
+SHARE = "share"
 DIFFERENCE = "D"
 LOSS = "loss"
 RESIDUAL = "residual"
@@ -60,6 +64,13 @@ NONFINITE = f"{RESIDUAL}/nonfinite"
 SECONDS = f"{COST}/seconds_"
 SECONDS_TRAINING = f"{SECONDS}training"
 SECONDS_INFLUENCE = f"{SECONDS}influence"
+MAPS = "maps"
+LAYER_TYPE_MAP = f"{MAPS}/layer_type"
+DOMAIN_MAP = f"{MAPS}/domains"
+MAP_STEPS = f"{MAPS}/steps"
+"""Of how many explained steps maps and tables of tokens are, the last of which is the row's."""
+TOKENS = f"{MAPS}/tokens"
+"""In front of a query's name: the table of its tokens."""
 SAMPLES = "samples/most_influential"
 SAMPLE_MAP = "samples/map"
 QUERY_COSINES = "samples/query_cosines"
@@ -85,6 +96,13 @@ def change_key(section: str, group: str, loss: str = LOSS) -> str:
 def whole_change_key(loss: str = LOSS) -> str:
     """The key of a loss's change in the step, by all parts."""
     return f"{loss}/change"
+
+
+def share_row(changes: Mapping[str, float], loss: str = LOSS) -> dict[str, float]:
+    """The share of each part in all that a step did to a loss: its size over the sum of their sizes. changes: of the
+    parts, which add up, by their section."""
+    whole = sum(map(abs, changes.values()))
+    return {f"{loss}/{SHARE}/{section}": abs(value) / whole for section, value in changes.items()} if whole else {}
 
 
 def measure_key(query: str, measure: str) -> str:

@@ -26,7 +26,7 @@ from explaind_track.record import history
 from explaind_track.record.row_writers import RowWriter
 
 SECTION_OF_SAMPLES = "samples"
-TAKEN_BY_SECTIONS = {*history.SECTIONS, SECTION_OF_SAMPLES}
+TAKEN_BY_SECTIONS = {*history.SECTIONS, SECTION_OF_SAMPLES, history.MAPS, history.SHARE}
 TAKEN_FROM_QUERIES = {*TAKEN_BY_SECTIONS, "nodes", "nonfinite"}
 """`residual/nodes` and `residual/nonfinite` stand beside each query's `residual/<query>`."""
 
@@ -113,8 +113,14 @@ def check_outputs(
 
 
 def check_numbers(
-    every: int, samples_every: int | None, map_queries: int, keyframe_every: int, memory: int, resume: bool | int
-) -> tuple[int, int | None, int, int, int, bool | int]:
+    every: int,
+    samples_every: int | None,
+    map_queries: int,
+    maps_every: int | None,
+    keyframe_every: int,
+    memory: int,
+    resume: bool | int,
+) -> tuple[int, int | None, int, int | None, int, int, bool | int]:
     """The settings that are whole numbers, as Python's. Raises TypeError and ValueError."""
     every = require_int("every=", every, 1)
     if samples_every is not None:
@@ -122,11 +128,14 @@ def check_numbers(
     map_queries = require_int("map_queries=", map_queries, 0)
     if map_queries:
         require_package("matplotlib", "plots", "map_queries= draws pictures, which")
+    if maps_every is not None:
+        maps_every = require_int("maps_every= (None: no maps)", maps_every, 1)
+        require_package("matplotlib", "plots", "maps_every= draws pictures, which")
     keyframe_every = require_int("keyframe_every=", keyframe_every, 1)
     memory = require_int("memory= (bytes)", memory, 1)
     if not isinstance(resume, bool):
         resume = require_int("resume= (True, or the number of a step)", resume, 0)
-    return every, samples_every, map_queries, keyframe_every, memory, resume
+    return every, samples_every, map_queries, maps_every, keyframe_every, memory, resume
 
 
 def check_model(model: Any, optimizer: Any) -> None:

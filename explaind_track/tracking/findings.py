@@ -103,7 +103,8 @@ class Findings(Summarized):
 
         Args:
             query: The query's name.
-            keep: The axes that are not summed over: ("step", "group") or ("query", "output").
+            keep: The axes that are not summed over: ("step", "group") or ("query", "output"), of a `Query.tokens`
+                ("group", "token").
 
         Raises:
             ValueError: For a query that there is not, and for other axes, which `explain` takes from the record.

@@ -23,6 +23,8 @@ from explaind_track.tracking.metrics import change_row, importance_row
 NEVER = -1
 
 LIVE_AXES = (("step", "group"), ("query", "output"))
+TOKEN_AXES = (("step", "group"), ("group", "token"))
+"""The choices of axes that live influences keep, and those of a query of tokens."""
 
 RESIDUAL_LIMIT = 0.5
 """Above it a step's split says little: half of the change is not in it. Where the quadrature has a tolerance, that
@@ -39,6 +41,11 @@ def live_parts(query: Query, auxiliary: Sequence[str], is_low_precision: bool) -
     momentum = ("momentum",) if query.is_loss else ()
     rounding = ("rounding",) if is_low_precision else ()
     return ("kernel", *momentum, "regularization", *auxiliary, "past", "outside", *rounding)
+
+
+def axes_of(query: Query) -> tuple[tuple[str, ...], ...]:
+    """The choices of axes that are kept of a query."""
+    return LIVE_AXES if query.token_text is None else TOKEN_AXES
 
 
 class Live:
@@ -64,7 +71,7 @@ class Live:
         """By query: the names of the parts that a step is split into."""
         self.explainers = {
             name: Explainer(
-                model, query, groups, LIVE_AXES, self.parts[name], quadrature, memory=memory, rows_in_file=True
+                model, query, groups, axes_of(query), self.parts[name], quadrature, memory=memory, rows_in_file=True
             )
             for name, query in queries.items()
         }
@@ -144,12 +151,17 @@ class Live:
         require_known("query", query, self.explainers)
         return self.explainers[query]
 
+    def is_of_tokens(self, query: str) -> bool:
+        """Whether the query is one of tokens."""
+        return axes_of(self.explainer(query).integrator.query) is TOKEN_AXES
+
     def influence(self, query: str, keep: Sequence[str]) -> Influence:
         """See `Tracker.influence`."""
         explainer, axes = self.explainer(query), tuple(keep)
-        if axes not in LIVE_AXES:
-            raise ValueError(f"live influences keep {LIVE_AXES[0]} or {LIVE_AXES[1]}, not {keep!r}; explain() the rest")
-        return explainer.results()[LIVE_AXES.index(axes)]
+        known = axes_of(explainer.integrator.query)
+        if axes not in known:
+            raise ValueError(f"live influences keep {known[0]} or {known[1]}, not {keep!r}; explain() the rest")
+        return explainer.results()[known.index(axes)]
 
     def parameter_scores(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the scores so far, for all `parameters`: 0 for those that were never moved."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Batch, State, Step
 from explaind_track.core.tensors import Tensors, low_precision, upcast
+from explaind_track.core.tokens import TokenText
 from explaind_track.engine.batch_losses import SampleLoss, upcast_batch
 from explaind_track.engine.features import Features
 from explaind_track.engine.per_sample import PerSampleGradients
@@ -197,7 +198,11 @@ class LiveSamples:
             return {name: rows.sum(0) for name, rows in mean.of(step, nodes).items()}
 
         slopes = features(query)
-        samples = SampleInfluence.together(self._ranks.gather(SampleInfluence.of(self._samples, local, slopes)))
+        samples = SampleInfluence.together(
+            self._ranks.gather(
+                SampleInfluence.of(self._samples, local, slopes, with_tokens=isinstance(self._render, TokenText))
+            )
+        )
         self._check_table(samples, step, of_gradient(step, slopes))
         if not self._map_queries:
             return StepSamples(samples, batches.norms, batches.ids, None, self._render)
@@ -235,7 +240,7 @@ class StepSamples:
         drawn: dict[str, Any] = {history.SAMPLES: table}
         if self.changes is not None:
             order = sample_panels.most_influential(self.influences)
-            names = [self.ids.get(index, index) for index in self.influences.index[order].tolist()]
+            names = sample_panels.names_of(self.influences, order, self.ids, self.render)
             drawn[history.SAMPLE_MAP] = sample_panels.sample_map(self.changes[:, order], names)
             drawn[history.QUERY_COSINES] = sample_panels.cosine_map(self.changes)
         return drawn

@@ -6,11 +6,14 @@ from torch import Tensor
 
 from explaind_track.record.history import (
     DIFFERENCE,
+    KERNEL,
     LOSS,
+    MOMENTUM,
     TOTAL,
     change_key,
     importance_key,
     section_of_part,
+    share_row,
     whole_change_key,
 )
 
@@ -54,4 +57,10 @@ def change_row(
                 metrics[change_key(section, group, loss)] = value
         metrics[change_key(section, TOTAL, loss)] = sum(values)
     metrics[whole_change_key(loss)] = float(row["change"]) * scale
+
+    # of the kernel, the gradients of this step and those of earlier ones
+    if "momentum" in parts and "kernel" in parts:
+        totals = {section_of_part(part): metrics[change_key(section_of_part(part), TOTAL, loss)] for part in parts}
+        totals[KERNEL] -= totals[MOMENTUM]
+        metrics |= share_row(totals, loss)
     return metrics

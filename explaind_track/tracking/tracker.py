@@ -30,6 +30,7 @@ from explaind_track.tracking.lifetime import Lifetime, begin, end_stale
 from explaind_track.tracking.live import Live
 from explaind_track.tracking.live_audit import LiveAudit
 from explaind_track.tracking.live_samples import LiveSamples
+from explaind_track.tracking.maps import Maps
 from explaind_track.tracking.outputs import Outputs, begin_record
 from explaind_track.tracking.piece_arguments import check_pieces
 from explaind_track.tracking.step_calls import StepCalls
@@ -79,6 +80,7 @@ class Tracker(StepCalls, Findings, Lifetime):
         every: int = 1,
         samples_every: int | None = None,
         map_queries: int = 0,
+        maps_every: int | None = None,
         render: Callable[[Any], Any] | None = None,
         quadrature: Quadrature | None = None,
         keyframe_every: int = KEYFRAME_EVERY,
@@ -110,9 +112,13 @@ class Tracker(StepCalls, Findings, Lifetime):
             samples_every: Make a table of the most influential samples every n-th step, on the first loss query.
             map_queries: Beside each table, a heat map of the samples' influences on so many single queries, and one of
                 these queries' cosines.
+            maps_every: Every n-th step, and at the end, what the steps since the last maps did: to each loss by layer
+                and type (with `groups="layer.type"`), to several losses by group, and to each token of a
+                `Query.tokens`.
             render: From a training sample's index, or its name, to what the tables show of it: a string, a number, an
                 image (PIL's, or an array; floats from 0 to 1 are scaled) or a sound: (samples a second, array), or
-                W&B's Audio. Where it fails, the row goes without.
+                W&B's Audio. Where it fails, the row goes without. A `TokenText` shows the text that the samples were
+                in training, and what the model takes for the tokens.
             quadrature: None: one node a step, which costs least; the residual tells what it leaves out.
             keyframe_every: A whole checkpoint in the trajectory every n-th step; replays start from these.
             memory: See `explain`.
@@ -142,8 +148,8 @@ class Tracker(StepCalls, Findings, Lifetime):
         arguments.check_outputs(run, trajectory, render, on_nonfinite, bool(queries), writers)
         require_quadrature(quadrature)
         require_one_of("record=", record, ("gradients", "batches"))
-        every, samples_every, map_queries, keyframe_every, memory, resume = arguments.check_numbers(
-            every, samples_every, map_queries, keyframe_every, memory, resume
+        every, samples_every, map_queries, maps_every, keyframe_every, memory, resume = arguments.check_numbers(
+            every, samples_every, map_queries, maps_every, keyframe_every, memory, resume
         )
         ranks = Ranks(plain_model(model, sample_loss is not None))
         model = ranks.model
@@ -165,6 +171,7 @@ class Tracker(StepCalls, Findings, Lifetime):
         self._live = Live(model, queries, self.groups, list(auxiliary), self.quadrature, memory, scores)
         if samples_every and (sample_loss is None or not self._live.losses):
             raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
+        self._maps, self._maps_every = None if maps_every is None else Maps(self._live), maps_every
         samples = None
         if sample_loss is not None:
             seen = ranks.gather(self.run is not None or trajectory is not None)[0]
@@ -209,7 +216,7 @@ class Tracker(StepCalls, Findings, Lifetime):
             self.staging_mb = 0.0
             """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
             if recorded is not None:
-                self._complete_rows(recorded)
+                self._outputs.complete_rows(recorded, number, every, self._row_again)
             self._hooks = hook_optimizer(self.optimizer, self._before, self._after)
             begin(self.optimizer, self)
             undo.pop_all()
@@ -218,6 +225,10 @@ class Tracker(StepCalls, Findings, Lifetime):
     def number(self) -> int:
         """The number of the next step; inside of `step`, of the one at hand. All before it are recorded."""
         return self._watch.at_hand
+
+    def _row_again(self, step: Step) -> dict[str, float] | None:
+        """The row of a recorded step, whose own was lost; None if it had none."""
+        return self._live.add(step)[0] if self._is_due(step) and has_finite_gradients(step) else None
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -322,6 +333,7 @@ class Tracker(StepCalls, Findings, Lifetime):
         if self._told != self._watch.number and (closing := self._watch.closing()) is not None:
             self._explain(closing)
             self._told = closing.number
+        self._draw_maps()
         row, self._row = self._row, {}
         if row:
             self._outputs.log(self._watch.number, row)
@@ -361,6 +373,12 @@ class Tracker(StepCalls, Findings, Lifetime):
         finally:
             self._watch.settle()
 
+    def _draw_maps(self) -> None:
+        """Adds the maps of the steps since the last ones to the row at hand."""
+        maps = self._maps
+        if maps is not None and maps.steps and self._outputs.seen:
+            self._outputs.panels.attempt("draw the maps", lambda: self._row.update(maps.draw()))
+
     def _explain(self, step: Step) -> None:
         with self._stopwatch.timed("influence"):
             if self._ranks.rank == 0:
@@ -368,6 +386,10 @@ class Tracker(StepCalls, Findings, Lifetime):
                 self._row |= row
                 for doubt in doubts:
                     self._outputs.panels.alert("Large residual", doubt)
+                if self._maps is not None and self._maps_every:
+                    self._maps.add(row)
+                    if (step.number + 1) % self._maps_every == 0:
+                        self._draw_maps()
                 if self._audit is not None and self.audit_every and step.number % self.audit_every == 0:
                     self._audit.look(self._observer.lasting(step))
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from explaind_track.record.layer_types import without_cells
 from explaind_track.record.media import Table, is_sound, map_values
 
 
 def for_wandb(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row as `run.log` takes it."""
+    """The row as `run.log` takes it, without the cells of groups by layer and type, which would be too many panels."""
     import wandb
 
     def show(value: Any) -> Any:
@@ -28,7 +29,7 @@ def for_wandb(row: Mapping[str, Any]) -> dict[str, Any]:
             return wandb.Audio(str(value)) if value.suffix == ".wav" else wandb.Image(str(value))
         return value
 
-    shown = map_values(row, show)
+    shown = map_values(without_cells(row), show)
     for key, value in shown.items():
         if isinstance(value, Table):
             shown[key] = wandb.Table(columns=list(value.columns), data=value.data)

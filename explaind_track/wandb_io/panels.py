@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from explaind_track.errors import LoggingWarning
 from explaind_track.record.history import AXIS, NONFINITE, append_row, in_words, numbers_in, read_rows
+from explaind_track.record.layer_types import without_cells
 from explaind_track.record.row_writers import RowWriter
 from explaind_track.wandb_io.media import for_wandb
 from explaind_track.wandb_io.run import FINISH_SECONDS, define_metric
@@ -138,7 +139,7 @@ class Panels:
         if row.get(AXIS) in self._at_wandb:
             self._taken += 1
             return
-        for key in numbers_in(row).keys() - self._defined - {AXIS}:
+        for key in without_cells(numbers_in(row)).keys() - self._defined - {AXIS}:
             self._defined.add(key)
             self.attempt("define the panels' axis", partial(define_metric, run, key))
         self._taken += self.attempt("log to W&B", lambda: run.log(for_wandb(row)))

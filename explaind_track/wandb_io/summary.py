@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from explaind_track.record.history import TRACKERS_SECTIONS, is_residual, numbers_in
+from explaind_track.record.layer_types import without_cells
 
 MEAN, MAX = "_mean", "_max"
 """Behind a key: the mean of its values over the run, and the largest."""
@@ -26,7 +27,7 @@ class RunSummary:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Takes in a row."""
-        for key, value in numbers_in(row).items():
+        for key, value in without_cells(numbers_in(row)).items():
             self._keys.add(key)
             if not TRACKERS_SECTIONS.isdisjoint(key.split("/")[:-1]):
                 sums = self._sums.setdefault(key, _Sums())

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from explaind_track.errors import TrajectoryError
 from explaind_track.record.files import Lock
 from explaind_track.record.history import AXIS, numbers_in, read_rows
+from explaind_track.record.layer_types import without_cells
 from explaind_track.record.manifest import MANIFEST, Manifest
 from explaind_track.record.media import from_json
 from explaind_track.record.run_directory import Tie, read_tie, trajectory_directory
@@ -91,7 +92,7 @@ def _sync(directory: Path, tie: Tie, progress: bool) -> Synced:
         rows = read_rows(directory)
         lacking = missing_rows(rows, steps_at_wandb(path, run.starting_step) if has_run else Counter())
         media_sent = send_lost_media(run, find_run(path), directory, tie) if has_run else 0
-        for key in dict.fromkeys(key for row in lacking for key in numbers_in(row) if key != AXIS):
+        for key in dict.fromkeys(key for row in lacking for key in without_cells(numbers_in(row)) if key != AXIS):
             define_metric(run, key)
         for row in tqdm(lacking, "rows", unit="row", disable=not progress or not lacking):
             run.log(for_wandb(from_json(row, directory, damaged="leave out")))

@@ -7,7 +7,9 @@ from explaind_track.core.checks import require_package
 from explaind_track.record.history import (
     AXIS,
     DIFFERENCE,
+    DOMAIN_MAP,
     KERNEL,
+    LAYER_TYPE_MAP,
     LOSS,
     NONFINITE,
     OUTSIDE,
@@ -18,8 +20,10 @@ from explaind_track.record.history import (
     SAMPLE_MAP,
     SAMPLES,
     SECONDS,
+    SHARE,
     TOTAL,
 )
+from explaind_track.record.layer_types import LAYER, TYPE
 from explaind_track.wandb_io.summary import MEAN
 
 if TYPE_CHECKING:
@@ -30,9 +34,9 @@ NAME = "explaind_track"
 
 
 def other_than(*words: str) -> str:
-    """A regular expression for all strings but these, without lookahead, which not every engine has."""
+    """A regular expression for all strings without a slash but these, without lookahead, which not every engine has."""
     letters = sorted({word[0] for word in words if word})
-    branches = [f"[^{''.join(letters)}].*" if letters else ".+"]
+    branches = [f"[^/{''.join(letters)}][^/]*"]
     branches += [letter + other_than(*(word[1:] for word in words if word.startswith(letter))) for letter in letters]
     return f"({'|'.join(branches)}){'' if '' in words else '?'}"
 
@@ -68,6 +72,20 @@ SECTIONS: dict[str, tuple[dict[str, Any], ...]] = {
             "metric_regex": f"^{LOSS}/(change|({PARTS}|momentum)/{TOTAL})$",
         },
     ),
+    "By layer and type": (
+        {"title": "what the training samples did to the loss, by type", "metric_regex": f"^{LOSS}/{KERNEL}/{TYPE}/.+$"},
+        {"title": "the same by layer", "metric_regex": f"^{LOSS}/{KERNEL}/{LAYER}/.+$"},
+        {"title": "what weight decay did to it, by type", "metric_regex": f"^{LOSS}/{REGULARIZATION}/{TYPE}/.+$"},
+        {"title": "the same by layer", "metric_regex": f"^{LOSS}/{REGULARIZATION}/{LAYER}/.+$"},
+    ),
+    "Shares and domains": (
+        {
+            "title": "shares of the step's gradients, of momentum and of weight decay",
+            "metric_regex": f"^{LOSS}/{SHARE}/[^/]+$",
+            "plot_type": "stacked-area",
+        },
+        {"title": "change of each loss", "metric_regex": "^[^/]+/change$"},
+    ),
     "How far to trust it, and its cost": (
         {"title": "residual", "metric_regex": f"^{RESIDUAL}/{other_than('nodes', 'nonfinite')}$", "log_y": True},
         {"title": "numbers that are not finite", "metric_regex": f"^{NONFINITE}$"},
@@ -84,10 +102,16 @@ DESCRIPTIONS = {
     ),
     "Importance by group": "Through which parts of the model the change went; the shares add up to all of it.",
     "Change of the loss": "Below zero, the loss of the query fell by it.",
+    "By layer and type": 'Of runs with groups="layer.type": sums over the layers, and over the types.',
+    "Shares and domains": (
+        "How large the gradients of the step, those of earlier steps and weight decay are among what changed the loss; "
+        "and of several losses, how each changed."
+    ),
     "How far to trust it, and its cost": (
         "The residual is what the split leaves over of a step's change: under 0.05, parts are good to some percent. "
         "Above 0.5 an alert says so: pass Tracker(quadrature=Quadrature(tolerance=0.01))."
     ),
+    "Maps": "What the steps since the last map did: to losses by layer and type, and to several losses by group.",
     "Samples": "The training samples that changed the query's loss most, in the steps that made a table.",
 }
 """What the sections say, for the report; docs/panels.md says it of each panel."""
@@ -134,7 +158,8 @@ def _panels() -> dict[str, list[Any]]:
     }
     kernel, decay = (SummaryMetric(f"{part}/{TOTAL}{MEAN}") for part in (KERNEL, REGULARIZATION))
     panels["Kernel against weight decay"] += [ScatterPlot(title="runs, by both", x=decay, y=kernel)]
-    return {**panels, "Samples": [MediaBrowser(media_keys=[SAMPLES, SAMPLE_MAP, QUERY_COSINES])]}
+    media = {"Maps": [LAYER_TYPE_MAP, DOMAIN_MAP], "Samples": [SAMPLES, SAMPLE_MAP, QUERY_COSINES]}
+    return {**panels, **{name: [MediaBrowser(media_keys=keys)] for name, keys in media.items()}}
 
 
 def save_workspace(project: str) -> tuple[str, str]:

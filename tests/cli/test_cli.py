@@ -285,6 +285,7 @@ def test_the_workspace_is_saved_with_our_panels_and_a_report(server: Server) -> 
     assert {line["xAxis"] for line in lines} == {"train/step"}
 
     keys = ["kernel/head", "kernel/total", "reg/body", "D/tot", "loss/kernel/head", "residual/query", "residual/nodes"]
+    keys += ["loss/kernel/type/norm", "loss/kernel/layer/layer.07", "loss/share/momentum", "code/change"]
     shown = {key: [line["chartTitle"] for line in lines if re.search(line["metricRegex"], key)] for key in keys}
     assert shown == {
         "kernel/head": ["of the training samples (kernel)", "shares of the groups in it"],
@@ -294,6 +295,10 @@ def test_the_workspace_is_saved_with_our_panels_and_a_report(server: Server) -> 
         "loss/kernel/head": ["through the training samples"],
         "residual/query": ["residual"],
         "residual/nodes": [],
+        "loss/kernel/type/norm": ["what the training samples did to the loss, by type"],
+        "loss/kernel/layer/layer.07": ["the same by layer"],
+        "loss/share/momentum": ["shares of the step's gradients, of momentum and of weight decay"],
+        "code/change": ["change of each loss"],
     }
 
 

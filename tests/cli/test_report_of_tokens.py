@@ -82,6 +82,6 @@ def test_coloured_text_can_be_read(file: Path, width: int, scheme: Any) -> None:
         assert shown.first.inner_text().startswith(" the cat</span><script>alert(1)</script>\\x1b[31m")
         assert min(page.evaluate(CONTRASTS)) > 4.5
         assert page.locator(".text span").first.get_attribute("title").endswith(" nats")
-        assert page.locator("details.by-group .colored").count() == 2
+        assert page.locator("details.more .colored").count() == 2
         assert complaints == []
         browser.close()
