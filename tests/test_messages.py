@@ -175,7 +175,10 @@ OF_A_FUNCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: Quadrature.fixed(2.5), "nodes= is a whole number"),  # type: ignore[arg-type]
     (lambda: Quadrature(nodes=8, max_nodes=4), "nodes <= max_nodes"),
     (lambda: resolve_groups(0, ["a"]), "at least 1, not 0"),
-    (lambda: resolve_groups("a.*", ["a.b"]), r"groups= .*is one of 'type', 'layer', 'layer.type', 'tensor', not 'a\.\*'"),
+    (
+        lambda: resolve_groups("a.*", ["a.b"]),
+        r"groups= .*is one of 'type', 'layer', 'layer.type', 'tensor', not 'a\.\*'",
+    ),
     (lambda: resolve_groups("types", ["a.b"]), "did you mean 'type'"),
     (lambda: resolve_groups(["a.*"], ["a.b"]), "groups= is a mapping"),  # type: ignore[arg-type]
     (lambda: prune_masks({"a": torch.ones(3)}, NAN), "keep= .* is nan"),

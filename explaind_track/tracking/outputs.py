@@ -6,19 +6,16 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from explaind_track.core.observer import StepObserver
-from explaind_track.core.step import Step
 from explaind_track.errors import LoggingWarning, ResumeWarning
-from explaind_track.record.history import AXIS, cut_history, in_words, read_rows
+from explaind_track.record.history import AXIS, in_words, read_rows
 from explaind_track.record.media import from_json
 from explaind_track.record.resume import resume as resume_run
 from explaind_track.record.row_writers import RowWriter
@@ -149,33 +146,14 @@ class Outputs:
         if not self.is_forked:
             self.panels.log({AXIS: step, **row})
 
-    def complete_rows(
-        self, record: Trajectory, number: int, every: int, row_of: Callable[[Step], Mapping[str, Any] | None]
-    ) -> None:
-        """Drops the rows of steps that are not in the record, and makes those that were lost.
-
-        number: of the step that the run goes on with. every: so many steps lie between rows. row_of: None for a step
-        that has none.
-        """
-        written = cut_history(record.directory, number)
-        lost = [step for step in range(number) if step not in written]
-        missing = [step for step in lost if step % every == 0]
-        with tqdm(desc="complete the rows", total=len(missing), disable=not missing, unit="step") as bar:
-            for first, last in _stretches(missing, every):
-                for step in record.steps(first, last + 1):
-                    if (row := row_of(step)) is not None:
-                        self.log(step.number, row)
-                        bar.update()
-        self._tell_of_lost_rows(lost)
-
-    def _tell_of_lost_rows(self, steps: Sequence[int]) -> None:
+    def tell_of_lost_rows(self, steps: Sequence[int]) -> None:
         """Warns of those steps of a run that is gone on with whose rows had not been written."""
         if steps:
             warnings.warn(
                 f"the rows of the steps {in_words(steps)} were not written before the run ended: their influences are "
                 "computed again, but not what the loop itself had logged, nor tables of samples",
                 ResumeWarning,
-                stacklevel=6,
+                stacklevel=5,
             )
 
     def end_rows(self) -> None:
@@ -215,13 +193,6 @@ class Outputs:
         if self.writer is not None:
             self.writer.leave()
         self.panels.close()
-
-
-def _stretches(numbers: Sequence[int], every: int) -> Iterator[tuple[int, int]]:
-    """The first and the last of those that follow on each other, in steps of `every`."""
-    for _, stretch in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0] * every):
-        found = [number for _, number in stretch]
-        yield found[0], found[-1]
 
 
 def before_exit(action: Callable[[], None]) -> Callable[[], None]:

@@ -216,7 +216,7 @@ class Tracker(StepCalls, Findings, Lifetime):
             self.staging_mb = 0.0
             """After `finish`: what W&B's copies of the trajectory take on this disk, in MB."""
             if recorded is not None:
-                self._outputs.complete_rows(recorded, number, every, self._row_again)
+                self._complete_rows(recorded)
             self._hooks = hook_optimizer(self.optimizer, self._before, self._after)
             begin(self.optimizer, self)
             undo.pop_all()
@@ -225,10 +225,6 @@ class Tracker(StepCalls, Findings, Lifetime):
     def number(self) -> int:
         """The number of the next step; inside of `step`, of the one at hand. All before it are recorded."""
         return self._watch.at_hand
-
-    def _row_again(self, step: Step) -> dict[str, float] | None:
-        """The row of a recorded step, whose own was lost; None if it had none."""
-        return self._live.add(step)[0] if self._is_due(step) and has_finite_gradients(step) else None
 
     @property
     def seconds(self) -> dict[str, float]:
