@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from explaind_track.callbacks.base import LoopBatch, TrackerCallbackBase, active_run, clipped_by, gradient_norm
 from explaind_track.core.checks import missing_package
+from explaind_track.core.shards import in_pieces
+from explaind_track.tracking.ddp import refuse_flat_parameters
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,8 +26,9 @@ except ModuleNotFoundError as error:
 class TrackerCallback(TrackerCallbackBase, Callback):
     """Tracks every optimizer step of a module with one optimizer.
 
-    Of several processes under DistributedDataParallel, rank zero explains for all; under other strategies, the main
-    process its own. Samples' losses are taken under the autocast that the Trainer trains with, and its clipping is
+    Of several processes under DistributedDataParallel, rank zero explains for all; under ModelParallelStrategy, where
+    each holds a piece of the parameters, all of them together, queries that are scalars; under other strategies, the
+    main process its own. Samples' losses are taken under the autocast that the Trainer trains with, and its clipping is
     followed. For the arguments see `TrackerCallbackBase.__init__`.
 
     Example::
@@ -40,7 +43,8 @@ class TrackerCallback(TrackerCallbackBase, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         wrapped = trainer.strategy.model
-        all_ranks_track = isinstance(wrapped, DistributedDataParallel)
+        refuse_flat_parameters(wrapped)
+        all_ranks_track = isinstance(wrapped, DistributedDataParallel) or in_pieces(wrapped)
         if not all_ranks_track:
             self.refuse_samples_in(trainer.world_size)
         self._tracks = all_ranks_track or trainer.is_global_zero

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from explaind_track.callbacks.base import TrackerCallbackBase, active_run, clipped_by, gradient_norm
 from explaind_track.callbacks.sample_losses import sample_losses
 from explaind_track.core.checks import missing_package
+from explaind_track.core.shards import in_pieces
 from explaind_track.core.tokens import TokenText
+from explaind_track.tracking.ddp import refuse_flat_parameters
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,7 +26,10 @@ __all__ = ["TrackerCallback", "sample_losses"]
 
 
 class TrackerCallback(TrackerCallbackBase, TrainerCallback):
-    """Tracks every optimizer step of the Trainer, in its main process; skipped steps leave no trace.
+    """Tracks every optimizer step of the Trainer; skipped steps leave no trace.
+
+    Of several processes, the main one explains groups; with `fsdp=True`, where each holds a piece of the parameters,
+    all of them together, for queries that are scalars.
 
     `sample_loss`, `index` and `weight` get a batch as the data loader gave it, whatever the Trainer or its
     `compute_loss` then take out of it: `sample_loss` its tensors, the others all of it, and `num_items_in_batch` where
@@ -45,12 +50,16 @@ class TrackerCallback(TrackerCallbackBase, TrainerCallback):
     """
 
     _training_step: "WatchedTrainingStep | None" = None
+    _tracks = False
+    """Whether this process has a Tracker."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
     ) -> None:
         self.refuse_samples_in(args.world_size)
-        if not state.is_world_process_zero:
+        refuse_flat_parameters(around["model"])
+        self._tracks = state.is_world_process_zero or in_pieces(around["model"])
+        if not self._tracks:
             return
 
         if self._sample_loss is sample_losses:
@@ -67,7 +76,7 @@ class TrackerCallback(TrackerCallbackBase, TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
     ) -> None:
-        if state.is_world_process_zero:
+        if self._tracks:
             self.open_step()
 
     def on_pre_optimizer_step(
@@ -78,13 +87,13 @@ class TrackerCallback(TrackerCallbackBase, TrainerCallback):
             self._training_step.tell_batches()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
-        if state.is_world_process_zero:
+        if self._tracks:
             self.close_step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
     ) -> None:
-        if state.is_world_process_zero:
+        if self._tracks:
             self._stop_watching()
             self.finish_tracker()
 

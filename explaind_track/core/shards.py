@@ -27,6 +27,11 @@ def is_piece(tensor: Tensor) -> bool:
     return isinstance(tensor, known("torch.distributed.tensor", "DTensor"))
 
 
+def in_pieces(model: nn.Module) -> bool:
+    """Whether any of the model's parameters is in pieces."""
+    return any(map(is_piece, model.parameters()))
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in the same memory: its piece, or the tensor itself where it is whole."""
     if not is_piece(tensor):
@@ -38,11 +43,17 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_gradient(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter's gradient, cut as the parameter is; the parameter has one."""
-    gradient: Any = parameter.grad
+    assert parameter.grad is not None  # as said
+    return local_like(parameter.grad, parameter)
+
+
+def local_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """What this process holds of a gradient, cut as the parameter is."""
     if is_piece(gradient):
+        found: Any = gradient
         cut: Any = parameter
-        if gradient.placements != cut.placements:  # as tensor parallelism leaves sums that are not added up yet
-            gradient = gradient.redistribute(cut.device_mesh, cut.placements)
+        if found.placements != cut.placements:  # as tensor parallelism leaves sums that are not added up yet
+            gradient = found.redistribute(cut.device_mesh, cut.placements)
     return local(gradient).detach()
 
 
@@ -81,6 +92,8 @@ class Shards:
     """Whether what these rows say is counted here: of processes of the same place, by the first."""
     divisor: float
     """What the sum of the processes' gradients is divided by."""
+    computed_in: frozenset[torch.dtype]
+    """The types that mixed precision computes in."""
 
     @classmethod
     def of(cls, model: nn.Module) -> "Shards | None":
@@ -88,11 +101,11 @@ class Shards:
 
         Raises ValueError where the processes do not hold the same model, all pieces of it, with all gradients summed.
         """
-        parameters = parameters_of(model)
-        if not any(map(is_piece, parameters.values())):
+        if not in_pieces(model):
             return None
 
-        place, places, divisor = _data_parallel(model)
+        parameters = parameters_of(model)
+        place, places, divisor, types = _data_parallel(model)
         _refuse_unshared(parameters, bool(places))
         every = distributed.gather(({name: _place_of(value) for name, value in parameters.items()}, place))
         _refuse_missing([pieces for pieces, _ in every], parameters)
@@ -103,7 +116,7 @@ class Shards:
         own, _ = every[rank]
         counted = {name for name, piece in own.items() if all(other[name] != piece for other, _ in earlier)}
         counts_rows = all(other != place for _, other in earlier)
-        return cls(frozenset(counted), place, max(1, places), counts_rows, divisor)
+        return cls(frozenset(counted), place, max(1, places), counts_rows, divisor, types)
 
     def rows(self, size: int, most: int) -> list[tuple[int, int]]:
         """The rows, start and stop, of each pass that this process runs of `size` rows, at most so many at a time.
@@ -154,19 +167,20 @@ def _refuse_missing(every: list[dict[str, Any]], parameters: Tensors) -> None:
             )
 
 
-def _data_parallel(model: nn.Module) -> tuple[int, int, float]:
-    """This process's place among those that `fully_shard` gives different batches, how many these are (0: none), and
-    what it divides the sum of their gradients by. Raises ValueError where its modules differ in that."""
+def _data_parallel(model: nn.Module) -> tuple[int, int, float, frozenset[torch.dtype]]:
+    """This process's place among those that `fully_shard` gives different batches, how many these are (0: none), what
+    it divides the sum of their gradients by, and the types it computes in. Raises ValueError where its modules differ
+    in the first three."""
     sharded = known("torch.distributed.fsdp", "FSDPModule")
-    found = {
-        _mesh_of(group) for module in model.modules() if isinstance(module, sharded) for group in _groups_of(module)
-    }
+    groups = [group for module in model.modules() if isinstance(module, sharded) for group in _groups_of(module)]
+    found = {_mesh_of(group) for group in groups}
     if len(found) > 1:
         raise ValueError(
             "modules are sharded over different processes, or divide their gradients by different factors "
             "(set_gradient_divide_factor): one number for all of them is needed"
         )
-    return found.pop() if found else (0, 0, 1.0)
+    types = {group.mp_policy.param_dtype for group in groups} - {None}
+    return *(found.pop() if found else (0, 0, 1.0)), frozenset(types)
 
 
 def _groups_of(module: Any) -> list[Any]:

@@ -104,7 +104,7 @@ def fitted_query(model: nn.Module, query: Query) -> Query:
     of the model's parameters.
     """
     require_query(query)
-    _refuse_nan(query)
+    refuse_nan(query)
     try:
         check_query(model, query)
     except RuntimeError:
@@ -117,7 +117,8 @@ def fitted_query(model: nn.Module, query: Query) -> Query:
     return query
 
 
-def _refuse_nan(query: Query) -> None:
+def refuse_nan(query: Query) -> None:
+    """Raises ValueError for a query that holds NaN."""
     for what, tree in (("inputs", query.inputs), ("labels", query.labels)):
         bad = sum(int(tensor.isnan().sum()) for tensor in tree_tensors(tree) if tensor.is_floating_point())
         if bad:

@@ -74,7 +74,7 @@ class Explainer:
         memory: int = MEMORY,
         rows_in_file: bool = False,
     ) -> None:
-        query = fitted_query(model, query)
+        query = self.fitted(model, query)
         if not any("group" in keep for keep in keeps):
             groups = {"all": [name for names in groups.values() for name in names]}
         self._groups, self._keeps, self._parts, self._rows_in_file = list(groups), keeps, parts, rows_in_file
@@ -89,6 +89,10 @@ class Explainer:
         """After a step: its ‖remainder‖₂ / ‖change‖₂, where a choice of axes keeps the step."""
         self.metrics: dict[str, float] = {}
         """After a step: the query's mean `loss` and `accuracy`, where it has labels to tell."""
+
+    def fitted(self, model: nn.Module, query: Query) -> Query:
+        """The query as the model takes it; see `fitted_query`."""
+        return fitted_query(model, query)
 
     def add(self, step: Step) -> list[Row]:
         """Takes one step in.
@@ -114,7 +118,7 @@ class Explainer:
                 first = outside.pop(start).arranged(parts)
                 first += terms
                 terms = first
-            for name, value in _metrics(self.integrator.query, start, terms).items():
+            for name, value in query_metrics(self.integrator.query, start, terms).items():
                 self.metrics[name] = self.metrics.get(name, 0.0) + value
             for accumulator in self.accumulators:
                 accumulator.add(start, terms)
@@ -153,7 +157,7 @@ class Explainer:
         return [accumulator.result(attrs) for accumulator in self.accumulators]
 
 
-def _metrics(query: Query, start: int, terms: Terms) -> dict[str, float]:
+def query_metrics(query: Query, start: int, terms: Terms) -> dict[str, float]:
     """This chunk's share of the query's mean loss and accuracy; nothing where the query has no labels to tell."""
     after = terms.after
     if query.is_loss:

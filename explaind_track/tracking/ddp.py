@@ -33,7 +33,7 @@ class Ranks:
         self._wrapped = model if isinstance(model, DistributedDataParallel) else None
         self.model: nn.Module = model if self._wrapped is None else without_wrapper(self._wrapped.module)
         """Without its wrappers, DistributedDataParallel's and the compiler's."""
-        _refuse_flat_parameters(self.model)
+        refuse_flat_parameters(self.model)
         reshard(self.model)
         self.shards = Shards.of(self.model)
         """Who holds which pieces of the parameters; None where all hold the whole of them."""
@@ -152,7 +152,7 @@ class Ranks:
                 )
 
 
-def _refuse_flat_parameters(model: nn.Module) -> None:
+def refuse_flat_parameters(model: nn.Module) -> None:
     """Raises ValueError for FSDP of the first kind."""
     wrapper = known("torch.distributed.fsdp", "FullyShardedDataParallel")
     found = [name or "the model" for name, module in model.named_modules() if isinstance(module, wrapper)]

@@ -12,12 +12,14 @@ from explaind_track.core.groups import Groups
 from explaind_track.core.influence import Influence
 from explaind_track.core.modules import keeping_modes, parameters_of
 from explaind_track.core.queries import Query
+from explaind_track.core.shards import Shards
 from explaind_track.core.step import Step
 from explaind_track.core.switches import keeping_switches
 from explaind_track.core.tensors import low_precision, upcast
 from explaind_track.engine.path_integral import Quadrature
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.record import history
+from explaind_track.tracking.live_pieces import PiecesExplainer
 from explaind_track.tracking.metrics import change_row, importance_row
 
 NEVER = -1
@@ -60,21 +62,18 @@ class Live:
         quadrature: Quadrature,
         memory: int,
         scores: str | None,
+        shards: Shards | None,
     ) -> None:
-        """auxiliary: the names of the auxiliary losses; scores: the query whose parameters' influences are summed up.
+        """auxiliary: the names of the auxiliary losses; scores: the query whose parameters' influences are summed up;
+        shards: where the parameters are in pieces.
 
         Raises ValueError for queries that cannot be differentiated.
         """
-        self._model, self.groups, self._quadrature = model, groups, quadrature
+        self._model, self.groups, self._quadrature, self._shards = model, groups, quadrature, shards
         is_low_precision = low_precision(parameters_of(model)) is not None
         self.parts = {name: live_parts(query, auxiliary, is_low_precision) for name, query in queries.items()}
         """By query: the names of the parts that a step is split into."""
-        self.explainers = {
-            name: Explainer(
-                model, query, groups, axes_of(query), self.parts[name], quadrature, memory=memory, rows_in_file=True
-            )
-            for name, query in queries.items()
-        }
+        self.explainers = {name: self._explainer(name, query, memory) for name, query in queries.items()}
         self._scores: Callable[[], ParameterScores] | None = None
         if scores is not None:
             scored = self.explainers[scores].integrator.query
@@ -84,6 +83,12 @@ class Live:
         self.upto = 0
         """All steps before this one are in what was summed up, as far as they were to be explained."""
         self.losses = [name for name, query in queries.items() if query.is_loss]
+
+    def _explainer(self, name: str, query: Query, memory: int) -> Explainer:
+        model, groups, axes, parts = self._model, self.groups, axes_of(query), self.parts[name]
+        if self._shards is not None:
+            return PiecesExplainer(model, query, groups, axes, parts, self._shards, memory)
+        return Explainer(model, query, groups, axes, parts, self._quadrature, memory=memory, rows_in_file=True)
 
     def add(self, step: Step) -> tuple[dict[str, float], list[str]]:
         """Explains a step. Returns its row of metrics, and what is to be doubted about it."""
@@ -140,10 +145,14 @@ class Live:
         limit = max(rule.tolerance or RESIDUAL_LIMIT, 2 * float(row["residual_floor"]))
         if residual <= limit or float(row["change"].abs().sum()) == 0:
             return []
+        finer = (
+            "Tracker(quadrature=Quadrature(tolerance=…, max_nodes=…)) takes more nodes"
+            if self._shards is None
+            else "Of parameters in pieces there are no others: explain_checkpoints takes more, of the run's checkpoints"
+        )
         return [
             f"step {number}: the split of '{name}' leaves {residual:.2g} of the change over, more than {limit:.2g} "
-            f"({self.explainers[name].nodes} nodes). Tracker(quadrature=Quadrature(tolerance=…, max_nodes=…)) takes "
-            "more nodes"
+            f"({self.explainers[name].nodes} nodes). {finer}"
         ]
 
     def explainer(self, query: str) -> Explainer:

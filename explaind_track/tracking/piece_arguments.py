@@ -6,10 +6,15 @@ from typing import Any
 import torch
 
 from explaind_track.core.queries import Query
+from explaind_track.engine.path_integral import Quadrature
 
 
 def check_pieces(
-    optimizer: torch.optim.Optimizer, queries: Mapping[str, Query], record: str, others: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    queries: Mapping[str, Query],
+    record: str,
+    quadrature: Quadrature | None,
+    others: Mapping[str, Any],
 ) -> None:
     """Raises ValueError for what needs parameters that are whole: before any work, and in every process alike.
 
@@ -23,9 +28,10 @@ def check_pieces(
                 f"own. Write .mean() or .sum() behind it, as in {{{name!r}: Query.loss(x, y).mean()}}"
             )
 
-    if queries:
+    if quadrature is not None and not quadrature.is_trapezoid:
         raise ValueError(
-            "queries are not explained yet where parameters are in pieces: leave them out, with trajectory="
+            f"quadrature={quadrature!r} puts parameters between a step's two ends into the model, and they are in "
+            "pieces: leave it out, or pass Quadrature.trapezoid(), whose nodes are the step's two ends"
         )
     if isinstance(optimizer, torch.optim.Muon):
         raise ValueError(

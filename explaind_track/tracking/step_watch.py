@@ -217,7 +217,7 @@ class StepWatch:
     def closing(self) -> Step | None:
         """Finds what has changed the model behind the last step: a step numbered like the one that would follow. None
         where nothing has, or no step was taken, or where that is an interrupted one."""
-        if self.is_model_astray or not self.number:
+        if self.is_model_astray or not self.number or self._ranks.shards is not None:
             return None
         buffers = {name: buffer.detach() for name, buffer in buffers_of(self._model).items()}
         return self._observer.closing(self.number, buffers)

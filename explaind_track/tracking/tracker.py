@@ -155,7 +155,8 @@ class Tracker(StepCalls, Findings, Lifetime):
         model = ranks.model
         if ranks.shards is not None:
             whole = {"sample_loss": sample_loss, "auxiliary": auxiliary, "scores": scores, "audit_every": audit_every}
-            check_pieces(plain_optimizer(optimizer), queries, record, whole)
+            check_pieces(plain_optimizer(optimizer), queries, record, quadrature, whole)
+            quadrature = Quadrature.trapezoid()
         parameters = parameters_of(model)
         self.optimizer, self.every, self.samples_every = plain_optimizer(optimizer), every, samples_every
         self.groups = resolve_groups(groups, model)
@@ -168,7 +169,7 @@ class Tracker(StepCalls, Findings, Lifetime):
 
         # what is computed of each step
         auxiliary = dict(auxiliary or {})
-        self._live = Live(model, queries, self.groups, list(auxiliary), self.quadrature, memory, scores)
+        self._live = Live(model, queries, self.groups, list(auxiliary), self.quadrature, memory, scores, ranks.shards)
         if samples_every and (sample_loss is None or not self._live.losses):
             raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
         self._maps, self._maps_every = None if maps_every is None else Maps(self._live), maps_every
@@ -377,7 +378,7 @@ class Tracker(StepCalls, Findings, Lifetime):
 
     def _explain(self, step: Step) -> None:
         with self._stopwatch.timed("influence"):
-            if self._ranks.rank == 0:
+            if self._ranks.rank == 0 or self._ranks.shards is not None:
                 row, doubts = self._live.add(step)
                 self._row |= row
                 for doubt in doubts:

@@ -11,15 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import xarray as xr
 from jobs import child_environment, in_ranks
 from sharded_jobs import CASES, STEPS, make_model, make_tracker, place, places, shard, train
 from torch import nn
 
-from explaind_track import Trajectory
+from explaind_track import Influence, Quadrature, Tracker, Trajectory
 from explaind_track.errors import TrajectoryError
+from explaind_track.record.history import read_rows
 
 EVERY = 2
 """Keyframes lie so many steps apart."""
+
+KEEPS = (("step", "group"), ("query", "output"))
 
 
 def made(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -57,9 +61,17 @@ def main(rank: int, out: Path) -> None:
         parameters = whole(model)
         if rank == 0:
             torch.save(parameters, directory / "parameters.pt")
+            if not task["resume"]:
+                save_influences(tracker, directory)
             with pytest.raises(TrajectoryError, match=r"were in pieces.*no gradients"):
                 Trajectory.open(directory)
     dist.destroy_process_group()
+
+
+def save_influences(tracker: Tracker, directory: Path) -> None:
+    for query in ("near", "far"):
+        for keep in KEEPS:
+            tracker.influence(query, keep).save(directory / f"{query}-{keep[0]}.safetensors")
 
 
 def write_task(out: Path, cases: list[str], ranks: int, **more: Any) -> None:
@@ -71,16 +83,31 @@ def write_task(out: Path, cases: list[str], ranks: int, **more: Any) -> None:
 def in_one_process(name: str, ranks: int, out: Path) -> dict[str, torch.Tensor]:
     case = CASES[name]
     model, optimizer = made(name)
-    tracker = make_tracker(model, optimizer, case, trajectory=out)
+    tracker = make_tracker(model, optimizer, case, trajectory=out, quadrature=Quadrature.trapezoid())
     train(model, tracker, optimizer, case, list(range(places(case, ranks))), STEPS)
     tracker.finish()
+    save_influences(tracker, out)
     return whole(model)
 
 
 def compare(name: str, ranks: int, out: Path, tmp_path: Path) -> None:
-    alone = in_one_process(name, ranks, tmp_path / f"{name}_alone")
+    """Parameters, influences of both queries, residuals and rows: as one process has them."""
+    alone = tmp_path / f"{name}_alone"
+    parameters = in_one_process(name, ranks, alone)
     for parameter, value in torch.load(out / name / "parameters.pt").items():
-        torch.testing.assert_close(value, alone[parameter], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(value, parameters[parameter], rtol=1e-9, atol=1e-12)
+
+    for file in ("near-step", "near-query", "far-step", "far-query"):
+        found, wanted = (Influence.load(place / f"{file}.safetensors").data for place in (out / name, alone))
+        assert found.sizes == wanted.sizes
+        for variable in ("influence", "importance", "total_importance", "change", "final", "residual"):
+            if variable in wanted:
+                xr.testing.assert_allclose(found[variable], wanted[variable], rtol=1e-9, atol=1e-11)
+
+    for one, other in zip(read_rows(out / name), read_rows(alone), strict=True):
+        assert one.keys() == other.keys()
+        for key in (key for key in one if not key.startswith("cost/")):
+            assert one[key] == pytest.approx(other[key], rel=1e-8, abs=1e-11), key
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
@@ -101,24 +128,29 @@ def test_all_kinds_of_training(ranks: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_killed_and_gone_on_with(ranks: int, tmp_path: Path) -> None:
-    """By as many processes, or by others than it was begun by: the pieces are cut anew."""
-    killed = tmp_path / "killed"
-    write_task(killed, ["tied"], ranks, killed_at=3)
+@pytest.mark.parametrize("others", [2, 4])
+def test_killed_and_gone_on_with(others: int, tmp_path: Path) -> None:
+    """By as many processes as were killed, or by others, among whom the pieces are cut anew: as if never killed."""
+    killed, never = tmp_path / "killed", tmp_path / "never"
+    write_task(killed, ["accumulated"], 2, killed_at=3)
     command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(rank), str(killed)], env=child_environment()) for rank in range(ranks)]
+    processes = [subprocess.Popen([*command, str(rank), str(killed)], env=child_environment()) for rank in range(2)]
     assert {process.wait() for process in processes} == {-signal.SIGKILL}
 
     (killed / "meeting").unlink()
-    write_task(killed, ["tied"], 2, resume=True)
-    in_ranks(__file__, killed, 2)
-    never = tmp_path / "never"
-    write_task(never, ["tied"], 2)
+    write_task(killed, ["accumulated"], others, resume=True)
+    in_ranks(__file__, killed, others)
+    write_task(never, ["accumulated"], 2)
     in_ranks(__file__, never, 2)
-    ends = [torch.load(directory / "tied" / "parameters.pt") for directory in (killed, never)]
-    if ranks == 2:
+    found, wanted = (read_rows(directory / "accumulated") for directory in (killed, never))
+    assert [row["train/step"] for row in found] == list(range(STEPS))
+    if others == 2:  # else batches are others, too
+        ends = [torch.load(directory / "accumulated" / "parameters.pt") for directory in (killed, never)]
         assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    same = [row for row in wanted if others == 2 or row["train/step"] < EVERY]
+    for one, other in zip(found, same, strict=False):
+        for key in (key for key in other if not key.startswith("cost/")):
+            assert one[key] == pytest.approx(other[key], rel=1e-9, abs=1e-12), key
 
 
 if __name__ == "__main__":
