@@ -47,10 +47,8 @@ def main(rank: int, out: Path) -> None:
     for name in task["cases"]:
         case, directory = CASES[name], out / name
         model, optimizer = made(name)
-        options = {"resume": True} if task["resume"] else {}
-        tracker = make_tracker(
-            model, optimizer, case, queries={}, trajectory=directory, keyframe_every=EVERY, **options
-        )
+        options = {"trajectory": directory, "keyframe_every": EVERY, "resume": task["resume"]}
+        tracker = make_tracker(model, optimizer, case, **options)
         if task["killed_at"] is not None:
             train(model, tracker, optimizer, case, [place(case, rank)], task["killed_at"])
             os.kill(os.getpid(), signal.SIGKILL)
