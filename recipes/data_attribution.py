@@ -10,7 +10,7 @@ each of them finds. `out` receives summary.json, config.yaml, figures/lds.png an
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,9 @@ SETTINGS = {
     "smooth, same start": (True, True),
 }
 """Whether training is smooth; whether models are trained again from the run's start and in its order."""
+
+KINDS = {False: "paper", True: "smooth"}
+"""Names of the runs that are not smooth, and that are."""
 
 RESAMPLES = 30
 """The number of times that subsets and queries are drawn again for the error of a score."""
@@ -140,6 +143,22 @@ def rank_correlations(foretold: Tensor, truth: Tensor, rows: Tensor) -> Tensor:
     return correlations.nan_to_num()
 
 
+def datamodeling_rows(
+    config: DictConfig, data: Split, x: Tensor, y: Tensor, scores: Mapping[str, Tensor], same: bool
+) -> Iterator[dict[str, Any]]:
+    """Each method's linear datamodeling score by fraction, with its error; the subsets are the same in all settings."""
+    generator = torch.Generator().manual_seed(config.seed)
+    size = len(data.y_train)
+    for fraction in config.fractions:
+        draws = [torch.randperm(size, generator=generator)[: round(fraction * size)] for _ in range(config.subsets)]
+        truth = retrain(config, data, x, y, draws, same).cpu()
+        row: dict[str, Any] = {"fraction": fraction}
+        for name, score in scores.items():
+            again = torch.Generator().manual_seed(config.seed)
+            row[name], row[f"± {name}"] = datamodeling_score(score, truth, torch.stack(draws), again)
+        yield row
+
+
 def mislabelled(config: DictConfig, data: Split, out: Path) -> dict[str, Any]:
     """Of the samples that each method has lowest, the share whose labels are wrong; as many are looked at as are wrong.
 
@@ -191,41 +210,24 @@ def main(arguments: list[str]) -> None:
     out = output_directory(config, "data_attribution")
     x, y = data.x_test[: config.queries], data.y_test[: config.queries]
 
-    # the scores, the same for fresh starts and the run's own
-    kinds = {"smooth" if smooth else "paper": smooth for smooth, _ in map(SETTINGS.__getitem__, config.settings)}
-    scores, summary = {}, {"queries": len(y), "subsets": config.subsets, "seeds": config.seeds}
-    for kind, smooth in kinds.items():
-        scores[smooth], summary[f"cost, {kind}"] = attribute(of_kind(config, smooth), data, x, y, out / kind)
-    summary["paper"] = PAPER_CIFAR2 if config.data.name == "cifar2" else None
-
-    # the models that they foretell
     rows: list[dict[str, Any]] = []
-    for setting in config.settings:
-        smooth, same = SETTINGS[setting]
-        generator = torch.Generator().manual_seed(config.seed)  # so that all settings have the same subsets
-        for fraction in config.fractions:
-            size = len(data.y_train)
-            draws = [torch.randperm(size, generator=generator)[: round(fraction * size)] for _ in range(config.subsets)]
-            subsets = torch.stack(draws)
-            truth = retrain(of_kind(config, smooth), data, x, y, subsets.unbind(), same).cpu()
-            row: dict[str, Any] = {"setting": setting, "fraction": fraction}
-            for name, score in scores[smooth].items():
-                row[name], row[f"± {name}"] = datamodeling_score(
-                    score, truth, subsets, torch.Generator().manual_seed(0)
-                )
-            rows.append(row)
-            write_json(out / "summary.json", {**summary, "rows": rows})  # after each: a fraction takes minutes
+    summary: dict[str, Any] = {"queries": len(y), "subsets": config.subsets, "seeds": config.seeds, "rows": rows}
+    summary["paper"] = PAPER_CIFAR2 if config.data.name == "cifar2" else None
+    for smooth in dict.fromkeys(SETTINGS[name][0] for name in config.settings):
+        kind, own = KINDS[smooth], of_kind(config, smooth)
+        scores, summary[f"cost, {kind}"] = attribute(own, data, x, y, out / kind)
+        for setting in (name for name in config.settings if SETTINGS[name][0] == smooth):
+            for row in datamodeling_rows(own, data, x, y, scores, SETTINGS[setting][1]):
+                rows.append({"setting": setting, **row})
+                write_json(out / "summary.json", summary)  # after each: a fraction takes minutes
+        if config.flipped:
+            summary[f"mislabelled, {kind}"] = mislabelled(own, data, out / f"{kind}-mislabelled")
+            write_json(out / "summary.json", summary)
 
-    if config.flipped:
-        summary["mislabelled"] = {
-            kind: mislabelled(of_kind(config, smooth), data, out / f"{kind}-mislabelled")
-            for kind, smooth in kinds.items()
-        }
-        write_json(out / "summary.json", {**summary, "rows": rows})
     save_figures(out / "figures", {"lds": draw(rows, list(config.settings))})
     print(f"\nlinear datamodeling score of {config.subsets} models for each fraction, {len(y)} queries\n{table(rows)}")
-    for key, value in summary.items():
-        print(f"{key}: {value}")
+    for key in summary.keys() - {"rows"}:
+        print(f"{key}: {summary[key]}")
     print(f"{out / 'summary.json'}\n{out / 'figures' / 'lds.png'}")
 
 

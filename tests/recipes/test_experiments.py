@@ -95,7 +95,7 @@ def test_samples_foretell_retraining(smoke: Smoke) -> None:
     cells = [(row["setting"], row["fraction"]) for row in summary["rows"]]
     assert cells == [("smooth", 0.5), ("smooth", 0.9), ("smooth, same start", 0.5), ("smooth, same start", 0.9)]
     assert summary["rows"][-1]["metagradient"] > 0.5
-    assert summary["mislabelled"]["smooth"]["wrong"] == 16
+    assert summary["mislabelled, smooth"]["wrong"] == 16
     cost = summary["cost, smooth"]
     assert cost.pop("accuracy") > 0
     assert cost.keys() == {"path kernel", "metagradient", "TracIn", "TRAK"}
