@@ -31,16 +31,19 @@ from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.validation import file_below
 
 
-def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Literal[True] | int) -> Trajectory | None:
+def resume(
+    directory: Path, model: nn.Module, observer: StepObserver, at: Literal[True] | int, gradients: bool
+) -> Trajectory | None:
     """Takes up the run in `directory`; the trajectory that is returned ends where training is to go on. None where
     there is nothing to take up, since no run has got as far as its first step there.
 
     at: True puts the model, the optimizer's state and the random state where the record ends. A number says that the
     caller has put them where step `at` begins; they are compared with the record, bit for bit, and what the record
     holds of later steps is dropped. Learning rates and other settings stay as the loop has made them.
+    gradients: whether they are kept of every step; a record without them is gone on with from its keyframes only.
 
-    Raises ValueError if model or optimizer are not those of the record; TrajectoryError if it cannot be read, or if
-    another process is writing to it.
+    Raises ValueError if model or optimizer are not those of the record, or its kind is another; TrajectoryError if it
+    cannot be read, or if another process is writing to it.
     """
     if not directory.is_dir():
         return None
@@ -51,18 +54,21 @@ def resume(directory: Path, model: nn.Module, observer: StepObserver, at: Litera
             return None
         trajectory = Trajectory.open(directory)
         _check_run(trajectory, directory, head_of(model, observer))
+        _check_kind(trajectory, directory, gradients)
 
-        replay = trajectory.replay(len(trajectory) if at is True else at)
+        number = _place_in(trajectory, at, gradients)
+        replay = trajectory.replay(number)
         if at is True:
             _load(replay, model, observer)
-            set_random_state(trajectory.random_state())
-            _tell_of_lost_steps(directory, len(trajectory))
+            set_random_state(trajectory.random_state(number))
+            _tell_of_lost_steps(directory, number, len(trajectory))
         else:
-            _compare(replay, model, observer, at)
+            _compare(replay, model, observer, number)
 
         observer.go_on(replay.observer, buffers_of(model))
-        if at is not True:
-            trajectory = _cut(trajectory, at, observer.kept.changes(buffers_of(model)), next(model.parameters()).device)
+        if at is not True or number < len(trajectory):
+            changed = observer.kept.changes(buffers_of(model))
+            trajectory = _cut(trajectory, number, changed, next(model.parameters()).device)
     finally:
         lock.release()
     return trajectory
@@ -76,6 +82,31 @@ def _check_run(trajectory: Trajectory, directory: Path, head: Mapping[str, Any])
     for key in ("optimizer", "parameters", "buffers", "aliases"):
         if head[key] != recorded[key]:
             raise ValueError(f"the run in {directory} has other {key}: {recorded[key]}, here {head[key]}")
+
+
+def _check_kind(trajectory: Trajectory, directory: Path, gradients: bool) -> None:
+    """Raises ValueError where the record keeps something else of its steps than is to be kept now."""
+    if gradients == (trajectory.manifest.head.get("record") == "batches"):
+        kind, other = ("batches", "gradients") if gradients else ("gradients", "batches")
+        raise ValueError(
+            f'the run in {directory} was recorded with record="{kind}", and is gone on with so: not with '
+            f'record="{other}"'
+        )
+
+
+def _place_in(trajectory: Trajectory, at: Literal[True] | int, gradients: bool) -> int:
+    """The step that the run goes on from. Raises ValueError for one that the record cannot be gone on with from."""
+    if gradients:
+        return len(trajectory) if at is True else at
+    keyframes = [entry.first for entry in trajectory.manifest.entries if entry.is_keyframe]
+    places = sorted(number for number in keyframes if not trajectory.is_replaced(number))
+    if at is not True and at not in places:
+        shown = ", ".join(map(str, places[-5:]))
+        raise ValueError(
+            f'record="batches" keeps no gradients, so that a run is gone on with from its keyframes only (the last '
+            f"ones are before the steps {shown}), not from step {at}; resume=True takes the last"
+        )
+    return places[-1] if at is True else at
 
 
 def _only_begun(directory: Path) -> bool:
@@ -171,14 +202,15 @@ def _cut(trajectory: Trajectory, at: int, changed: State, device: torch.device) 
     return Trajectory(directory, shortened)
 
 
-def _tell_of_lost_steps(directory: Path, number: int) -> None:
-    reached = max(steps_logged(directory), default=-1)
-    if reached == number and is_finished(directory, number):
+def _tell_of_lost_steps(directory: Path, number: int, recorded: int) -> None:
+    reached = max(*steps_logged(directory), recorded - 1, -1)
+    if reached == number == recorded and is_finished(directory, number):
         return  # that is the row of what came behind the last step
     if reached >= number:
+        lost = f"had not been written to {directory}" if number == recorded else "are behind the record's last keyframe"
         warnings.warn(
-            f"steps {number} to {reached} were trained before the run ended, but had not been written to {directory}; "
-            f"training goes on from step {number}",
+            f"steps {number} to {reached} were trained before the run ended, but {lost}; training goes on from step "
+            f"{number}",
             ResumeWarning,
             stacklevel=4,
         )

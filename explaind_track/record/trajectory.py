@@ -330,9 +330,10 @@ class Trajectory(Summarized):
                     for batch in segment.batches(number):
                         yield number, batch
 
-    def random_state(self) -> dict[str, Tensor]:
-        """The state of the random generators where the record ends, by device."""
-        return dict(random_state_in(self.read(self._keyframes.get(len(self)) or self.segments[-1])))
+    def random_state(self, step: int | None = None) -> dict[str, Tensor]:
+        """The state of the random generators before a step with a keyframe; None: where the record ends. By device."""
+        keyframe = self._keyframes.get(len(self) if step is None else step)
+        return dict(random_state_in(self.read(keyframe or self.segments[-1])))
 
     # ----------------------------------------------------------------------------------------------------- files
 

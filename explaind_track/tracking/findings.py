@@ -84,7 +84,8 @@ class Findings(Summarized):
         """Drops the rows of steps that are not in the record, and makes those that were lost."""
         written = history.cut_history(record.directory, self._watch.number)
         lost = [number for number in range(self._watch.number) if number not in written]
-        missing = [number for number in lost if number % self.every == 0]
+        computed = record.manifest.head.get("record") != "batches"  # what keeps no gradients gives no rows
+        missing = [number for number in lost if computed and number % self.every == 0]
         with tqdm(desc="complete the rows", total=len(missing), disable=not missing, unit="step") as bar:
             for first, last in _stretches(missing, self.every):
                 for step in record.steps(first, last + 1):

@@ -51,11 +51,6 @@ def begin_record(
     """
     if directory is None and resume is not False:
         raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
-    if not gradients and resume is not False:
-        raise ValueError(
-            'record="batches" keeps no gradients, so that a run cannot be gone on with in the midst of its steps; '
-            'leave resume= out, or record="gradients"'
-        )
     if resume is True and ranks.count > 1 and ranks.shards is None:
         raise ValueError(
             "resume=True puts back the random state of rank zero alone; load your own checkpoint in every process, and "
@@ -72,7 +67,7 @@ def begin_record(
         return None, ShardedWriter(path, model, observer, ranks, keyframe_every, begun), number
 
     def on_zero() -> tuple[Trajectory | None, TrajectoryWriter]:
-        record = None if resume is False else resume_run(path, model, observer, resume)
+        record = None if resume is False else resume_run(path, model, observer, resume, gradients)
         entries = None if record is None else record.manifest.entries
         return record, TrajectoryWriter(path, model, observer, keyframe_every, entries, gradients=gradients)
 

@@ -107,7 +107,7 @@ class Tracker(StepCalls, Findings, Lifetime):
             run: Where panels go; None: nowhere. See `open_run`.
             trajectory: A new or empty directory for the record; None: none is written.
             record: What it keeps of every step: its "gradients"; or its "batches" and a hash of these, in a small
-                fraction of the room, to compute them again (see `with_gradients`), and without `resume`.
+                fraction of the room, to compute them again (see `with_gradients`); `resume` goes on from its keyframes.
             every: Explain every n-th step; the trajectory always holds all.
             samples_every: Make a table of the most influential samples every n-th step, on the first loss query.
             map_queries: Beside each table, a heat map of the samples' influences on so many single queries, and one of

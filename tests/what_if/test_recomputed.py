@@ -1,6 +1,8 @@
 """A record without gradients gives, computed again, what a record of gradients gives, bit for bit; or says what it does
 not."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import some_of
-from jobs import make_job, sample_loss
+from jobs import in_child, make_job, sample_loss
 from loops import LOOPS, Loop
 from low_precision_loops import LOW_PRECISION_LOOPS
 from outside_loops import OUTSIDE_LOOPS
@@ -24,7 +26,7 @@ from explaind_track import (
     rerun,
     with_gradients,
 )
-from explaind_track.errors import ReplayWarning, RerunWarning, TrajectoryError
+from explaind_track.errors import ReplayWarning, RerunWarning, ResumeWarning, TrajectoryError
 
 BY_NAME = {loop.id: loop for loop in (*LOOPS, *LOW_PRECISION_LOOPS, *OUTSIDE_LOOPS)}
 QUICK = ("weighted samples", "auxiliary loss (L1)", "clipping by norm", "dropout", "batch norm",
@@ -167,8 +169,56 @@ def test_what_cannot_be_computed_again_is_kept(tmp_path: Path) -> None:
     assert torch.equal(trajectory.state_dict(3)["0.weight"], job.model[0].weight)  # type: ignore[index,arg-type]
 
 
-def test_a_run_that_keeps_no_gradients_is_not_gone_on_with(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='record="batches" keeps no gradients'):
-        make_job().tracker(trajectory=tmp_path / "t", record="batches", resume=True)
+def went_on(directory: Path, steps: int, **options: Any) -> Tracker:
+    """A run with dropout, from wherever its tracker says, without an end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)).double()
+    x, y = torch.randn(24, 4, dtype=torch.float64), torch.randint(0, 3, (24,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    options = {"record": "batches", "keyframe_every": 4, "queries": {"loss": Query.loss(x[:5], y[:5])}, **options}
+    tracker = Tracker(model, optimizer, trajectory=directory, **options)
+    while tracker.number < steps:
+        with tracker.step():
+            index = torch.randperm(24)[:8]
+            optimizer.zero_grad()
+            tracker.batch((x[index], y[index]), index=index)
+            sample_loss(model, (x[index], y[index])).mean().backward()
+            optimizer.step()
+    return tracker
+
+
+def weights(tracker: Tracker) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in tracker.model.parameters()]
+
+
+def test_a_run_is_gone_on_with_from_its_last_keyframe(tmp_path: Path) -> None:
+    whole = went_on(tmp_path / "whole", 11)
+    whole.finish()
+
+    def killed() -> None:
+        went_on(tmp_path / "t", 7).flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(in_child(killed), 0)
+    assert len(Trajectory.open(tmp_path / "t")) == 7
+    with pytest.raises(ValueError, match='was recorded with record="batches"'):
+        went_on(tmp_path / "t", 11, record="gradients", resume=True)
+    with pytest.raises(ValueError, match="before the steps 0, 4\\), not from step 6"):
+        went_on(tmp_path / "t", 11, resume=6)
+    with pytest.warns(ResumeWarning, match="steps 4 to 6 were trained .* last keyframe; training goes on from step 4"):
+        again = went_on(tmp_path / "t", 11, resume=True)
+    again.finish()
+    assert all(torch.equal(one, other) for one, other in zip(weights(again), weights(whole), strict=True))
+    records = [Trajectory.open(tmp_path / name) for name in ("t", "whole")]
+    assert [len(record) for record in records] == [11, 11]
+    for number in (4, 8, 11):
+        one, other = (record.state_dict(number) for record in records)
+        assert all(torch.equal(one[name], value) for name, value in other.items())
+
+    # a run that has ended is gone on with from there
+    assert went_on(tmp_path / "t", 11, resume=True).number == 11
+
+
+def test_a_kind_of_record_that_there_is_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="record= is one of 'gradients', 'batches'"):
         make_job().tracker(trajectory=tmp_path / "t", record="nothing")
