@@ -42,7 +42,7 @@ class BatchLosses:
 
         def run(moved: Tensors, use: Callable[[Tensor], Any]) -> Any:
             def losses(model: nn.Module) -> Any:
-                return use(_one_for_each(self.sample_loss(model, batch.data), batch.size))
+                return use(one_for_each(self.sample_loss(model, batch.data), batch.size))
 
             point = State({**state.parameters, **moved}, state.buffers)
             return self.functional.replay(point, batch.random_state, losses)
@@ -76,10 +76,11 @@ class BatchLosses:
 
     def _now(self, state: State, data: Any, size: int) -> Tensor:
         """The losses of `size` samples with the random numbers that come next."""
-        return _one_for_each(self.functional(writable(state), lambda model: self.sample_loss(model, data)), size)
+        return one_for_each(self.functional(writable(state), lambda model: self.sample_loss(model, data)), size)
 
 
-def _one_for_each(losses: Tensor, size: int) -> Tensor:
+def one_for_each(losses: Tensor, size: int) -> Tensor:
+    """The losses, (N,). Raises ValueError for what is not one loss for each sample."""
     if losses.shape != (size,):
         raise ValueError(
             f"sample_loss must return the unreduced losses of its {size} samples, ({size},), "

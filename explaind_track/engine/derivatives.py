@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
 from explaind_track.core.tensors import Tensors
+from explaind_track.engine.shared_passes import SharedPasses
 from explaind_track.errors import ForwardModeFallbackWarning
 
 Result = TypeVar("Result")
@@ -63,6 +64,7 @@ class Jvp:
         tangents: Tensors,
         together: bool = True,
         expected: Tensor | None = None,
+        shared: SharedPasses | None = None,
     ) -> Tensor:
         """The derivative of `function` at `primals` in T directions, (T, *output shape).
 
@@ -71,6 +73,7 @@ class Jvp:
         or writes to buffers.
         expected: the value of the function in a plain pass. A way that gives another value has run something else (the
         mask of a dropout is drawn in the order of memory, which is not the same in all ways) and is passed over.
+        shared: what passes in other directions at the same primals compute alike.
 
         Where the model has an operation without a forward rule or a `vmap` rule, slower ways are tried in turn, and the
         first that works is kept; a ForwardModeFallbackWarning tells of it. Raises ValueError where no way gives the
@@ -82,7 +85,11 @@ class Jvp:
             if way is _vectorized and not together:
                 continue
             try:
-                value, result = way(function, primals, tangents)
+                if shared is not None and way is _vectorized:
+                    with shared.without(tangents):
+                        value, result = way(function, primals, tangents)
+                else:
+                    value, result = way(function, primals, tangents)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
@@ -237,12 +244,18 @@ def _directions(tangents: Tensors) -> Iterator[dict[str, Tensor]]:
     return ({name: tangent[row] for name, tangent in tangents.items()} for row in range(count))
 
 
-def vjp_rows(function: PointFunction, primals: Tensors) -> dict[str, Tensor]:
+def vjp_rows(function: PointFunction, primals: Tensors, some: slice = slice(None)) -> dict[str, Tensor]:
     """The gradient of every entry of `function(primals)`, by parameter: each (*output shape, *parameter shape).
 
-    One reverse pass for each entry; meant for few of them. Ordinary autograd, which knows every operation.
+    One reverse pass for each entry; meant for few of them. Ordinary autograd, which knows every operation. some: of the
+    entries along the last axis.
     """
-    return vjp_in(function, primals, _basis)
+
+    def weights(output: Tensor) -> Tensor:
+        places = torch.arange(output.shape[-1], device=output.device)[some]
+        return _basis(output).index_select(output.ndim - 1, places)
+
+    return vjp_in(function, primals, weights)
 
 
 def vjp_in(function: PointFunction, primals: Tensors, weights: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

@@ -144,7 +144,7 @@ class Functional:
         def of_one(tensors: list[Tensor]) -> dict[str, Tensor]:
             output, pullback = vjp(self.at(state, query.single(tensors)), dict(primals))[:2]
             rows = [pullback(direction)[0] for direction in torch.eye(output.numel()).to(output).unsqueeze(1)]
-            return {name: torch.stack([row[name] for row in rows]) for name in primals}
+            return {name: torch.stack([row.pop(name) for row in rows]) for name in primals}
 
         result: dict[str, Tensor] = vmap(of_one)(query.tensors)
         return result

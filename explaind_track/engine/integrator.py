@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from explaind_track.core.groups import Groups
-from explaind_track.core.modules import parameters_of
+from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import PARTS, SHARES, Change, State, Step
-from explaind_track.core.tensors import Tensors, explained_bytes, size_in_bytes
-from explaind_track.engine.directions import DirectionalDerivatives, Wanted, choose_derivatives, prefers_reverse
-from explaind_track.engine.functional import Functional, evaluation
+from explaind_track.core.tensors import Tensors, explained_bytes, explained_type, size_in_bytes
+from explaind_track.engine.directions import DirectionalDerivatives, Wanted, derivatives_by
+from explaind_track.engine.functional import Functional, evaluation, writable
 from explaind_track.engine.memory import MEMORY, QueryChunks
 from explaind_track.engine.path_integral import Nodes, Quadrature, Terms
-from explaind_track.engine.streaming import StreamingDerivatives, streamed, streams
+from explaind_track.engine.plan_choice import Counts, Way, choose
+from explaind_track.engine.streaming import StreamingDerivatives, streamed
 from explaind_track.engine.targets import in_float64, output_count, target_of
 
 Chunk = tuple[int, Query]
@@ -57,19 +58,44 @@ class Integrator:
         """O, the targets of each query."""
         return output_count(self.functional.model, self.query)
 
+    def counts(self, parts: int) -> Counts:
+        """What a step with so many parts costs follows from these."""
+        return Counts(
+            queries=self.query.size,
+            outputs=self._outputs,
+            reduced=self.query.reduction is not None,
+            parts=parts,
+            groups=len(self.groups),
+            parameters=explained_bytes(parameters_of(self.functional.model)),
+            activations=self._of_one[0],
+            operations=self._of_one[1],
+            memory=self.memory,
+        )
+
     @cached_property
+    def _of_one(self) -> tuple[int, int]:
+        """The bytes that a pass writes for one input, and the operations it calls."""
+        model = self.functional.model
+        state = State({name: value.detach() for name, value in parameters_of(model).items()}, buffers_of(model))
+        with evaluation(model):
+            return QueryChunks(self.functional, self.query, self.memory).of_one(writable(state.upcast()))
+
+    @cached_property
+    def way(self) -> Way:
+        """How steps are differentiated that have the parts they are expected to have."""
+        return choose(self.counts(len(self.wanted_parts or OWN_PARTS)))
+
+    @property
     def streams(self) -> bool:
         """Whether the streaming plan takes the steps."""
-        size, parts = explained_bytes(parameters_of(self.functional.model)), len(self.wanted_parts or OWN_PARTS)
-        return streams(self.query, self._outputs, parts, len(self.groups), size, self.memory)
+        return self.way == "streaming"
 
     @property
     def mode(self) -> str:
         """How steps are differentiated, in words."""
         if self.streams:
             return "streaming reverse mode: gradients are multiplied and dropped parameter by parameter"
-        reverse = prefers_reverse(self._outputs, len(self.wanted_parts or OWN_PARTS), len(self.groups))
-        return "reverse mode" if reverse else "forward mode"
+        return f"{self.way} mode"
 
     @cached_property
     def _asked(self) -> Query:
@@ -202,8 +228,18 @@ class Integrator:
         """Found once: all steps are cut alike."""
         if self._terms_chunk is None:
             copies, held = (derivatives.copies, derivatives.held) if derivatives else (1, 0)
-            self._terms_chunk = self._chunks.size(step.before, copies, held)
+            self._terms_chunk = self._chunks.size(step.before, copies, held, self._bytes_each)
         return self._terms_chunk
+
+    @property
+    def _bytes_each(self) -> int:
+        """Of an input's results: three predictions and the terms, which a node's are added to; of a reduced query, all
+        inputs have the same."""
+        if self.query.reduction is not None:
+            return 0
+        cells = len(self.wanted_parts or OWN_PARTS) * len(self.groups)
+        widest = max(explained_type(p.dtype).itemsize for p in parameters_of(self.functional.model).values())
+        return (3 * cells + 6) * self._outputs * widest
 
     def _derivatives(self, step: Change, parts: Sequence[str]) -> DirectionalDerivatives | None:
         """Differentiates the step's targets; None where it moved no parameter, or nobody wants a part of it."""
@@ -211,9 +247,11 @@ class Integrator:
         if not step.moved or not (parts or rounding):
             return None
         wanted = Wanted(tuple(parts), self.groups, rounding)
-        if self.streams:
+        counts = self.counts(len(parts))
+        way = self.way if self.streams else choose(counts)
+        if way == "streaming":
             return StreamingDerivatives(self.functional, self._asked, step, wanted)
-        return choose_derivatives(self.functional, self.query, step, wanted, self._outputs, self.memory)
+        return derivatives_by(way, self.functional, self.query, step, wanted, counts)
 
     def _integrate(
         self, step: Change, derivatives: DirectionalDerivatives, together: Sequence[Chunk], nodes: int, terms: Terms

@@ -8,7 +8,8 @@ which a sample's loss depends on that sample alone.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from einops import einsum
@@ -28,9 +29,10 @@ from explaind_track.core.tensors import (
     tree_with,
     upcast,
 )
-from explaind_track.engine.batch_losses import BatchLosses, SampleLoss
+from explaind_track.engine.batch_losses import BatchLosses, SampleLoss, one_for_each
 from explaind_track.engine.derivatives import elsewhere, prove_same, tell_of_fallback, vjp_in, vjp_rows
-from explaind_track.engine.functional import Functional, differentiable_attention
+from explaind_track.engine.functional import Functional, differentiable_attention, writable
+from explaind_track.engine.ghost_norms import GhostNorms
 from explaind_track.engine.memory import MEMORY, activation_bytes
 from explaind_track.engine.predictions import SampleTokens, labels_and_predictions, tokens_and_predictions
 
@@ -59,6 +61,8 @@ class PerSampleGradients:
         self._vectorized = True
         self._proven = False
         self._activation_bytes = 0
+        self._ghosts: GhostNorms | Literal[False] | None = None
+        """Whether norms come from them; None: nobody has looked yet."""
 
     def losses(self, state: State, batch: Batch) -> Tensor:
         """The batch's losses as training computed them, (N,), but for attention's kernel."""
@@ -97,10 +101,53 @@ class PerSampleGradients:
     def gradient_and_norms(self, state: State, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """`Σ_k w_k ∇L_k` by parameter, the samples' losses (N,) and the norms of their gradients (N,).
 
-        From per-sample gradients, a chunk of samples at a time. Raises ValueError for a model whose samples are not
-        independent of each other (batch norm in training mode), since then there is no gradient of one sample.
+        By one backward pass and the layers' `GhostNorms` where the model allows it, else from per-sample gradients, a
+        chunk of samples at a time. Raises ValueError for a model whose samples are not independent of each other (batch
+        norm in training mode), since then there is no gradient of one sample.
         """
         self._refuse_batch_statistics()
+        if self._ghosts is None:
+            self._ghosts = self._proven_ghosts(state, batch)
+        if self._ghosts:
+            try:
+                return self._by_ghosts(self._ghosts, state, batch)
+            except NotImplementedError:  # this batch takes another way through the model
+                pass
+        return self._by_samples(state, batch)
+
+    def _proven_ghosts(self, state: State, batch: Batch) -> GhostNorms | Literal[False]:
+        """The model's, if the norms of two samples are those of their own gradients; else False."""
+        two = replace(batch, size=min(2, batch.size), weight=1.0, data=tree_slice(batch.data, 0, min(2, batch.size)))
+        try:
+            ghosts = GhostNorms(self._functional.model, state.parameters)
+            if not self._losses.stand_alone(state, batch):
+                return False
+            found, wanted = (way(state, two)[2] for way in (partial(self._by_ghosts, ghosts), self._by_samples))
+        except (RuntimeError, NotImplementedError):
+            return False
+        eps = torch.finfo(wanted.dtype).eps
+        return ghosts if bool(((found - wanted).abs() <= wanted * eps**0.5).all()) else False
+
+    def _by_ghosts(self, ghosts: GhostNorms, state: State, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """See `gradient_and_norms`. Raises NotImplementedError where the norms cannot be had so."""
+        leaves = {name: value.detach().requires_grad_() for name, value in state.parameters.items()}
+        weight = batch.weights(next(iter(leaves.values())))
+        if not bool(weight.all()):
+            raise NotImplementedError("what has no weight in the loss has no gradient in its backward pass")
+
+        def back(model: nn.Module) -> Tensor:
+            losses = one_for_each(self._losses.sample_loss(model, batch.data), batch.size)
+            (losses * weight).sum().backward()
+            return losses.detach()
+
+        with ghosts.watching(batch.size) as squares, torch.enable_grad():
+            losses = self._functional(writable(State(leaves, state.buffers)), back)
+        norms = squares.total().sqrt() / weight.abs()
+        gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+        return gradients, losses, norms.to(losses)
+
+    def _by_samples(self, state: State, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """See `gradient_and_norms`."""
         total = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
         losses, norms = [], []
 

@@ -15,21 +15,12 @@ from torch import Tensor
 from explaind_track.core.queries import Query
 from explaind_track.core.step import Change, State
 from explaind_track.core.tensors import Tensors, cuts, size_in_bytes
-from explaind_track.engine.directions import Wanted, prefers_reverse
+from explaind_track.engine.directions import Wanted
 from explaind_track.engine.functional import Functional
 from explaind_track.engine.targets import target_of
 
 BLOCK = 2**20
 """Entries that are multiplied in float64 at a time."""
-
-
-def streams(query: Query, outputs: int, parts: int, groups: int, size: int, memory: int) -> bool:
-    """Whether the streaming plan is chosen: for few targets, where the directions of the reverse plan do not fit.
-
-    outputs: O, of each query. size: of the model's parameters, in bytes. memory: that a pass may take.
-    """
-    is_reverse = outputs == 1 or prefers_reverse(outputs, parts, groups)
-    return query.reduction is not None and is_reverse and (parts + 3) * size > memory
 
 
 @contextmanager

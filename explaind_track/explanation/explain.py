@@ -68,10 +68,12 @@ def explain(
             an entry of its own, numbered like the step that would follow, in windows that end there.
         quadrature: How each step is integrated; None: until the residual is at most 1e-3, with at most 64 nodes.
         close: Share the remainder out over parts and groups, so that sums are exact; `residual` stays as it was.
-        memory: Bytes one pass may take (2**28 if not given): a guide by which queries and directions are cut into
-            chunks. Where it holds no copies of the parameters for the directions (a model of more than 13 million, if
-            not given) and the query is reduced to one target, or to few, the streaming plan is taken: a backward pass
-            whose gradients are multiplied and dropped one by one, with sums and the query's target in float64.
+        memory: Bytes that passes may take (2**28 if not given), beside θ_s(t), one direction (a copy of the parameters
+            of a group) and the result: queries, outputs and directions are cut into chunks that fit, and of the ways to
+            differentiate a step that fit, the one that costs least is taken, by the count of its passes and bytes.
+            Where the directions of a reverse pass do not fit (models of more than 13 million parameters, if not given)
+            and the query is reduced to one target, or to few, the streaming plan is taken: a backward pass whose
+            gradients are multiplied and dropped one by one, with sums and the query's target in float64.
         progress: False: show no bar.
         out: A directory for a result that is larger than the memory: it is written there piece by piece, and an
             interrupted call goes on when it is made again. `open_influence` opens it later.

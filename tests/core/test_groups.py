@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from torch import nn
 
 from explaind_track import explain, resolve_groups
-from explaind_track.engine import directions
+from explaind_track.engine import plan_choice
 
 NAMES = ["embedding.weight", "blocks.0.first.weight", "blocks.0.first.bias", "blocks.1.first.weight", "scale"]
 
@@ -107,7 +107,7 @@ def test_any_partition_gives_the_same_sums(case: Case, data: st.DataObject, memo
         for g in sorted(set(members))
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(directions, "REVERSE_COST", cost)
+        patch.setattr(plan_choice, "REVERSE_COST", cost)
         full, by_query = run(case, AXES, ("step", "query"), groups=groups, memory=memory, **fixed(1))
     wanted = wanted_influence(case.reference(1), groups)
     check(full.data["influence"], wanted)

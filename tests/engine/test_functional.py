@@ -15,7 +15,7 @@ from reference import flat
 from torch import Tensor, nn
 
 from explaind_track import Quadrature, Query, State, explain
-from explaind_track.engine import directions
+from explaind_track.engine import plan_choice
 from explaind_track.engine.features import Features
 from explaind_track.engine.functional import Functional, evaluation
 from explaind_track.engine.memory import activation_bytes
@@ -26,10 +26,10 @@ from explaind_track.errors import ForwardModeFallbackWarning
 either_plan = pytest.mark.parametrize("cost", [0, inf], ids=["reverse", "forward"])
 
 
-@pytest.mark.parametrize(("cost", "memory"), [(0, 1), (inf, 1), (inf, 10_000)])
+@pytest.mark.parametrize(("cost", "memory"), [(0, 1), (0, 10_000), (inf, 1), (inf, 10_000)])
 @cases()
 def test_plans_and_chunks_do_not_matter(case: Case, cost: float, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directions, "REVERSE_COST", cost)
+    monkeypatch.setattr(plan_choice, "REVERSE_COST", cost)
     oracle, groups, parts = case.reference(1), case.resolved_groups(), parts_of(case)
     full, by_group = run(case, AXES, ("group",), memory=memory, **fixed(1, parts))
     wanted = wanted_influence(oracle, groups, parts)
@@ -44,7 +44,7 @@ def test_plans_and_chunks_do_not_matter(case: Case, cost: float, memory: int, mo
 @cases("adamw-thawed", "adamw-late")
 def test_chunks_may_differ_from_step_to_step(case: Case, cost: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that leaves some parameters alone needs less memory, and so takes larger chunks of queries."""
-    monkeypatch.setattr(directions, "REVERSE_COST", cost)
+    monkeypatch.setattr(plan_choice, "REVERSE_COST", cost)
     wanted = wanted_influence(case.reference(1), case.resolved_groups()).sum((1, 2))
     for memory in range(500, 6_000, 250):
         influence = run(case, ("query", "output"), memory=memory, **fixed(1))
@@ -57,7 +57,7 @@ def test_chunks_may_differ_from_step_to_step(case: Case, cost: float, monkeypatc
 def test_a_step_that_moves_nothing_explains_nothing(
     cost: float, quadrature: Quadrature, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directions, "REVERSE_COST", cost)
+    monkeypatch.setattr(plan_choice, "REVERSE_COST", cost)
     every = tuple(dict(MLP().named_parameters()))
     case = Case("pause", loop=(mean(0, 1), mean(2, without=every), mean(3, 4)))
     influence = run(case, AXES, quadrature=quadrature)
@@ -156,7 +156,7 @@ class CubeModule(nn.Module):
 def test_a_fallback_may_meet_parameters_that_the_target_does_not_know(
     cost: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directions, "REVERSE_COST", cost)
+    monkeypatch.setattr(plan_choice, "REVERSE_COST", cost)
     target = Target(lambda x, _: Query.activation(x, "activation"), lambda f, x, _: f.activation(f.first(x)))
     case = Case("early", model=lambda: MLP(CubeModule()), target=target, loop=LATE)
     influence = run(case, AXES, memory=1, **fixed(1))

@@ -11,14 +11,14 @@ from models_hf import Family, gpt2, llama
 from torch import Tensor, nn
 
 from explaind_track import Explainer, Influence, Quadrature, Query, Step, StepObserver, explain, plan_explanation
-from explaind_track.engine import directions, targets
+from explaind_track.engine import plan_choice, targets
 from explaind_track.engine.integrator import Integrator
 from explaind_track.engine.streaming import inner_product, streamed
 
 
 @cases()
 def test_sums_are_the_oracles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directions, "REVERSE_COST", 0)
+    monkeypatch.setattr(plan_choice, "REVERSE_COST", 0)
     query = case.query()
     query = query if query.reduction else query.sum()
     parts = parts_of(case)
