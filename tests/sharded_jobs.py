@@ -131,8 +131,8 @@ def groups_of(case: Case) -> Any:
     return {name: rule for name, rule in GROUPS.items() if not (name == "head" and case.model.get("tied"))}
 
 
-def shard(model: Words, case: Case) -> None:
-    """Cuts the model into pieces, as a user does."""
+def shard(model: Words, case: Case, device: str = "cpu", **options: Any) -> None:
+    """Cuts the model into pieces, as a user does. options: further ones of `fully_shard`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -144,14 +144,14 @@ def shard(model: Words, case: Case) -> None:
         "hsdp": ((2, count // 2), ("copy", "shard")),
         "fsdp+tp": ((count // 2, 2), ("shard", "tensor")),
     }[case.how]
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     if "tensor" in names:
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         for block in model.blocks:
             parallelize_module(block, mesh["tensor"], plan)
     if "shard" in names:
         over = mesh if case.how in ("fsdp", "hsdp") else mesh["shard"]
-        options = {"mesh": over, "mp_policy": MixedPrecisionPolicy(**(case.policy or {}))}
+        options |= {"mesh": over, "mp_policy": MixedPrecisionPolicy(**(case.policy or {}))}
         for block in model.blocks:
             fully_shard(block, **options)
         fully_shard(model, **options)
@@ -168,7 +168,13 @@ def place(case: Case, rank: int) -> int:
 
 
 def train(
-    model: Any, tracker: Tracker, optimizer: torch.optim.Optimizer, case: Case, own: list[int], upto: int
+    model: Any,
+    tracker: Tracker,
+    optimizer: torch.optim.Optimizer,
+    case: Case,
+    own: list[int],
+    upto: int,
+    device: str = "cpu",
 ) -> None:
     """Trains on, with the micro-batches of these places: of one in each of several processes, or of all in one."""
     while tracker.number < upto:
@@ -179,7 +185,7 @@ def train(
                 if hasattr(model, "set_requires_gradient_sync"):
                     model.set_requires_gradient_sync(micro == case.micro - 1)
                 for one in own:
-                    loss = loss_of(model, ids_of(number, micro, one, 3 + one % 2))
+                    loss = loss_of(model, ids_of(number, micro, one, 3 + one % 2).to(device))
                     (loss / case.micro / len(own)).backward()
             if case.clip is not None:
                 tracker.clip_grad_norm_(case.clip)

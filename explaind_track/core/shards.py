@@ -94,6 +94,8 @@ class Shards:
     """What the sum of the processes' gradients is divided by."""
     computed_in: frozenset[torch.dtype]
     """The types that mixed precision computes in."""
+    device: torch.device
+    """Where the model computes; with CPU offload, its parameters lie elsewhere."""
 
     @classmethod
     def of(cls, model: nn.Module) -> "Shards | None":
@@ -105,7 +107,8 @@ class Shards:
             return None
 
         parameters = parameters_of(model)
-        place, places, divisor, types = _data_parallel(model)
+        groups = _groups_of(model)
+        place, places, divisor = _data_parallel(groups)
         _refuse_unshared(parameters, bool(places))
         every = distributed.gather(({name: _place_of(value) for name, value in parameters.items()}, place))
         _refuse_missing([pieces for pieces, _ in every], parameters)
@@ -116,7 +119,10 @@ class Shards:
         own, _ = every[rank]
         counted = {name for name, piece in own.items() if all(other[name] != piece for other, _ in earlier)}
         counts_rows = all(other != place for _, other in earlier)
-        return cls(frozenset(counted), place, max(1, places), counts_rows, divisor, types)
+
+        types = {group.mp_policy.param_dtype for group in groups} - {None}
+        device = groups[0].device if groups else next(model.parameters()).device
+        return cls(frozenset(counted), place, max(1, places), counts_rows, divisor, frozenset(types), device)
 
     def rows(self, size: int, most: int) -> list[tuple[int, int]]:
         """The rows, start and stop, of each pass that this process runs of `size` rows, at most so many at a time.
@@ -167,27 +173,27 @@ def _refuse_missing(every: list[dict[str, Any]], parameters: Tensors) -> None:
             )
 
 
-def _data_parallel(model: nn.Module) -> tuple[int, int, float, frozenset[torch.dtype]]:
-    """This process's place among those that `fully_shard` gives different batches, how many these are (0: none), what
-    it divides the sum of their gradients by, and the types it computes in. Raises ValueError where its modules differ
-    in the first three."""
-    sharded = known("torch.distributed.fsdp", "FSDPModule")
-    groups = [group for module in model.modules() if isinstance(module, sharded) for group in _groups_of(module)]
+def _data_parallel(groups: list[Any]) -> tuple[int, int, float]:
+    """This process's place among those that `fully_shard` gives different batches, how many these are (0: none), and
+    what it divides the sum of their gradients by. Raises ValueError where its modules differ in that."""
     found = {_mesh_of(group) for group in groups}
     if len(found) > 1:
         raise ValueError(
             "modules are sharded over different processes, or divide their gradients by different factors "
             "(set_gradient_divide_factor): one number for all of them is needed"
         )
-    types = {group.mp_policy.param_dtype for group in groups} - {None}
-    return *(found.pop() if found else (0, 0, 1.0)), frozenset(types)
+    return found.pop() if found else (0, 0, 1.0)
 
 
-def _groups_of(module: Any) -> list[Any]:
-    """What `fully_shard` keeps of a module's parameters; it has no public name."""
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group is not None]
+def _groups_of(model: nn.Module) -> list[Any]:
+    """What `fully_shard` keeps of the parameters of each of its modules; it has no public name."""
+    sharded = known("torch.distributed.fsdp", "FSDPModule")
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, sharded)]
+    found: list[Any] = []
+    for state in (module._get_fsdp_state() for module in modules):
+        groups = getattr(state, "_fsdp_param_groups", None)
+        found += [state._fsdp_param_group] if groups is None else groups
+    return [group for group in found if group is not None]
 
 
 def _mesh_of(group: Any) -> tuple[int, int, float]:

@@ -44,7 +44,7 @@ class PiecesExplainer(Explainer):
         memory: int,
     ) -> None:
         """Raises ValueError for a query that is no differentiable scalar."""
-        self._model, self._shards, self._device = model, shards, next(model.parameters()).device
+        self._model, self._shards, self._device = model, shards, shards.device
         self._place = {name: place for place, names in enumerate(groups.values()) for name in names}
         self._memory = memory
         self._feature: dict[str, Tensor] = {}

@@ -113,7 +113,8 @@ class ShardedWriter:
             self._observer, State(self._observer.parameters, buffers_of(self._model))
         )
         tensors |= _share_tensors(self._observer)
-        own = random_state(next(self._model.parameters()).device).items()
+        assert self._ranks.shards is not None  # else nobody makes this writer
+        own = random_state(self._ranks.shards.device).items()
         tensors |= {f"random:{self._ranks.rank}:{device}": value for device, value in own}
 
         entry = KeyframeEntry(number, self._ranks.count, state, {})
