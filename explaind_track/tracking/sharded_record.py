@@ -191,7 +191,7 @@ def take_up(
     entry = next(entry for entry in found.keyframes if entry.number == number)
     ranks.at_zero(lambda: entry.verify(directory))
     _take_over(directory / entry.folder, entry, model, observer, ranks, loads=at is True)
-    ranks.at_zero(lambda: _cut_rows(directory, number))
+    ranks.at_zero(lambda: _cut_rows(directory, number, tells=at is True))
     return found.until(number), number
 
 
@@ -305,14 +305,15 @@ def _set_random_states(found: Tensors, entry: KeyframeEntry, ranks: Ranks) -> No
         )
 
 
-def _cut_rows(directory: Path, number: int) -> None:
+def _cut_rows(directory: Path, number: int, tells: bool) -> None:
     """Drops the rows of the steps from `number` on, which are taken again, and tells of them."""
     reached = max(steps_logged(directory), default=-1)
-    if reached >= number and not is_finished(directory, number):
+    is_end = is_finished(directory, number)
+    cut_history(directory, number)
+    if tells and reached >= number and not is_end:
         warnings.warn(
-            f"steps {number} to {reached} were trained after the keyframe of step {number}, from which training goes "
-            "on: they are taken again",
+            f"training goes on from the last keyframe, that of step {number}: the steps {number} to {reached} were "
+            "trained before, and are taken again",
             ResumeWarning,
             stacklevel=6,
         )
-    cut_history(directory, number)

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,25 @@ import torch
 import torch.distributed as dist
 import xarray as xr
 from jobs import child_environment, in_ranks
-from sharded_jobs import CASES, STEPS, make_model, make_tracker, place, places, shard, train
+from sharded_jobs import (
+    CASES,
+    LENGTH,
+    STEPS,
+    WORDS,
+    ids_of,
+    loss_of,
+    make_model,
+    make_tracker,
+    place,
+    places,
+    shard,
+    train,
+)
+from sharded_jobs import queries as queries_of
 from torch import nn
 
-from explaind_track import Influence, Quadrature, Tracker, Trajectory
-from explaind_track.errors import TrajectoryError
+from explaind_track import Influence, Quadrature, Query, Tracker, Trajectory
+from explaind_track.errors import NonFiniteError, ResumeWarning, TrajectoryError
 from explaind_track.record.history import read_rows
 
 EVERY = 2
@@ -44,11 +60,15 @@ def main(rank: int, out: Path) -> None:
     task = json.loads((out / "task.json").read_text())
     dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=task["ranks"])
     torch.set_num_threads(1)
+    if task["refuses"]:
+        refusals(rank, out)
     for name in task["cases"]:
         case, directory = CASES[name], out / name
         model, optimizer = made(name)
         options = {"trajectory": directory, "keyframe_every": EVERY, "resume": task["resume"]}
-        tracker = make_tracker(model, optimizer, case, **options)
+        is_told = task["resume"] and rank == 0
+        with pytest.warns(ResumeWarning, match="from the last keyframe") if is_told else nullcontext():
+            tracker = make_tracker(model, optimizer, case, **options)
         if task["killed_at"] is not None:
             train(model, tracker, optimizer, case, [place(case, rank)], task["killed_at"])
             os.kill(os.getpid(), signal.SIGKILL)
@@ -66,6 +86,76 @@ def main(rank: int, out: Path) -> None:
     dist.destroy_process_group()
 
 
+def refusals(rank: int, out: Path) -> None:
+    """Every process raises, so that none waits for the others, and before anything is changed."""
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randint(WORDS, (3, LENGTH))
+    answers = Query.function(x, lambda output: output[:, -1])
+    scalar = {"queries": queries_of(CASES["plain"])}
+    for options, message in (
+        ({"queries": {"all": answers}}, r"queries\['all'\] has 3 targets.*a scalar query is needed, because"),
+        ({"queries": {"mean": answers.mean()}}, r"has 11 outputs.*a scalar query is needed"),
+        ({"queries": {"none": Query.function(x, lambda output: output.detach()[:, 0, 0]).mean()}}, "no parameter"),
+        (scalar | {"sample_loss": lambda model, batch: batch}, "sample_loss= asks for gradients of single samples"),
+        (scalar | {"auxiliary": {"l1": lambda model: 0}}, "auxiliary= asks for the gradient of one term"),
+        (scalar | {"scores": "near"}, "scores= sums up"),
+        (scalar | {"audit_every": 2}, "audit_every= computes a step again"),
+        (scalar | {"record": "batches", "trajectory": out / "no"}, 'record="batches" keeps batches'),
+        (scalar | {"quadrature": Quadrature.fixed(2)}, r"Quadrature.trapezoid\(\)"),
+        (scalar | {"trajectory": out}, "is not empty"),
+        (scalar | {"resume": True}, "say which with trajectory="),
+    ):
+        model, optimizer = made("plain")
+        with pytest.raises((ValueError, FileExistsError, RuntimeError), match=message):
+            Tracker(model, optimizer, **options)
+
+    model, _ = made("plain")
+    with pytest.raises(ValueError, match="Muon's step turns whole matrices"):
+        Tracker(model, torch.optim.Muon([model.head.weight]), **scalar)
+
+    # parameters whose gradients nobody adds up; processes with different models
+    model = make_model(CASES["plain"])
+    for block in model.blocks:
+        fully_shard(block)
+    with pytest.raises(ValueError, match=r"embedding.weight.*left out of fully_shard"):
+        Tracker(model, torch.optim.AdamW(model.parameters()), **scalar)
+    model = nn.Sequential(OrderedDict({f"stage{rank}": nn.Linear(4, 4)}))
+    fully_shard(model)
+    with pytest.raises(ValueError, match="pipeline parallelism"):
+        Tracker(model, torch.optim.AdamW(model.parameters()), **scalar)
+
+    # what happens to the pieces of one process alone
+    model, optimizer = made("plain")
+    tracker = make_tracker(model, optimizer, CASES["plain"])
+    train(model, tracker, optimizer, CASES["plain"], [rank], 1)
+    before = whole(model)
+    with pytest.raises(NonFiniteError, match=r"head\.weight"), tracker.step():
+        loss_of(model, ids_of(1, 0, rank)).backward()
+        if rank == 1:
+            model.head.weight.grad.to_local().fill_(torch.nan)
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in whole(model).items())
+    optimizer.zero_grad()
+    if rank == 0:
+        with torch.no_grad():
+            model.head.weight.to_local().clamp_(-0.1, 0.1)
+    with (
+        pytest.raises(RuntimeError, match=r"something other than the optimizer has changed head\.weight"),
+        tracker.step(),
+    ):
+        loss_of(model, ids_of(1, 0, rank)).backward()
+        optimizer.step()
+
+    model = nn.Sequential(nn.Embedding(WORDS, 4), nn.Flatten(), nn.Linear(4 * LENGTH, 3), nn.BatchNorm1d(3))
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tracker = Tracker(model, optimizer, queries={"one": Query.function(x, lambda output: output[:, 0]).mean()})
+    with pytest.raises(RuntimeError, match=r"3\.running_mean.*batch norms in eval mode"), tracker.step():
+        model(x).sum().backward()
+        optimizer.step()
+
+
 def save_influences(tracker: Tracker, directory: Path) -> None:
     for query in ("near", "far"):
         for keep in KEEPS:
@@ -74,7 +164,7 @@ def save_influences(tracker: Tracker, directory: Path) -> None:
 
 def write_task(out: Path, cases: list[str], ranks: int, **more: Any) -> None:
     out.mkdir(exist_ok=True)
-    task = {"cases": cases, "ranks": ranks, "resume": False, "killed_at": None, **more}
+    task = {"cases": cases, "ranks": ranks, "resume": False, "killed_at": None, "refuses": False, **more}
     (out / "task.json").write_text(json.dumps(task))
 
 
@@ -112,6 +202,26 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     write_task(tmp_path, ["tied"], 2)
     in_ranks(__file__, tmp_path, 2)
     compare("tied", 2, tmp_path, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_pieces_cannot_tell_is_refused_everywhere(tmp_path: Path) -> None:
+    write_task(tmp_path, [], 2, refuses=True)
+    in_ranks(__file__, tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_exact_as_its_digits(tmp_path: Path) -> None:
+    """Beside float32: sums over the run within a hundredth, and a residual that tells."""
+    write_task(tmp_path, ["bf16"], 2)
+    in_ranks(__file__, tmp_path, 2)
+    in_one_process("bf16", 2, tmp_path / "alone")
+    found, wanted = (
+        Influence.load(place / "near-query.safetensors").data for place in (tmp_path / "bf16", tmp_path / "alone")
+    )
+    largest = float(abs(wanted["influence"]).max())
+    assert float(abs(found["influence"] - wanted["influence"]).max()) < 0.01 * largest
+    assert float(found["residual_floor"]) > 100 * float(wanted["residual_floor"])
 
 
 @pytest.mark.slow
