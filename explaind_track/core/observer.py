@@ -8,7 +8,7 @@ from torch import Tensor
 
 from explaind_track.core.kept_state import KeptState
 from explaind_track.core.lasting import lasting_copy
-from explaind_track.core.proof import require_explained
+from explaind_track.core.proof import Proof
 from explaind_track.core.rules import Rule, require_rule, update_rule
 from explaind_track.core.shards import Pieces, local, local_gradient
 from explaind_track.core.step import Batch, OutsideChange, State, Step, Validity
@@ -64,6 +64,7 @@ class StepObserver:
         """As the optimizer has them: in pieces, they are whole to it."""
         self.precision = low_precision(parameters)
         """See `Step.precision`."""
+        self.proof = Proof(optimizer, parameters)
         self.momentum_shares: dict[str, dict[str, Tensor]] = {}
         """By part other than the kernel and by parameter: its share of the momentum buffer; in float32 where the buffer
         is of a lower precision."""
@@ -111,6 +112,11 @@ class StepObserver:
         if sparse:
             raise ValueError(f"the gradient of '{sparse[0]}' is sparse; use sparse=False in its module")
         return found
+
+    def spare(self) -> None:
+        """Spares memory and time, as large models need: between steps, no copies of the parameters are kept (see
+        `KeptState`), and most steps are proven in part (see `Proof`)."""
+        self.proof.in_part, self.kept.keeps_copies = True, False
 
     def begin(self, buffers: Tensors) -> None:
         """Takes the model as it is for where the run begins, unless it has begun already.
@@ -183,10 +189,10 @@ class StepObserver:
             for name, parameter, settings in self._members()
             if parameter.grad is not None
         }
-        types = {name: self.parameters[name].dtype for name in updates}
-        require_explained(type(self.optimizer).__name__, updates, types)
+        self.proof.prove(number, updates)
 
         outside = self._outside(number, before, self.kept.changed)
+        follows = None if self.kept.is_lost else self._last_mark
         step = Step(
             number,
             before,
@@ -197,7 +203,7 @@ class StepObserver:
             auxiliary=tuple(self._auxiliary),
             precision=self.precision,
             outside=outside,
-            follows=self._last_mark if outside is None else outside.mark,
+            follows=follows if outside is None else outside.mark,
             validity=Validity() if outside is None else outside.validity,
         )
         self._last_mark, self._last_validity = step.mark, step.validity
@@ -220,7 +226,9 @@ class StepObserver:
             The step, valid until the next; None where the model is as the last step has left it.
         """
         after = State({name: p.detach() for name, p in Pieces(self.parameters).items()}, buffers).upcast()
-        outside = self._outside(number, after, self.kept.changes(buffers))
+        changes = self.kept.changes(buffers)
+        self.kept.note_loss(changes)
+        outside = self._outside(number, after, changes)
         if outside is None:
             return None
         return Step(
@@ -237,7 +245,7 @@ class StepObserver:
 
     def _outside(self, number: int, after: State, changed: State) -> OutsideChange | None:
         """What has led from the end of the last step to the state `after`, where the next begins."""
-        if changed.is_empty:
+        if changed.is_empty or self.kept.is_lost:
             return None
         return OutsideChange(number, self.kept.left.upcast(), after, changed, follows=self._last_mark)
 

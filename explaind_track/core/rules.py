@@ -17,7 +17,7 @@ orthogonalized matrix is a matrix times `c`. `update_rule` shows how to register
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
 
@@ -65,6 +65,33 @@ class Rule:
     """`γ`: weight decay that is taken off the parameter."""
     precision: torch.dtype | None = None
     """What the optimizer computes in, where that is less than the parameter's own type; the difference is rounding."""
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether each entry of the parameter moves by itself, so that the rule can be cut."""
+        return all(matrix is None or isinstance(matrix, Diagonal) for matrix in (self.precondition, self.enter))
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """The tensors that an elementwise rule's scales are made of."""
+        found = [matrix for matrix in (self.precondition, self.enter) if isinstance(matrix, Diagonal)]
+        return [tensor for matrix in found for tensor in matrix.tensors.values()]
+
+    def piece(self, rows: slice) -> "Rule":
+        """The rule of some of the parameter's entries, as if these were one flat parameter; of an elementwise rule.
+
+        Example:
+            >>> import torch
+            >>> from explaind_track import Rule
+            >>> rule = Rule(buffer=torch.arange(4.0).reshape(2, 2), beta=0.9, b=1.0, e=0.1, d=0.0)
+            >>> rule.piece(slice(1, 3)).buffer
+            tensor([1., 2.])
+        """
+        buffer = None if self.buffer is None else self.buffer.view(-1)[rows]
+        precondition, enter = (
+            matrix.piece(rows) if isinstance(matrix, Diagonal) else None for matrix in (self.precondition, self.enter)
+        )
+        return replace(self, buffer=buffer, precondition=precondition, enter=enter)
 
 
 @singledispatch
@@ -127,9 +154,25 @@ def require_rule(optimizer: torch.optim.Optimizer) -> None:
         fallback(optimizer, {}, {}, True)
 
 
-def diagonal(scale: Callable[[], Tensor]) -> Precondition:
-    """A diagonal preconditioner: multiplies by `scale()` elementwise, which is computed at each use and not kept."""
-    return lambda direction, _: direction.mul_(scale())
+@dataclass(frozen=True)
+class Diagonal:
+    """A diagonal preconditioner: multiplies by a scale elementwise, which is computed at each use and not kept."""
+
+    scale: Callable[[Mapping[str, Tensor]], Tensor]
+    """From these tensors to the scale, entry by entry: a fresh tensor."""
+    tensors: Mapping[str, Tensor]
+    """Of the optimizer's state, of the parameter's shape."""
+
+    def __call__(self, direction: Tensor, seen: Tensor) -> Tensor:
+        return direction.mul_(self.scale(self.tensors))
+
+    def piece(self, rows: slice) -> "Diagonal":
+        return Diagonal(self.scale, {name: tensor.view(-1)[rows] for name, tensor in self.tensors.items()})
+
+
+def diagonal(scale: Callable[[Mapping[str, Tensor]], Tensor], state: Mapping[str, Any], *names: str) -> Diagonal:
+    """A diagonal preconditioner of tensors of the optimizer's state by these names."""
+    return Diagonal(scale, {name: state[name] for name in names})
 
 
 def _decay(settings: Settings, rate: float) -> tuple[float, float]:
@@ -151,7 +194,7 @@ def _adam(optimizer: torch.optim.Adam, settings: Settings, state: Mapping[str, A
     correction1, correction2 = (_bias_correction(beta, settings, state) for beta in (beta1, beta2))
     rate = float(settings["lr"])
     coupled, decoupled = _decay(settings, rate)
-    second = state["max_exp_avg_sq" if settings["amsgrad"] else "exp_avg_sq"]
+    second = "max_exp_avg_sq" if settings["amsgrad"] else "exp_avg_sq"
 
     return Rule(
         buffer=state["exp_avg"],
@@ -159,7 +202,7 @@ def _adam(optimizer: torch.optim.Adam, settings: Settings, state: Mapping[str, A
         b=1 - beta1,
         e=rate / correction1,
         d=0.0,
-        precondition=diagonal(lambda: (second / correction2).sqrt_().add_(eps).reciprocal_()),
+        precondition=diagonal(lambda own: (own[second] / correction2).sqrt_().add_(eps).reciprocal_(), state, second),
         coupled=coupled,
         decoupled=decoupled,
         precision=torch.float32 if settings.get("capturable") else None,
@@ -174,13 +217,17 @@ def _nadam(optimizer: torch.optim.NAdam, settings: Settings, state: Mapping[str,
     coupled, decoupled = _decay(settings, rate)
     now, ahead = (beta1 * (1 - 0.5 * 0.96 ** (s * settings["momentum_decay"])) for s in (count, count + 1))
 
+    def scale(own: Mapping[str, Tensor]) -> Tensor:
+        second: Tensor = own["exp_avg_sq"] / (1 - beta2**count)
+        return second.sqrt_().add_(eps).reciprocal_()
+
     return Rule(
         buffer=state["exp_avg"],
         beta=beta1,
         b=1 - beta1,
         e=rate * ahead / (1 - product * ahead),
         d=rate * (1 - now) / (1 - product),
-        precondition=diagonal(lambda: (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(eps).reciprocal_()),
+        precondition=diagonal(scale, state, "exp_avg_sq"),
         coupled=coupled,
         decoupled=decoupled,
     )
@@ -197,7 +244,8 @@ def _radam(optimizer: torch.optim.RAdam, settings: Settings, state: Mapping[str,
     scale: Precondition | None = None
     if rho > 5:
         rectified = (rho - 4) * (rho - 2) * rho_most / ((rho_most - 4) * (rho_most - 2) * rho) * correction
-        scale = diagonal(lambda: state["exp_avg_sq"].sqrt().add_(eps).reciprocal_().mul_(math.sqrt(rectified)))
+        factor = math.sqrt(rectified)
+        scale = diagonal(lambda own: own["exp_avg_sq"].sqrt().add_(eps).reciprocal_().mul_(factor), state, "exp_avg_sq")
 
     coupled, decoupled = _decay(settings, rate)
     return Rule(
@@ -233,21 +281,23 @@ def _rmsprop(optimizer: torch.optim.RMSprop, settings: Settings, state: Mapping[
     """Without momentum a preconditioned gradient step; with it, the buffer gathers preconditioned gradients."""
     rate, beta, decay, eps = float(settings["lr"]), settings["momentum"], settings["weight_decay"], settings["eps"]
 
-    def scale() -> Tensor:
-        second: Tensor = state["square_avg"]
+    def scale(own: Mapping[str, Tensor]) -> Tensor:
+        second: Tensor = own["square_avg"]
         if settings["centered"]:
-            second = second.addcmul(state["grad_avg"], state["grad_avg"], value=-1)
+            second = second.addcmul(own["grad_avg"], own["grad_avg"], value=-1)
         return second.sqrt().add_(eps).reciprocal_()
 
+    matrix = diagonal(scale, state, "square_avg", *(["grad_avg"] if settings["centered"] else []))
     if beta == 0:
-        return Rule(buffer=None, beta=0.0, b=1.0, e=0.0, d=rate, precondition=diagonal(scale), coupled=decay)
-    return Rule(state["momentum_buffer"], beta, b=1.0, e=rate, d=0.0, enter=diagonal(scale), coupled=decay)
+        return Rule(buffer=None, beta=0.0, b=1.0, e=0.0, d=rate, precondition=matrix, coupled=decay)
+    return Rule(state["momentum_buffer"], beta, b=1.0, e=rate, d=0.0, enter=matrix, coupled=decay)
 
 
 @update_rule.register
 def _adagrad(optimizer: torch.optim.Adagrad, settings: Settings, state: Mapping[str, Any], first: bool) -> Rule:
     rate = float(settings["lr"]) / (1 + (float(state["step"]) - 1) * settings["lr_decay"])
-    scale = diagonal(lambda: state["sum"].sqrt().add_(settings["eps"]).reciprocal_())
+    eps = settings["eps"]
+    scale = diagonal(lambda own: own["sum"].sqrt().add_(eps).reciprocal_(), state, "sum")
     return Rule(None, beta=0.0, b=1.0, e=0.0, d=rate, precondition=scale, coupled=settings["weight_decay"])
 
 

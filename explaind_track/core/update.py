@@ -1,12 +1,17 @@
 """The update: what one optimizer step did to one parameter, split into the parts of the paper's Theorem 3.1."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from explaind_track.core.rules import Rule
+from explaind_track.core.tensors import cuts
+
+CPU_PIECE, PIECE = 2**18, 2**24
+"""Entries of a piece: on a CPU, for each of its threads, as many as stay in its cache from one operation to the next;
+elsewhere, as many as make the operations long."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,10 @@ class Contribution:
     """Its share of the momentum buffer."""
     gradient: Tensor | None = None
     """Its share of `G_s`, if it is an auxiliary loss."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.buffer, self.gradient) if tensor is not None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,40 @@ class Update:
     """−1 where the optimizer maximizes: the samples' gradients enter with it."""
     frozen: bool = False
     """Whether it is frozen, with a kept zero for a gradient: no sample acts through that."""
+
+    def pieces(self) -> Iterator[tuple[slice, "Update"]]:
+        """The update of some of the parameter's entries after the other, each as if these were one flat parameter.
+
+        Yields, of each piece, its place among the entries, and its update; of an update that does not go entry by
+        entry, itself alone.
+        """
+        given = [tensor for part in self.contributions.values() for tensor in part.tensors]
+        buffer = [] if self.rule.buffer is None else [self.rule.buffer]
+        tensors = [self.before, self.after, self.gradient, *buffer, *given, *self.rule.scales]
+        if not (self.rule.is_elementwise and all(tensor.is_contiguous() for tensor in tensors)):
+            yield slice(None), self
+            return
+
+        size = CPU_PIECE * torch.get_num_threads() if self.before.device.type == "cpu" else PIECE
+        for rows in cuts(0, self.before.numel(), size):
+            before, after, gradient = (one.view(-1)[rows] for one in (self.before, self.after, self.gradient))
+            contributions = {
+                name: Contribution(
+                    *(None if one is None else one.view(-1)[rows] for one in (part.buffer, part.gradient))
+                )
+                for name, part in self.contributions.items()
+            }
+            yield (
+                rows,
+                replace(
+                    self,
+                    before=before,
+                    after=after,
+                    gradient=gradient,
+                    rule=self.rule.piece(rows),
+                    contributions=contributions,
+                ),
+            )
 
     # ------------------------------------------------- the parts, which add up
 

@@ -1,7 +1,7 @@
 """Integrates a step's influences on one query: picks the nodes and the mode of differentiation, and keeps memory within
 its setting."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 
@@ -13,8 +13,10 @@ from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import PARTS, SHARES, Change, State, Step
 from explaind_track.core.tensors import Tensors, explained_bytes, explained_type, size_in_bytes
+from explaind_track.engine.carried_gradient import CarriedGradient
 from explaind_track.engine.directions import DirectionalDerivatives, Wanted, derivatives_by
 from explaind_track.engine.functional import Functional, evaluation, writable
+from explaind_track.engine.live_gradients import Take, gradient_at
 from explaind_track.engine.memory import MEMORY, QueryChunks
 from explaind_track.engine.path_integral import Nodes, Quadrature, Terms
 from explaind_track.engine.plan_choice import Counts, Way, choose
@@ -41,17 +43,20 @@ class Integrator:
         quadrature: Quadrature | None = None,
         memory: int = MEMORY,
         microbatch: int | None = None,
+        keep_on_host: bool = False,
     ) -> None:
         """parts: the step's parts (or shares of them) that get a row of their own for each group; whatever is not
         among them is left to the remainder. None: all of the step, the rounding summed over the groups.
         memory: bytes that one pass may take, by which queries and directions are cut into chunks (a guide, not a hard
-        bound). microbatch: how many of the query's inputs go together; None: as many as the memory allows."""
+        bound). microbatch: how many of the query's inputs go together; None: as many as the memory allows.
+        keep_on_host: whether a gradient that is carried from step to step lies in the host's memory meanwhile."""
         self.functional = Functional(model)
         self.query, self.groups, self.memory = query, groups, memory
         self.quadrature = quadrature or Quadrature()
         self.wanted_parts = parts
         self._terms_chunk = microbatch
         self._predictions = _Predictions(self.functional)
+        self._carried = CarriedGradient(self._gradient_at, groups, keep_on_host)
 
     @cached_property
     def _outputs(self) -> int:
@@ -91,8 +96,20 @@ class Integrator:
         return self.way == "streaming"
 
     @property
+    def can_carry(self) -> bool:
+        """Whether by the trapezoid, the gradient at a step's end would be carried to the step that follows."""
+        return self.streams and self._outputs == 1
+
+    @cached_property
+    def carries(self) -> bool:
+        """Whether it is."""
+        return self.quadrature.is_trapezoid and self.can_carry
+
+    @property
     def mode(self) -> str:
         """How steps are differentiated, in words."""
+        if self.carries:
+            return "streaming reverse mode: one pass at each step's end, whose gradient serves the next step too"
         if self.streams:
             return "streaming reverse mode: gradients are multiplied and dropped parameter by parameter"
         return f"{self.way} mode"
@@ -191,6 +208,10 @@ class Integrator:
         chunks): the chunk's first row, and its terms, which add up exactly if `close`. One chunk where the query is
         reduced to one target."""
         parts = self._parts_of(step)
+        if self.carries and step.moved and not close:
+            yield 0, self._carried_terms(step, parts)
+            return
+
         with self._evaluation():
             derivatives = self._derivatives(step, parts)
             for together in self._together(step, self._chunk_size(step, derivatives)):
@@ -199,6 +220,27 @@ class Integrator:
                     self._integrate(step, derivatives, together, nodes, terms)
                 terms.finish()
                 yield together[0][0], terms
+
+    def _carried_terms(self, step: Change, parts: Sequence[str]) -> Terms:
+        """The influences of a step by the trapezoid, from its end and the gradient that is kept of its beginning."""
+        rest, moves = self._wants_rounding(step), buffers_moved(step)
+        with self._evaluation():
+            (together,) = self._together(step, self._chunk_size(step, None))
+            chunks = [chunk for _, chunk in together]
+            sums, before, moved = self._carried.along(step, chunks, parts, rest, moves)
+            after = moved
+            if moves:
+                first, *more = (self.functional.value(step.after, target_of(self._asked, chunk)) for chunk in chunks)
+                after = sum(more, first)
+
+        terms = Terms.start(before, moved, after, parts, len(self.groups), False, self._eps(step, before))
+        terms.influence = sums[: len(parts), :, None, None].to(before)
+        terms.rounding = sums[len(parts) :].sum().reshape(1, 1).to(before)
+        terms.finish()
+        return terms
+
+    def _gradient_at(self, state: State, names: Collection[str], chunks: Sequence[Query], take: Take) -> Tensor:
+        return gradient_at(self.functional, self._asked, state, names, chunks, take)
 
     def feature(self, step: Change, nodes: int) -> dict[str, Tensor]:
         """φ_s^test = ∫₀¹ ∇_θ f_{θ_s(t)} dt of a query's one target, by parameter: one copy of them, and no other."""
@@ -226,7 +268,9 @@ class Integrator:
 
     def _chunk_size(self, step: Change, derivatives: DirectionalDerivatives | None) -> int:
         """Found once: all steps are cut alike."""
-        if self._terms_chunk is None:
+        if self._terms_chunk is None and self.carries:
+            self._terms_chunk = self._chunks.size_of_pass(step.before)
+        elif self._terms_chunk is None:
             copies, held = (derivatives.copies, derivatives.held) if derivatives else (1, 0)
             self._terms_chunk = self._chunks.size(step.before, copies, held, self._bytes_each)
         return self._terms_chunk
@@ -243,7 +287,7 @@ class Integrator:
 
     def _derivatives(self, step: Change, parts: Sequence[str]) -> DirectionalDerivatives | None:
         """Differentiates the step's targets; None where it moved no parameter, or nobody wants a part of it."""
-        rounding = self.wanted_parts is None and "rounding" in step.parts
+        rounding = self._wants_rounding(step)
         if not step.moved or not (parts or rounding):
             return None
         wanted = Wanted(tuple(parts), self.groups, rounding)
@@ -252,6 +296,9 @@ class Integrator:
         if way == "streaming":
             return StreamingDerivatives(self.functional, self._asked, step, wanted)
         return derivatives_by(way, self.functional, self.query, step, wanted, counts)
+
+    def _wants_rounding(self, step: Change) -> bool:
+        return self.wanted_parts is None and "rounding" in step.parts
 
     def _integrate(
         self, step: Change, derivatives: DirectionalDerivatives, together: Sequence[Chunk], nodes: int, terms: Terms
@@ -277,10 +324,13 @@ class Integrator:
         ]
         before, moved, after = (sum(more, first) for first, *more in zip(*predictions, strict=True))
 
-        eps = torch.finfo(before.dtype).eps
+        return Terms.start(before, moved, after, parts, len(self.groups), close, self._eps(step, before))
+
+    def _eps(self, step: Change, prediction: Tensor) -> float:
+        """The relative rounding of a prediction."""
         if self.streams:  # a target in float64 knows the model's output to the parameters' precision only
-            eps = max(torch.finfo(value.dtype).eps for value in step.before.parameters.values())
-        return Terms.start(before, moved, after, parts, len(self.groups), close, eps)
+            return max(torch.finfo(value.dtype).eps for value in step.before.parameters.values())
+        return torch.finfo(prediction.dtype).eps
 
 
 class _Predictions:

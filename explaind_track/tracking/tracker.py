@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from explaind_track.core.checks import require_int, require_one_of
+from explaind_track.core.checks import require_int
 from explaind_track.core.groups import GroupSpec, resolve_groups
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.observer import StepObserver
@@ -17,7 +17,7 @@ from explaind_track.core.step import Step
 from explaind_track.core.switches import keeping_switches
 from explaind_track.engine.batch_losses import SampleLoss
 from explaind_track.engine.memory import MEMORY
-from explaind_track.engine.path_integral import Quadrature, require_quadrature
+from explaind_track.engine.path_integral import Quadrature
 from explaind_track.record import history
 from explaind_track.record.row_writers import RowWriter
 from explaind_track.record.writer import KEYFRAME_EVERY
@@ -83,6 +83,7 @@ class Tracker(StepCalls, Findings, Lifetime):
         maps_every: int | None = None,
         render: Callable[[Any], Any] | None = None,
         quadrature: Quadrature | None = None,
+        keep_before: Literal["device", "host"] = "device",
         keyframe_every: int = KEYFRAME_EVERY,
         memory: int = MEMORY,
         on_nonfinite: Literal["raise", "mark"] = "raise",
@@ -119,7 +120,8 @@ class Tracker(StepCalls, Findings, Lifetime):
                 image (PIL's, or an array; floats from 0 to 1 are scaled) or a sound: (samples a second, array), or
                 W&B's Audio. Where it fails, the row goes without. A `TokenText` shows the text that the samples were
                 in training, and what the model takes for the tokens.
-            quadrature: None: one node a step, which costs least; the residual tells what it leaves out.
+            quadrature: None: the midpoint of each step; of scalar queries on a large model, `Quadrature.trapezoid()`.
+            keep_before: Where, by the trapezoid, a query's gradient (a copy of the parameters) lies between two steps.
             keyframe_every: A whole checkpoint in the trajectory every n-th step; replays start from these.
             memory: See `explain`.
             on_nonfinite: What to do before a step whose gradient is not finite: raise NonFiniteError, or mark the step
@@ -146,8 +148,7 @@ class Tracker(StepCalls, Findings, Lifetime):
         arguments.check_model(model, optimizer)
         arguments.check_questions(queries, auxiliary, sample_loss, scores)
         arguments.check_outputs(run, trajectory, render, on_nonfinite, bool(queries), writers)
-        require_quadrature(quadrature)
-        require_one_of("record=", record, ("gradients", "batches"))
+        arguments.check_choices(quadrature, record, keep_before)
         every, samples_every, map_queries, maps_every, keyframe_every, memory, resume = arguments.check_numbers(
             every, samples_every, map_queries, maps_every, keyframe_every, memory, resume
         )
@@ -161,15 +162,17 @@ class Tracker(StepCalls, Findings, Lifetime):
         self.optimizer, self.every, self.samples_every = plain_optimizer(optimizer), every, samples_every
         self.groups = resolve_groups(groups, model)
         arguments.check_groups_shown(self.groups)
-        self.quadrature = quadrature or Quadrature.fixed(1)
-        """With `parts`, what `explain` has to be told to give the same numbers from the record."""
         self.run = run if ranks.rank == 0 else None
         self.audit_every = None if audit_every is None else require_int("audit_every=", audit_every, 1)
         self._observer = StepObserver(self.optimizer, parameters)
 
         # what is computed of each step
         auxiliary = dict(auxiliary or {})
-        self._live = Live(model, queries, self.groups, list(auxiliary), self.quadrature, memory, scores, ranks.shards)
+        self._live = Live(model, queries, self.groups, auxiliary, quadrature, memory, scores, ranks.shards, keep_before)
+        self.quadrature = self._live.quadrature
+        """With `parts`, what `explain` has to be told to give the same numbers from the record."""
+        if trajectory is None and self._live.carries:
+            self._observer.spare()
         if samples_every and (sample_loss is None or not self._live.losses):
             raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
         self._maps, self._maps_every = None if maps_every is None else Maps(self._live), maps_every
@@ -178,13 +181,10 @@ class Tracker(StepCalls, Findings, Lifetime):
             seen = ranks.gather(self.run is not None or trajectory is not None)[0]
             samples = LiveSamples(model, sample_loss, self._live, ranks, map_queries if seen else 0, render)
 
-        self._audit = None
-        if audit_every is not None and ranks.rank == 0:
-            if not queries:
-                raise ValueError("audit_every= audits the first of the queries, and there is none: pass queries=")
-            # other ranks' samples are not here
-            loss = sample_loss if ranks.count == 1 else None
-            self._audit = LiveAudit(model, next(iter(queries.values())), self.groups, loss)
+        is_audited = audit_every is not None and ranks.rank == 0
+        # other ranks' samples are not here
+        own_loss = sample_loss if ranks.count == 1 else None
+        self._audit = LiveAudit(model, queries, self.groups, own_loss) if is_audited else None
 
         # where it is recorded
         end_stale(self.optimizer)
@@ -381,6 +381,8 @@ class Tracker(StepCalls, Findings, Lifetime):
             if self._ranks.rank == 0 or self._ranks.shards is not None:
                 row, doubts = self._live.add(step)
                 self._row |= row
+                if self._live.residual_jumped:
+                    self._observer.proof.prove(step.number, step.updates, wholly=True)
                 for doubt in doubts:
                     self._outputs.panels.alert("Large residual", doubt)
                 if self._maps is not None and self._maps_every:
