@@ -26,8 +26,8 @@ BatchLoss = Callable[[nn.Module, Any], Tensor]
 """`(model, batch)` → the losses of its samples (N,), or their mean."""
 HEADER = ("step", "format", "parameters", "weights", "optimizer", "state", "rate", "loss", "correlation")
 SIDES = "><><<<<<<"
-UNRELATED = 0.1
-"""A rank correlation of states and gradients below this is what other parameters' states give."""
+BY_CHANCE = 0.01
+"""The share of random orders up to which the states' own order is no matter of chance."""
 
 
 @dataclass
@@ -227,11 +227,16 @@ def _judge(match: StateMatch, checkpoint: Checkpoint, found: CheckpointFinding) 
             f"{first_few(pairs)}. The order of the parameters is another than when it was saved: make the model as it "
             "was made then"
         )
-    if found.correlation is not None and found.correlation < UNRELATED:
+    if match.chance > BY_CHANCE:
         found.notes.append(
-            "the second moments do not resemble the batch's squared gradients (median rank correlation "
-            f"{found.correlation:.2f}; 0.3 to 0.7 is usual): a larger batch of the training mixture decides whether "
-            "the states are these parameters'"
+            "the second moments resemble the batch's squared gradients no better than in a random order among "
+            f"parameters of equal shape (as well in {match.chance:.0%} of these): a larger batch of the training "
+            "mixture decides whether the states are these parameters'"
+        )
+    if match.suspected:
+        found.notes.append(
+            f"the states of {first_few(match.suspected)} fit the batch's gradient better exchanged, though not for "
+            "certain: a larger batch of the training mixture decides"
         )
 
 

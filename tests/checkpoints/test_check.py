@@ -96,14 +96,15 @@ def exchanged(content: Any) -> Any:
 
 
 def test_states_of_equal_shape_that_were_exchanged_are_told_with_a_batch(run: Path) -> None:
-    """By the gradient of a batch; nothing else tells, and a step taken with them adds up as well."""
+    """By the gradient of a batch; nothing else tells, and a step taken with them adds up as well. So small a model's (8
+    by 8) are told of; others are refused (`test_state_match.py`)."""
     damaged(run, "optimizer.pt", exchanged)
     series = CheckpointSeries.open(run)
     assert series.check(llama()).findings[0].problems == []
-    (problem,) = series.check(llama(), BATCH, loss).findings[0].problems
-    assert "permuted among parameters of equal shape" in problem
-    assert "model.layers.0.self_attn.q_proj.weight has the state of model.layers.1.self_attn.q_proj.weight" in problem
-    assert series.check(llama(), BATCH, loss).findings[1].problems == []
+    (note,) = series.check(llama(), BATCH, loss).findings[0].notes
+    both = "model.layers.0.self_attn.q_proj.weight and model.layers.1.self_attn.q_proj.weight"
+    assert f"the states of {both} fit the batch's gradient better exchanged" in note
+    assert not any("exchanged" in note for note in series.check(llama(), BATCH, loss).findings[1].notes)
 
 
 def test_a_rate_of_the_users_that_is_not_the_files_is_refused(run: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import wandb
 from torch import Tensor, nn
 
 from explaind_track import Query, TokenText, Tracker, resolve_groups
@@ -18,7 +19,9 @@ from explaind_track.cli.report_maps import maps_of
 from explaind_track.core.architectures import cells_of
 from explaind_track.record.history import numbers_in, read_rows
 from explaind_track.record.layer_types import without_cells
+from explaind_track.record.media import from_json
 from explaind_track.tracking.maps import Maps
+from explaind_track.wandb_io.media import for_wandb
 
 VOCABULARY, LENGTH = 11, 6
 TEXT = TokenText(lambda ids: "".join(f"<{number}>" for number in ids))
@@ -131,6 +134,19 @@ def test_sums_take_the_place_of_cells(run: tuple[Tracker, list[dict[str, Any]]])
     # what a loop logs by its own names stays as it is
     own = {"train/step": 3, "grad/layer.0.mlp.up": 1.0, "grad/layer.1.mlp.up": 2.0, "note": "words"}
     assert without_cells(own) == own
+
+
+def test_wandb_gets_sums_and_text(run: tuple[Tracker, list[dict[str, Any]]]) -> None:
+    tracker, rows = run
+    directory = tracker.recorded().directory
+    cells = [group for group in tracker.groups if group.startswith("layer.")]
+    for row in rows:
+        shown = for_wandb(from_json(row, directory))
+        assert not any(key.endswith(f"/{cell}") for key in shown for cell in cells)
+    assert "loss/kernel/type/mlp.up" in shown or "maps/steps" in shown
+    table = for_wandb(from_json(rows[4], directory))["samples/most_influential"]
+    assert isinstance(table, wandb.Table)
+    assert all("<" in text for text in table.get_column("text"))
 
 
 def test_shares_are_of_sizes_that_add_up_to_the_change(run: tuple[Tracker, list[dict[str, Any]]]) -> None:
