@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import isnan, nan
@@ -87,11 +87,13 @@ def load_config(path: Path) -> DictConfig:
 # ------------------------------------------------------------------ results
 
 
-def output_directory(config: DictConfig, recipe: str, resumable: bool = False) -> Path:
+def output_directory(
+    config: DictConfig, recipe: str, resumable: bool = False, may_change: Collection[str] = ()
+) -> Path:
     """Makes the directory for a run's results, `config.out` or a fresh one, and writes the configuration into it.
 
     Exits with a message if the directory holds anything; where a recipe is resumable, anything but a run of the same
-    configuration, which is gone on with.
+    configuration (but for what may change), which is gone on with.
     """
     if config.out is None:
         stem = f"runs/{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -100,7 +102,7 @@ def output_directory(config: DictConfig, recipe: str, resumable: bool = False) -
     else:
         out = Path(config.out)
         if resumable and (out / "config.yaml").is_file():
-            _require_same(config, load_config(out / "config.yaml"), out)
+            _require_same(config, load_config(out / "config.yaml"), out, {"out", *may_change})
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             sys.exit(f"out={out} holds a run already; name a new directory, or remove that one first")
 
@@ -109,12 +111,12 @@ def output_directory(config: DictConfig, recipe: str, resumable: bool = False) -
     return out
 
 
-def _require_same(config: DictConfig, recorded: DictConfig, out: Path) -> None:
+def _require_same(config: DictConfig, recorded: DictConfig, out: Path, free: Collection[str]) -> None:
     """Exits with the settings that differ from those of the run in `out`."""
     own, theirs = (OmegaConf.to_container(one) for one in (config, recorded))
     assert isinstance(own, dict)
     assert isinstance(theirs, dict)
-    other = [f"{key}={theirs.get(key)!s}" for key in map(str, own) if own[key] != theirs.get(key) and key != "out"]
+    other = [f"{key}={theirs.get(key)!s}" for key in map(str, own) if own[key] != theirs.get(key) and key not in free]
     if other:
         sys.exit(
             f"out={out} holds a run with other settings: {', '.join(other)}. Repeat these to go on with it, or name a "

@@ -50,6 +50,12 @@ def modulo_addition(modulus: int, train: int, test: int, seed: int, diagonal: bo
     return Split(x[:train], y[:train], x[train : train + test], y[train : train + test])
 
 
+def sums_of(x: Tensor) -> np.ndarray:
+    """A + b of tokens (N, 4), (N,)."""
+    sums: np.ndarray = (x[:, 0] + x[:, 2]).numpy()
+    return sums
+
+
 def image_data(name: str, path: str | None, train: int, test: int) -> Split:
     """Images (N, channels, side, side), each channel standardised over the training images, and labels (N,).
 

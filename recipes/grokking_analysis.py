@@ -1,208 +1,191 @@
-"""§5: the learning phases of a grokking Transformer, and the cyclic geometry of what its training samples do.
+"""§5: unselected seeds of the main job, trained and explained, and each claim of the paper about them tested.
 
-    python -m recipes.grokking_analysis runs=[DIR,…] [key=value …]
+    python -m recipes.grokking_analysis [seeds=10] [key=value …]
 
-`out` receives summary.json, config.yaml, maps.safetensors and figures/: phases.png (Fig. 3(a)), balance.png,
-maps.png (Fig. 4, 9, ordered by a + b), maps_by_residue.png (by a + b mod p), cosines.png (Fig. 5, 13), lasso.png
-(Fig. 12, Table 2).
+`out` receives seeds/ (a small file for each seed that is done; records only until then), claims.md, summary.json,
+config.yaml and figures/. A call that was interrupted goes on when it is made again with the same `out`.
 """
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import xarray as xr
-from omegaconf import DictConfig, OmegaConf
-from safetensors.numpy import save_file
-from torch import Tensor
+from omegaconf import DictConfig
 
-from explaind_track import Quadrature, Query, explain
-from explaind_track.analysis import sample_cosine
 from explaind_track.core.tables import table
-from recipes.common import Run, configure, output_directory, save_figures, write_json
-from recipes.grokking_figures import draw_balance, draw_cosines, draw_lasso, draw_maps, draw_phases, span
-from recipes.grokking_phases import CLAIMS, Phases
-from recipes.modulo_addition import GROUPS, finished, sample_loss
+from recipes.block_statistics import Evidence, Series, holm, of_numbers, of_series
+from recipes.common import configure, output_directory, save_figures, write_json
+from recipes.grokking_claims import all_claims
+from recipes.grokking_figures import (
+    draw_cosines,
+    draw_differences,
+    draw_frequencies,
+    draw_lasso,
+    draw_maps,
+    draw_phases,
+)
+from recipes.grokking_geometry import (
+    PERIODS,
+    embedding_shares,
+    harmonic_angles,
+    key_frequencies,
+    lasso,
+    lasso_intervals,
+    period_angles,
+)
+from recipes.grokking_seed import GROUP_NAMES, Claim, Seed
+from recipes.grokking_summary import maps_of, series_of
 
-PERIODS = range(2, 114)
-"""In a + b; the paper's."""
+OF_THE_ANALYSIS = ("seeds", "lasso_layer", "alpha", "draws")
+"""Settings that no seed's file depends on: these may change from call to call."""
 
 PAPER_LASSO = {113: 0.112333, 76: 0.008232, 51: 0.004451, 75: 0.003616, 52: 0.001763}
 """The largest coefficients of Table 2, by period ("frequency" in the paper)."""
 
-Maps = dict[int, xr.DataArray]
-"""For each window of steps, by its end: values (group, …), whose other axes are labelled by sums a + b."""
+
+def obtain(config: DictConfig, directory: Path) -> list[Seed]:
+    """Every seed: from its file, or trained and explained now. All series come first, then the maps, so that a call
+    that is ended early leaves as many seeds as can be."""
+    numbers = range(1, config.seeds + 1)
+    found = {number: series_of(config, number, directory) for number in numbers}
+    if config.map_samples:
+        for number in numbers:
+            found[number] |= maps_of(config, number, directory)
+    return [Seed(number, series, config.window, config.modulus) for number, series in found.items()]
 
 
-def by_sum(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` samples in the order of a + b: their indices and their sums."""
-    sums = x[:count, 0] + x[:count, 2]
-    order = sums.argsort(stable=True)
-    return order, sums[order]
+def evidence_for(claim: Claim, seeds: list[Seed], draws: int) -> tuple[Evidence, list[int]] | None:
+    """What the seeds say of a claim, and which do; None if none does."""
+    found = [(seed.number, value) for seed in seeds if (value := claim.measure(seed)) is not None]
+    numbers = [number for number, _ in found]
+    if claim.estimate is None:
+        values = [float(value) for _, value in found if not isinstance(value, Series)]
+        return (of_numbers(values), numbers) if values else None
+    series = [value for _, value in found if isinstance(value, Series)]
+    return (of_series(series, claim.estimate, draws), numbers) if series else None
 
 
-def by_residue(values: xr.DataArray, modulus: int) -> xr.DataArray:
-    """A map in the order of a + b mod p, and of a + b where these are equal."""
-    return values.isel({axis: np.argsort(values[axis].values % modulus, kind="stable") for axis in ("query", "sample")})
+def judge(seeds: list[Seed], draws: int) -> list[dict[str, Any]]:
+    """A row for each claim; Holm's correction is over all that any seed says something of."""
+    tested = [(claim, evidence_for(claim, seeds, draws)) for claim in all_claims()]
+    spoken = [(claim, *found) for claim, found in tested if found is not None]
+    corrected = holm([evidence.p for _, evidence, _ in spoken]) if spoken else []
+    return [
+        {
+            "claim": claim.text,
+            "quantity": claim.quantity,
+            "statistic": claim.definition,
+            "estimate": evidence.estimate,
+            "low": evidence.low,
+            "high": evidence.high,
+            "p": evidence.p,
+            "p after Holm": p,
+            "verdict": evidence.verdict(p),
+            "seeds": numbers,
+            "by seed": list(evidence.by_seed),
+        }
+        for (claim, evidence, numbers), p in zip(spoken, corrected, strict=True)
+    ]
 
 
-def influence_map(config: DictConfig, run: Run, end: int) -> xr.DataArray:
-    """Ψ_S(Θ_layer, x_k, x), summed over the outputs, of the window S of steps that ends before `end`:
-    (group, query, sample), the latter two ordered and labelled by a + b."""
-    queries, query_sums = by_sum(run.data.x_test, config.queries)
-    samples, sample_sums = by_sum(run.data.x_train, config.samples)
+def courses(seeds: list[Seed]) -> list[dict[str, Any]]:
+    """When each seed memorised and generalised, and which frequencies it uses."""
+    return [
+        {
+            "seed": seed.number,
+            "99% of train": seed.memorisation[1],
+            "test then": seed.test_when_memorised,
+            "steps": seed.steps,
+            "test at the end": float(seed.series["accuracy/test"][-1]),
+            "key frequencies": " ".join(str(k) for k in sorted(key_frequencies(seed))),
+            "their share": float(sum(key_frequencies(seed).values())),
+            "half of it by step": _half(seed),
+        }
+        for seed in seeds
+    ]
 
-    influence = explain(
-        run.trajectory,
-        run.model,
-        Query.outputs(run.data.x_test[queries]),
-        groups=GROUPS,
-        keep=("group", "query", "sample"),
-        window=(max(0, end - config.window), end),
-        quadrature=Quadrature.fixed(1),
-        sample_loss=sample_loss,
-        data=run.data.training_batch,
-        samples=samples.tolist(),
+
+def _half(seed: Seed) -> int:
+    """The step by which the final key frequencies have half of the share that they have in the end."""
+    shares = embedding_shares(seed)[:, [k - 1 for k in key_frequencies(seed)]].sum(1)
+    return int(seed.window_ends[np.argmax(shares >= (shares[0] + shares[-1]) / 2)])
+
+
+def fit_lasso(config: DictConfig, seed: Seed) -> dict[str, Any]:
+    """The Lasso of Table 2 and Fig. 12, on the authors' cosines in the last window: by the paper's periods, and by the
+    harmonics of p; with intervals over samples."""
+    similarity = seed.series["cosines/parameters"][-1, GROUP_NAMES.index(config.lasso_layer)].astype(np.float64)
+    sums = seed.series["cosine_sums"]
+    fits: dict[str, Any] = {}
+    for name, angles, labels in (
+        ("periods", period_angles(), list(PERIODS)),
+        ("harmonics", harmonic_angles(seed.modulus), list(range(seed.modulus // 2 + 1))),
+    ):
+        coefficients, share, predicted = lasso(similarity, sums, angles, config.alpha)
+        low, high, largest = lasso_intervals(similarity, sums, angles, config.alpha, config.draws // 10)
+        order = [int(place) for place in np.argsort(-np.abs(coefficients))[:KEPT] if coefficients[place]]
+        fits[name] = {"r2": share, "rows": [_row(labels, place, coefficients, low, high, largest) for place in order]}
+        if name == "periods":
+            fits["predicted"] = predicted
+    return fits
+
+
+KEPT = 8
+"""Coefficients that are shown."""
+
+
+def _row(labels: list[int], place: int, coefficients: Any, low: Any, high: Any, largest: Any) -> dict[str, Any]:
+    names = ("label", "coefficient", "low", "high", "largest in")
+    return dict(
+        zip(names, (labels[place], *(float(v[place]) for v in (coefficients, low, high, largest))), strict=True)
     )
-    ordered = influence.data["influence"].sel(sample=samples.numpy()).transpose("group", "query", "sample")
-    return ordered.assign_coords(query=query_sums.numpy(), sample=sample_sums.numpy())
 
 
-def lasso(similarity: xr.DataArray, modulus: int, alpha: float) -> dict[str, Any]:
-    """Similarities (X, X), labelled by the sums a + b, as a sparse sum of cosines and sines of the sums' differences.
-
-    `coefficients` by period from 2 to 113 as in the paper; `harmonics` k of the period p, cos(2πkd/p), which make every
-    even function of d mod p; `r2` is the share of the sum of squares that a fit explains.
-    """
-    from sklearn.linear_model import Lasso
-
-    sums = torch.tensor(similarity[similarity.dims[0]].values)
-    difference = (sums[:, None] - sums[None]).flatten().double()
-    target = similarity.fillna(0).values.flatten().astype(np.float64)
-
-    def fit(angles: Tensor) -> tuple[Any, Any, float]:
-        """The cosines' coefficients, the fit's values, and the share that it explains."""
-        features = torch.cat([angles.cos(), angles.sin()], dim=1).numpy()
-        model = Lasso(alpha=alpha, fit_intercept=False, max_iter=10_000).fit(features, target)
-        predicted = model.predict(features)
-        left = np.square(target - predicted).sum() / np.square(target).sum()  # there is no intercept
-        return model.coef_[: angles.shape[1]], predicted, float(1 - left)
-
-    # cos(2πd / T) for the periods T, as in the paper
-    periods = torch.tensor(list(PERIODS))
-    coefficients, predicted, score = fit(2 * torch.pi * difference[:, None] / periods)
-
-    # cos(2πkd / p) for the harmonics k of the modulus
-    multiples = torch.arange(modulus // 2 + 1)
-    harmonics, _, harmonic_score = fit(2 * torch.pi * difference[:, None] * multiples / modulus)
-
-    return {
-        "coefficients": _largest(zip(periods.tolist(), coefficients, strict=True)),
-        "r2": score,
-        "harmonics": _largest(zip(multiples.tolist(), harmonics, strict=True)),
-        "harmonics_r2": harmonic_score,
-        "predicted": predicted.reshape(similarity.shape),
-    }
-
-
-def _largest(pairs: Any) -> dict[int, float]:
-    """The coefficients that are not 0, the largest first."""
-    found = [(label, float(value)) for label, value in pairs if value != 0]
-    return dict(sorted(found, key=lambda pair: -abs(pair[1])))
-
-
-def cyclic_share(rows: xr.DataArray, modulus: int) -> float:
-    """The share of the variance of a map (queries, samples), labelled by the sums a + b, that depends on
-    (a+b) − (a'+b') mod p alone, once each sample's mean (its global influence) is taken out."""
-    centred = rows - rows.mean("query")
-    queries, samples = (torch.tensor(rows[axis].values) for axis in ("query", "sample"))
-    residue = ((queries[:, None] - samples[None]) % modulus).flatten()
-    values = torch.from_numpy(centred.values).flatten().double()
-
-    # each cell's best forecast from its residue: the mean of the cells that share it
-    count = torch.bincount(residue, minlength=modulus).clamp(min=1)
-    mean = torch.bincount(residue, values, modulus) / count
-    return float(mean[residue].square().sum() / values.square().sum().clamp(min=1e-300))
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The claims as a table of a README."""
+    lines = ["| claim | of what | statistic | estimate [95%] | p (Holm) | seeds | |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        estimate = f"{row['estimate']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+        cells = (row["claim"], row["quantity"], row["statistic"], estimate, f"{row['p after Holm']:.2g}")
+        escaped = (cell.replace("|", "\\|") for cell in cells)
+        lines.append(f"| {' | '.join(escaped)} | {len(row['seeds'])} | **{row['verdict']}** |")
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str]) -> None:
     config = configure("grokking_analysis", arguments)
-    if OmegaConf.is_missing(config, "runs"):
-        sys.exit("say which runs to analyse: python -m recipes.grokking_analysis runs=[DIR,…]")
-    directories = [Path(directory) for directory in config.runs]
-    recorded, run = finished(str(directories[0]))
-    out = output_directory(config, "grokking_analysis")
-    modulus = recorded.modulus
+    out = output_directory(config, "grokking_analysis", resumable=True, may_change=OF_THE_ANALYSIS)
+    directory = out / "seeds"
+    directory.mkdir(exist_ok=True)
 
-    phases = {str(directory): Phases.of_run(directory) for directory in directories}
-    claims = [
-        {"claim": claim.text, "number": claim.number, "runs": [claim.test(found) for found in phases.values()]}
-        for claim in CLAIMS
-    ]
-
-    ends = [max(1, round(fraction * len(run.trajectory))) for fraction in config.windows]
-    maps = {end: influence_map(config, run, end) for end in ends}
-    cosines = {end: sample_cosine(values) for end, values in maps.items()}
-    similarity = cosines[ends[-1]].sel(group=config.lasso_layer)
-    fit = lasso(similarity, modulus, config.alpha)
-    cyclic = [
-        {"steps": span(end, config.window)}
-        | {group: cyclic_share(values.sel(group=group), modulus) for group in GROUPS}
-        for end, values in maps.items()
-    ]
-
-    summary = {
-        "spans": {directory: found.spans() for directory, found in phases.items()},
-        "claims": claims,
-        "cyclic_share": cyclic,
+    seeds = obtain(config, directory)
+    rows, by_seed = judge(seeds, config.draws), courses(seeds)
+    first = seeds[0]
+    fit = fit_lasso(config, first)
+    found = {
+        "courses": by_seed,
+        "claims": rows,
         "lasso": {name: value for name, value in fit.items() if name != "predicted"},
         "lasso_paper": PAPER_LASSO,
     }
-    write_json(out / "summary.json", summary)
-    save_maps(maps, out / "maps.safetensors")
-    first = phases[str(directories[0])]
-    by_residues = {end: by_residue(values, modulus) for end, values in maps.items()}
-    title = f"{config.lasso_layer}, steps {span(ends[-1], config.window)}"
+    write_json(out / "summary.json", found)
+    (out / "claims.md").write_text(markdown(rows))
+
     figures = {
-        "phases": draw_phases(first),
-        "balance": draw_balance(first),
-        "maps": draw_maps(maps, config.window, modulus),
-        "maps_by_residue": draw_maps(by_residues, config.window, modulus),
-        "cosines": draw_cosines(cosines, config.window, modulus),
-        "lasso": draw_lasso(similarity, fit, PAPER_LASSO, modulus, title),
+        "phases": draw_phases(seeds),
+        "differences": draw_differences(seeds),
+        "frequencies": draw_frequencies(first),
+        "lasso": draw_lasso(first, fit, PAPER_LASSO, config.lasso_layer),
     }
+    if config.map_samples:
+        figures |= {"maps": draw_maps(first, config.window), "cosines": draw_cosines(first, config.window)}
     save_figures(out / "figures", figures)
-    report(out, claims, cyclic, fit)
 
-
-def save_maps(maps: Maps, path: Path) -> None:
-    """Writes each map under the end of its window, and the sums that label their axes, the same for all."""
-    arrays = {str(end): np.ascontiguousarray(values.values) for end, values in maps.items()}
-    any_map = next(iter(maps.values()))
-    sums = {f"{axis}_sum": any_map[axis].values for axis in ("query", "sample")}
-    save_file(arrays | sums, path)
-
-
-def report(out: Path, claims: list[dict[str, Any]], cyclic: list[dict[str, Any]], fit: Mapping[str, Any]) -> None:
-    """Prints what was found."""
-    print()
-    for claim in claims:
-        values = ", ".join(f"{found['value']:.2f} ({'yes' if found['holds'] else 'no'})" for found in claim["runs"])
-        print(f"{claim['claim']}: {values}\n    {claim['number']}")
-    print(f"\nshare of the maps' variance that depends on the difference of a+b mod p alone\n{table(cyclic)}")
-
-    largest = [
-        {"period": period, "coefficient": value, "paper's period": theirs, "paper's coefficient": PAPER_LASSO[theirs]}
-        for (period, value), theirs in zip(fit["coefficients"].items(), PAPER_LASSO, strict=False)
-    ]
-    print(f"\nLasso on cosines and sines of all periods, R² = {fit['r2']:.2f}")
-    print(table(largest) if largest else "no coefficient is left")
-    harmonics = dict(list(fit["harmonics"].items())[:5])
-    print(f"on the harmonics k of p alone, R² = {fit['harmonics_r2']:.2f}: {harmonics}")
-    print(f"{out / 'summary.json'}\n{out / 'figures'}")
+    print(f"\n{table(by_seed)}\n")
+    shown = ("claim", "quantity", "estimate", "low", "high", "p after Holm", "verdict")
+    print(table([{key: row[key] for key in shown} for row in rows]))
+    print(f"{out / 'claims.md'}\n{out / 'summary.json'}\n{out / 'figures'}")
 
 
 if __name__ == "__main__":

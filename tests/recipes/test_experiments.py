@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import xarray as xr
 from jobs import MainJob
 from omegaconf import DictConfig, OmegaConf
 from servers import Server
 from torch import nn
 
 from explaind_track import Trajectory
-from recipes import data_attribution, grokking_analysis, grokking_seeds, images, step_subsampling
+from recipes import data_attribution, grokking_seeds, images, step_subsampling
 from recipes.common import configure
 from recipes.data import image_data
 from recipes.models import CNN, ResNet9
@@ -139,43 +138,6 @@ def test_the_datamodeling_score_is_a_mean_of_rank_correlations() -> None:
     assert 0.02 < error < 0.2
     truth[:] = truth[0]
     assert data_attribution.datamodeling_score(scores, truth, subsets, generator) == (0, 0)
-
-
-def test_a_run_that_grokked_is_analysed(smoke: Smoke, grokking: Path) -> None:
-    figures = ("phases", "balance", "maps", "maps_by_residue", "cosines", "lasso")
-    summary = smoke("grokking_analysis", f"runs=[{grokking}]", figures=figures)
-    assert len(summary["claims"]) == 12
-    assert [row["steps"] for row in summary["cyclic_share"]] == ["3–6", "9–12"]
-
-
-def test_the_lasso_finds_the_period_it_was_given() -> None:
-    sums = torch.arange(0, 220, 5)
-    cosines = torch.cos(2 * torch.pi * (sums[:, None] - sums[None]) / 113)
-    similarity = xr.DataArray(cosines.numpy(), {"query": sums.numpy(), "other": sums.numpy()}, ("query", "other"))
-    fit = grokking_analysis.lasso(similarity, 113, 1e-3)
-    assert next(iter(fit["coefficients"])) == 113
-    assert fit["r2"] > 0.99
-    assert next(iter(fit["harmonics"])) == 1
-
-
-def test_the_cyclic_share_of_a_map_that_is_cyclic_is_one() -> None:
-    queries, samples = torch.arange(60), torch.arange(7, 67)
-    cyclic = torch.cos(2 * torch.pi * 4 * (queries[:, None] - samples[None]) / 31)
-    labels = {"query": queries.numpy(), "sample": samples.numpy()}
-    influence = xr.DataArray(cyclic.numpy() + samples.numpy(), labels, ("query", "sample"))  # with a global influence
-    assert grokking_analysis.cyclic_share(influence, 31) > 0.9
-    noise = influence.copy(data=torch.randn(60, 60, generator=torch.Generator().manual_seed(0)).numpy())
-    assert grokking_analysis.cyclic_share(noise, 31) < 0.05
-
-
-def test_a_map_by_residue_has_the_same_cells_in_another_order() -> None:
-    queries, samples = torch.tensor([3, 5, 33, 40]).numpy(), torch.tensor([2, 31, 36]).numpy()
-    labels = {"query": queries, "sample": samples}
-    influence = xr.DataArray(queries[:, None] + 100 * samples[None], labels, ("query", "sample"))
-    turned = grokking_analysis.by_residue(influence, 31)
-    assert turned["query"].values.tolist() == [33, 3, 5, 40]
-    assert turned["sample"].values.tolist() == [31, 2, 36]
-    assert (turned.values == turned["query"].values[:, None] + 100 * turned["sample"].values[None]).all()
 
 
 def test_a_transplant_moves_the_named_layers_only(grokking: Path) -> None:

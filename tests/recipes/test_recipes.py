@@ -64,7 +64,6 @@ def test_a_recorded_run_is_checked_offline(run: Path, tmp_path: Path, capsys: py
         ("epk_validation", ["run={empty}", "out={empty}/out"], "holds no run"),
         ("epk_validation", ["data.path=/nowhere", "out={empty}/out"], "data.name=digits, which needs neither"),
         ("pipeline_transplant", [], "say which run"),
-        ("grokking_analysis", [], "say which runs"),
         ("interventions", [], "say which run"),
         ("data_attribution", ["settings=[papers]"], "no setting 'papers'"),
     ],
