@@ -100,14 +100,15 @@ def in_window(config: DictConfig, run: Run, query: Query, first: int, scratch: P
 
 
 def correlations(rows: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Of foretold and actual changes: Pearson's and Spearman's, each with its interval of 95% by resampling windows,
-    for those of one window share its course."""
+    """Of foretold and actual changes: ‖foretold − actual‖ / ‖actual‖; Pearson's and Spearman's correlation, each with
+    its interval of 95% by resampling windows, for those of one window share its course."""
     found, generator = [], np.random.default_rng(seed)
     for (what, (foretold, actual)), part in product(COMPARED.items(), ("both", *PARTS)):
         frame = pd.DataFrame([row for row in rows if part in ("both", row["part"])])
         count = frame["step"].nunique()
         one, other = (frame[name].to_numpy().reshape(count, -1) for name in (foretold, actual))  # (window, change)
         row: dict[str, Any] = {"foretold by": what, "part": part, "interventions": len(frame)}
+        row["error"] = float(np.linalg.norm(one - other) / np.linalg.norm(other))
         for name, correlation in (("pearson", pearson), ("spearman", spearman)):
             draws = [generator.integers(count, size=count) for _ in range(RESAMPLES)]
             again = [correlation(one[drawn].ravel(), other[drawn].ravel()) for drawn in draws]
@@ -130,6 +131,7 @@ def spearman(one: Any, other: Any) -> float:
 def draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Foretold against actual changes of the loss; a logarithm of either beyond a thousandth of the largest."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import SymmetricalLogLocator
 
     frame = pd.DataFrame(rows)
     figure = Figure(figsize=(13, 4.4), layout="constrained")
@@ -142,6 +144,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         axis.axline((0, 0), (largest, largest), color="gray", linewidth=0.5)
         axis.set_xscale("symlog", linthresh=largest / 1000)
         axis.set_yscale("symlog", linthresh=largest / 1000)
+        axis.xaxis.set_major_locator(SymmetricalLogLocator(base=100, linthresh=largest / 1000))
         axis.set_title(what, fontsize=10)
         axis.set_xlabel("foretold change of the test loss, nats")
         axis.set_ylabel("actual change")
