@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from explaind_track.errors import TrajectoryError
+from explaind_track.record.packing import is_packable, pack, signature_of, told_of, unpack
 
 try:
     import fcntl
@@ -27,6 +28,8 @@ except ImportError:  # no POSIX: directories go unlocked
 
 METADATA = "explaind_track"
 """The entry of a safetensors file's metadata that holds its header."""
+PACKED = "packed"
+"""The entry that tells of compressed tensors."""
 
 
 class Lock:
@@ -142,10 +145,15 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> tuple[int, str]:
-    """Writes one safetensors file with `header` as JSON in its metadata. Returns its size in bytes and its sha256."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any, compress: bool = False) -> tuple[int, str]:
+    """Writes one safetensors file with `header` as JSON in its metadata, gradients packed if `compress`. Returns its
+    size in bytes and its sha256."""
+    written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    packed = {name: value for name, value in written.items() if compress and is_packable(name, value)}
     metadata = {METADATA: json.dumps(header)}
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    if packed:
+        metadata[PACKED] = json.dumps({name: signature_of(value) for name, value in packed.items()})
+    content = save(written | {name: pack(value) for name, value in packed.items()}, metadata)
     sha256 = hashlib.sha256(content).hexdigest()
     write_atomic(path, content)
     return len(content), sha256
@@ -206,12 +214,15 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 class TensorFile:
     """A safetensors file opened for reading, tensor by tensor."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises TrajectoryError if it is none that `write_tensors` has written."""
+    def __init__(self, path: Path, largest: int = 0) -> None:
+        """Raises TrajectoryError if it is none that `write_tensors` has written. largest: the bytes that a compressed
+        tensor in it may have."""
         self.path = path
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
-            self.header: Any = json.loads(self._file.metadata()[METADATA])
+            metadata = self._file.metadata()
+            self.header: Any = json.loads(metadata[METADATA])
+            self._packed = told_of(json.loads(metadata.get(PACKED, "{}")), path, largest)
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise TrajectoryError(f"{path} is no file of a trajectory: {error}") from None
         self.names: list[str] = sorted(self._file.keys())
@@ -223,7 +234,7 @@ class TensorFile:
     def __getitem__(self, name: str) -> Tensor:
         """Reads the tensor; the next time again."""
         tensor: Tensor = self._file.get_tensor(name)
-        return tensor
+        return unpack(tensor, self._packed[name]) if name in self._packed else tensor
 
     def shapes(self, prefix: str) -> dict[str, list[int]]:
         """The shapes of the tensors whose names begin with the prefix, by the rest of the name; none is read."""

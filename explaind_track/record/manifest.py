@@ -1,5 +1,6 @@
 """The manifest of a trajectory: what was trained, and every file with its hash; sealed by a digest of all that."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -40,9 +41,17 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def write(
-        cls, directory: Path, folder: str, first: int, last: int, tensors: Mapping[str, Tensor], header: Any
+        cls,
+        directory: Path,
+        folder: str,
+        first: int,
+        last: int,
+        tensors: Mapping[str, Tensor],
+        header: Any,
+        compress: bool = False,
     ) -> "Entry":
-        """Writes a file, and returns its entry. Raises TrajectoryError where it cannot be written.
+        """Writes a file, and returns its entry. compress: whether gradients are packed. Raises TrajectoryError where it
+        cannot be written.
 
         What the manifest on disk names is never written over, for until another manifest is there, that is the
         trajectory: a file for the same steps gets another name, with 9 digits for 8.
@@ -50,7 +59,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         path = f"{folder}/{first:08}.safetensors"
         if (directory / path).exists() and any(path == entry.path for entry in Manifest.read(directory).entries):
             path = f"{folder}/{first:09}.safetensors"
-        size, sha256 = write_tensors(file_below(directory, path), tensors, header)
+        size, sha256 = write_tensors(file_below(directory, path), tensors, header, compress)
         return cls(path, first, last, size, sha256)
 
     @property
@@ -92,6 +101,11 @@ class Manifest:
     def steps(self) -> int:
         """The number of recorded steps."""
         return last_step(self.entries)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest parameter: no gradient has more."""
+        return max((8 * math.prod(shape) for shape, _ in self.head["parameters"].values()), default=0)
 
     @property
     def digest(self) -> str:

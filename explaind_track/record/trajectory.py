@@ -343,7 +343,7 @@ class Trajectory(Summarized):
 
     def read(self, entry: Entry) -> TensorFile:
         """The file, opened."""
-        return TensorFile(self.file(entry))
+        return TensorFile(self.file(entry), self.manifest.largest)
 
     def read_segment(self, entry: Entry) -> Segment:
         """The segment, opened."""

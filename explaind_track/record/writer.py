@@ -64,10 +64,12 @@ class TrajectoryWriter:
         entries: Sequence[Entry] | None = None,
         head: Mapping[str, Any] | None = None,
         gradients: bool = True,
+        compress: bool = False,
     ) -> None:
         """entries: the files of a trajectory in the directory that is to be gone on with; None: it begins here. head:
         what the manifest says of the run as a whole; None: what model and observer tell. gradients: whether they are
-        kept of every step; else only a hash is, where they can be computed again from the step's batches.
+        kept of every step; else only a hash is, where they can be computed again from the step's batches. compress:
+        whether gradients are packed.
 
         Raises FileExistsError if one begins in a directory that holds anything: a run is never written over;
         TrajectoryError if another process is writing there, or if nothing can be written.
@@ -80,7 +82,7 @@ class TrajectoryWriter:
                 "it by Tracker(…, resume=True)"
             )
         self._observer, self._every = observer, keyframe_every
-        self.keeps_gradients = gradients
+        self.keeps_gradients, self._compress = gradients, compress
         self._model = model
         self._device = next(model.parameters()).device
 
@@ -234,7 +236,7 @@ class TrajectoryWriter:
     def _write(self, folder: str, first: int, last: int, tensors: Mapping[str, Tensor], header: Any) -> None:
         """Writes a file and enters it into the manifest, in the place of the one that holds the same step already: of a
         keyframe that something has changed the model behind, or of a segment that an interruption came to."""
-        entry = Entry.write(self.directory, folder, first, last, tensors, header)
+        entry = Entry.write(self.directory, folder, first, last, tensors, header, self._compress)
         same = [other for other in self._manifest.entries if (other.folder, other.first) == (folder, first)]
         others = (other for other in self._manifest.entries if other not in same)
         manifest = Manifest(self._manifest.head, (*others, entry))

@@ -17,6 +17,7 @@ from explaind_track.core.observer import StepObserver
 from explaind_track.errors import LoggingWarning, ResumeWarning
 from explaind_track.record.history import AXIS, in_words, read_rows
 from explaind_track.record.media import from_json
+from explaind_track.record.packing import require_packing
 from explaind_track.record.resume import resume as resume_run
 from explaind_track.record.row_writers import RowWriter
 from explaind_track.record.run_directory import mark_finished
@@ -41,6 +42,7 @@ def begin_record(
     model: nn.Module,
     observer: StepObserver,
     gradients: bool,
+    compress: bool,
     ranks: Ranks,
 ) -> tuple[Trajectory | None, "TrajectoryWriter | ShardedWriter | None", int]:
     """The record that is gone on with, None if the run begins; what writes it, on rank zero or, of parameters in
@@ -49,6 +51,8 @@ def begin_record(
     Raises ValueError for a `resume` without a directory, and one that cannot be; and whatever `resume`, `take_up` and
     the writers raise.
     """
+    if compress:
+        require_packing()
     if directory is None and resume is not False:
         raise ValueError("resume= goes on with a recorded run; say which with trajectory=")
     if resume is True and ranks.count > 1 and ranks.shards is None:
@@ -69,7 +73,9 @@ def begin_record(
     def on_zero() -> tuple[Trajectory | None, TrajectoryWriter]:
         record = None if resume is False else resume_run(path, model, observer, resume, gradients)
         entries = None if record is None else record.manifest.entries
-        return record, TrajectoryWriter(path, model, observer, keyframe_every, entries, gradients=gradients)
+        return record, TrajectoryWriter(
+            path, model, observer, keyframe_every, entries, gradients=gradients, compress=compress
+        )
 
     recorded, writer = ranks.at_zero(on_zero) or (None, None)
     return recorded, writer, ranks.gather(0 if recorded is None else len(recorded))[0]

@@ -77,6 +77,7 @@ class Tracker(StepCalls, Findings, Lifetime):
         run: "wandb.Run | None" = None,
         trajectory: str | PathLike[str] | None = None,
         record: Literal["gradients", "batches"] = "gradients",
+        compress: bool = False,
         every: int = 1,
         samples_every: int | None = None,
         map_queries: int = 0,
@@ -109,6 +110,7 @@ class Tracker(StepCalls, Findings, Lifetime):
             trajectory: A new or empty directory for the record; None: none is written.
             record: What it keeps of every step: its "gradients"; or its "batches" and a hash of these, in a small
                 fraction of the room, to compute them again (see `with_gradients`); `resume` goes on from its keyframes.
+            compress: Whether the record's gradients are packed, without loss (extra `compress`; see What it costs).
             every: Explain every n-th step; the trajectory always holds all.
             samples_every: Make a table of the most influential samples every n-th step, on the first loss query.
             map_queries: Beside each table, a heat map of the samples' influences on so many single queries, and one of
@@ -189,7 +191,7 @@ class Tracker(StepCalls, Findings, Lifetime):
         # where it is recorded
         end_stale(self.optimizer)
         recorded, writer, number = begin_record(
-            trajectory, resume, keyframe_every, model, self._observer, record == "gradients", ranks
+            trajectory, resume, keyframe_every, model, self._observer, record == "gradients", compress, ranks
         )
         with ExitStack() as undo:  # where something fails, the directory and the optimizer are free for another Tracker
             if writer is not None:
