@@ -216,7 +216,9 @@ def test_a_run_is_gone_on_with_from_its_last_keyframe(tmp_path: Path) -> None:
         assert all(torch.equal(one[name], value) for name, value in other.items())
 
     # a run that has ended is gone on with from there
-    assert went_on(tmp_path / "t", 11, resume=True).number == 11
+    ended = went_on(tmp_path / "t", 11, resume=True)
+    assert ended.number == 11
+    ended.finish()
 
 
 def test_a_kind_of_record_that_there_is_not_is_refused(tmp_path: Path) -> None:
