@@ -15,7 +15,7 @@ import numpy as np
 Values = np.ndarray[Any, np.dtype[np.float64]]
 """(n,)"""
 
-DRAWS = 2000
+DRAWS = 1000
 """Of bootstrap and null."""
 
 LEVEL = 0.95

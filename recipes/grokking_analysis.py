@@ -7,6 +7,7 @@ config.yaml and figures/. A call that was interrupted goes on when it is made ag
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +144,25 @@ def _row(labels: list[int], place: int, coefficients: Any, low: Any, high: Any, 
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The claims as a table of a README."""
-    lines = ["| claim | of what | statistic | estimate [95%] | p (Holm) | seeds | |", "|---|---|---|---|---|---|---|"]
+    """The claims as tables of a README: what became of each by every definition, then the numbers."""
+    verdicts: dict[str, list[str]] = {}
     for row in rows:
-        estimate = f"{row['estimate']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
-        cells = (row["claim"], row["quantity"], row["statistic"], estimate, f"{row['p after Holm']:.2g}")
-        escaped = (cell.replace("|", "\\|") for cell in cells)
-        lines.append(f"| {' | '.join(escaped)} | {len(row['seeds'])} | **{row['verdict']}** |")
-    return "\n".join(lines) + "\n"
+        verdicts.setdefault(row["claim"], []).append(f"{row['quantity']}: **{row['verdict']}**")
+    short = [(claim, "<br>".join(found)) for claim, found in verdicts.items()]
+
+    full = []
+    for row in rows:
+        estimate = f"{row['estimate']:.2g} [{row['low']:.2g}, {row['high']:.2g}]"
+        p, seeds = f"{row['p after Holm']:.2g}", str(len(row["seeds"]))
+        full.append((row["claim"], row["quantity"], row["statistic"], estimate, p, seeds, row["verdict"]))
+    header = ("claim", "of what", "statistic, above 0 if it holds", "mean over seeds [95%]", "p (Holm)", "seeds", "")
+    return f"{_table(('claim', 'verdict, by what is measured'), short)}\n{_table(header, full)}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *escaped]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main(arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.block_statistics import Series, mean, slope
+from recipes.block_statistics import Series, slope
 from recipes.grokking_seed import GROUP_NAMES, Claim, Number, Seed
 
 PERIODS = range(2, 114)
@@ -196,10 +196,20 @@ def _first_of_cosines(seed: Seed, group: int) -> Number:
     return _first_harmonic(shares_of_cosines(seed)[-1, group])
 
 
-def _few_frequencies(seed: Seed) -> Series | None:
-    later = embedding_shares(seed)[seed.window_ends > seed.generalised - seed.window]
-    values = np.sort(later, axis=1)[:, -KEY:].sum(1) - 0.5
-    return Series(np.linspace(0, 1, len(values)), values) if len(values) else None
+def _few_frequencies(seed: Seed) -> Number:
+    return float(np.sort(embedding_shares(seed)[-1])[-KEY:].sum()) - 0.5
+
+
+def _embedding_later(seed: Seed) -> Number:
+    middle = shares_of_cosines(seed)[:, LINEAR2]
+    key = int(middle[-1].argmax())
+    embedding = embedding_shares(seed)[:, key]
+    return (_half_way(seed, embedding) - _half_way(seed, middle[:, key])) / seed.steps
+
+
+def _half_way(seed: Seed, values: Matrix) -> int:
+    """The step by which a curve has come half of its way from its first value to its largest."""
+    return int(seed.window_ends[np.argmax(values >= (values[0] + values.max()) / 2)])
 
 
 def geometry_claims() -> Iterator[Claim]:
@@ -264,7 +274,14 @@ def geometry_claims() -> Iterator[Claim]:
     yield Claim(
         "the model uses few key frequencies (Nanda et al.)",
         "the embedding's Fourier norms",
-        "share of the five largest of 56 frequencies once it has generalised, less a half",
-        mean,
+        "share of the five largest of its frequencies in the end, less a half",
+        None,
         _few_frequencies,
+    )
+    yield Claim(
+        "the embedding aligns with what the layers between have formed before",
+        "the frequency that is largest in linear2's similarity in the end",
+        "steps from half its way in linear2's similarity to half its way in the embedding's Fourier norm, of all steps",
+        None,
+        _embedding_later,
     )

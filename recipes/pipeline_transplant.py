@@ -1,5 +1,11 @@
 """Fig. 3(b), 10 and 11: training on grokked layers, and swapping them into checkpoints of the run they grew in.
 
+The figures name the layers that *are* taken from the grokked run, and beside them what the paper calls the case. These
+differ: the authors' `inject_previous_step` keeps the grokked values of the layers in its list `ignore_layers` and
+randomises all others, while its callers list the layers that are to be random. So the paper's "Att. + Lin. 1" has a
+grokked embedding, linear 2 and decoder. Of Fig. 10, the paper's "Decoder" swaps linear 2 too, its "Emb." linear 2's
+weights too, and its "All but att." leaves linear 1's bias (`linea1.bias` in the script).
+
     python -m recipes.pipeline_transplant run=DIR [key=value …]
 
 `out` receives summary.json, config.yaml and figures/: transplant.png, swaps.png, confusion.png.
@@ -20,6 +26,7 @@ from explaind_track import resolve_groups
 from explaind_track.core.tables import table
 from recipes.common import Run, configure, output_directory, save_figures, write_json
 from recipes.data import Split
+from recipes.grokking_figures import COLORS, LINES
 from recipes.modulo_addition import GROUPS, accuracies, accuracy, finished, fresh_model, make_optimizer
 
 if TYPE_CHECKING:
@@ -28,22 +35,32 @@ if TYPE_CHECKING:
 Curve = np.ndarray[Any, Any]
 
 OUTER = "embedding + linear 2 + decoder"
+ALL_BUT_ATTENTION = "all but attention"
 
 PARTS = {
     "attention + linear 1": ("att_encoder", "att_decoder", "linear1"),
     "attention": ("att_encoder", "att_decoder"),
     OUTER: ("embedding", "linear2", "decoder"),
+    ALL_BUT_ATTENTION: ("embedding", "linear1", "linear2", "decoder"),
     "nothing": (),
 }
-"""The layers that are transplanted: the paper's, and none at all to compare with."""
+"""The layers that are transplanted: those of the paper's text, those of its script, and none at all to compare with."""
+
+PAPER_LABELS = {
+    "attention + linear 1": "Emb. + Lin. 2 + Dec.",
+    OUTER: "Att. + Lin. 1",
+    ALL_BUT_ATTENTION: "Att.",
+}
+"""The paper's names of what is transplanted, by what its script did."""
 
 SWAPS = {
     "unedited": (),
     OUTER: ("embedding", "linear2", "decoder"),
     "embedding + decoder": ("embedding", "decoder"),
+    "linear 2 + decoder": ("linear2", "decoder"),
     "attention + linear 1": ("att_encoder", "att_decoder", "linear1"),
 }
-"""The layers of the final model that are swapped into its checkpoints."""
+"""The layers of the final model that are swapped into its checkpoints; linear 2 + decoder is the paper's "Decoder"."""
 
 
 def transplant(model: nn.Module, donor: Mapping[str, Tensor], groups: Sequence[str]) -> None:
@@ -138,7 +155,7 @@ def draw_transplants(curves: Mapping[tuple[int, str], Curve], every: int) -> "Fi
 
     steps, names = sorted({step for step, _ in curves}, reverse=True), [name for name in PARTS if PARTS[name]]
     baseline = next(values for (_, name), values in curves.items() if not PARTS[name])
-    figure = Figure(figsize=(11, 2.4 * len(steps) + 0.6), layout="constrained")
+    figure = Figure(figsize=(8.5, 1.9 * len(steps) + 0.6), layout="constrained")
     axes = figure.subplots(len(steps), len(names), sharex=True, sharey=True, squeeze=False)
     for row, step in enumerate(steps):
         for axis, name in zip(axes[row], names, strict=True):
@@ -146,10 +163,11 @@ def draw_transplants(curves: Mapping[tuple[int, str], Curve], every: int) -> "Fi
             time = np.arange(values.shape[1]) * every
             for place, label in enumerate(("train", "test")):
                 mean, deviation = values[..., place].mean(0), values[..., place].std(0)
-                axis.plot(time, mean, label=label)
-                axis.fill_between(time, mean - deviation, mean + deviation, alpha=0.25)
+                axis.plot(time, mean, label=label, color=COLORS[place], linestyle=LINES[place])
+                axis.fill_between(time, mean - deviation, mean + deviation, color=COLORS[place], alpha=0.25)
             axis.plot(time, baseline[..., 1].mean(0), color="gray", linestyle=":", label="test, nothing transplanted")
-            axis.set_title(f"{name}, from step {step}", fontsize=9)
+            label = f'the paper\'s "{PAPER_LABELS[name]}"' if name in PAPER_LABELS else "not in the paper"
+            axis.set_title(f"grokked: {name}\n({label}), step {step}", fontsize=7)
             axis.grid(alpha=0.2)
 
     for axis in axes[:, 0]:
@@ -166,8 +184,8 @@ def draw_swaps(curves: Mapping[str, Any]) -> "Figure":
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for name in SWAPS:
-        axis.plot(curves["step"], curves[name], label=name, color="black" if name == "unedited" else None)
+    for name, color, line in zip(SWAPS, reversed(COLORS), LINES, strict=False):
+        axis.plot(curves["step"], curves[name], label=name, color=color, linestyle=line)
     axis.set_xlabel("training step of the checkpoint")
     axis.set_ylabel("test accuracy")
     axis.set_title("layers of the final model in earlier checkpoints", fontsize=10)

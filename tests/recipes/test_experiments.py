@@ -66,7 +66,7 @@ def test_steps_are_subsampled(smoke: Smoke) -> None:
 
 def test_layers_are_transplanted_and_swapped(smoke: Smoke, grokking: Path) -> None:
     summary = smoke("pipeline_transplant", f"run={grokking}", figures=("transplant", "swaps", "confusion"))
-    assert len(summary["transplants"]) == 4
+    assert len(summary["transplants"]) == 5
     assert summary["swaps"]["step"] == [0, 6]
 
 
