@@ -23,9 +23,9 @@ DRAWN = (history.KERNEL, history.REGULARIZATION, history.PAST, history.OUTSIDE)
 class Maps:
     """Adds up the changes of losses between two maps, and draws these."""
 
-    def __init__(self, live: Live) -> None:
-        """Raises ValueError where there is nothing to draw."""
-        self._live = live
+    def __init__(self, live: Live, every: int) -> None:
+        """every: so many steps have maps together. Raises ValueError where there is nothing to draw."""
+        self._live, self._every = live, every
         self._tokens = [name for name in live.losses if live.is_of_tokens(name)]
         losses = [name for name in live.losses if name not in self._tokens] or live.losses
         self._losses = {name: history.LOSS if name == live.losses[0] else name for name in losses}
@@ -44,13 +44,14 @@ class Maps:
         self.steps = 0
         """Those that were explained since the last map."""
 
-    def add(self, row: Mapping[str, float]) -> None:
-        """Adds up the changes that a step's row tells of."""
+    def add(self, number: int, row: Mapping[str, float]) -> bool:
+        """Adds up the changes that the row of step `number` tells of. Returns whether maps are due."""
         self.steps += 1
         for name, section in self._losses.items():
             for group in self._sums[name]:
                 keys = (history.change_key(part, group, section) for part in DRAWN)
                 self._sums[name][group] += sum(row.get(key, 0.0) for key in keys)
+        return (number + 1) % self._every == 0
 
     def draw(self) -> dict[str, Any]:
         """The maps of the steps since the last ones, by their keys; the next begin behind these."""

@@ -177,7 +177,7 @@ class Tracker(StepCalls, Findings, Lifetime):
             self._observer.spare()
         if samples_every and (sample_loss is None or not self._live.losses):
             raise ValueError("samples_every needs sample_loss=, and a Query.loss among the queries to rank samples by")
-        self._maps, self._maps_every = None if maps_every is None else Maps(self._live), maps_every
+        self._maps = None if maps_every is None else Maps(self._live, maps_every)
         samples = None
         if sample_loss is not None:
             seen = ranks.gather(self.run is not None or trajectory is not None)[0]
@@ -374,8 +374,7 @@ class Tracker(StepCalls, Findings, Lifetime):
 
     def _draw_maps(self) -> None:
         """Adds the maps of the steps since the last ones to the row at hand."""
-        maps = self._maps
-        if maps is not None and maps.steps and self._outputs.seen:
+        if (maps := self._maps) is not None and maps.steps and self._outputs.seen:
             self._outputs.panels.attempt("draw the maps", lambda: self._row.update(maps.draw()))
 
     def _explain(self, step: Step) -> None:
@@ -387,10 +386,8 @@ class Tracker(StepCalls, Findings, Lifetime):
                     self._observer.proof.prove(step.number, step.updates, wholly=True)
                 for doubt in doubts:
                     self._outputs.panels.alert("Large residual", doubt)
-                if self._maps is not None and self._maps_every:
-                    self._maps.add(row)
-                    if (step.number + 1) % self._maps_every == 0:
-                        self._draw_maps()
+                if self._maps is not None and self._maps.add(step.number, row):
+                    self._draw_maps()
                 if self._audit is not None and self.audit_every and step.number % self.audit_every == 0:
                     self._audit.look(self._observer.lasting(step))
 

@@ -221,8 +221,8 @@ def test_a_map_begins_behind_the_last(tmp_path: Path) -> None:
     losses = [np.array([line[2] for line in row["maps/tokens/text"]["data"]]) for row in rows]
     for (before, after), change in zip(pairwise(losses), tables[1:], strict=True):
         np.testing.assert_allclose(after - before, change, atol=0.1 * abs(change).max())
-    maps = Maps(tracker._live)
-    maps.add({"loss/kernel/lm_head": -1.0})
-    assert maps.draw()["maps/steps"] == 1
+    maps = Maps(tracker._live, 3)
+    assert [maps.add(number, {"loss/kernel/lm_head": -1.0}) for number in range(3)] == [False, False, True]
+    assert maps.draw()["maps/steps"] == 3
     assert maps.steps == 0
     assert json.dumps(tables[0].tolist())
