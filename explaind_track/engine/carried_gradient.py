@@ -29,6 +29,7 @@ class CarriedGradient:
         """on_host: whether what is kept between steps lies in the host's memory, not on the model's device."""
         self._gradient_at, self._on_host = gradient_at, on_host
         self._group_of = {name: place for place, names in enumerate(groups.values()) for name in names}
+        self._groups = len(groups)
         self._mark: object = None
         """Of the change at whose end the gradient was taken; None: there is none."""
         self._kept: dict[str, Tensor] = {}
@@ -51,13 +52,14 @@ class CarriedGradient:
         names = self._covered | moved
         before = self._value if follows else self._start(change.before, names, chunks)
 
-        products = _Products(change, self._kept, self._group_of, parts, rest, self._on_host)
+        sums = torch.zeros(len(parts) + rest, self._groups, dtype=torch.float64)
+        products = _Products(change, self._kept, self._group_of, parts, rest, self._on_host, sums)
         after = self._gradient_at(change.point(1), names, chunks, products.take)
         products.finish(names)
 
         self._covered, self._value = names, after
         self._mark = None if buffers_move else change.mark
-        return products.sums, before, after
+        return sums, before, after
 
     def _start(self, state: State, names: frozenset[str], chunks: Sequence[Query]) -> Tensor:
         self._kept.clear()
@@ -80,7 +82,9 @@ class _Products:
         parts: Sequence[str],
         rest: bool,
         on_host: bool,
+        sums: Tensor,
     ) -> None:
+        """sums: of the products, (R, G), to be added to."""
         self._change, self._kept, self._group_of = change, kept, group_of
         self._parts, self._rest, self._on_host = parts, rest, on_host
         self._moved = frozenset(change.moved)
@@ -88,7 +92,7 @@ class _Products:
         """The parameters of which what is kept is of the end by now."""
         self._done: set[str] = set()
         """Those whose products are all in."""
-        self.sums = torch.zeros(len(parts) + rest, len(set(group_of.values())), dtype=torch.float64)
+        self._sums = sums
 
     def take(self, name: str, gradient: Tensor, is_last: bool) -> None:
         """Takes in the gradient of one parameter on one chunk."""
@@ -131,9 +135,9 @@ class _Products:
             self._multiply(name, lambda rows: kept[rows].to(device) * 0.5)
 
     def _multiply(self, name: str, feature: Feature) -> None:
-        if name in self._moved and len(self.sums):
+        if name in self._moved and len(self._sums):
             found = step_products(self._change, name, feature, self._parts, self._rest)
-            self.sums[:, self._group_of[name]] += found.cpu()
+            self._sums[:, self._group_of[name]] += found.cpu()
 
 
 def _put(kept: dict[str, Tensor], name: str, gradient: Tensor, on_host: bool) -> None:

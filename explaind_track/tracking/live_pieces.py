@@ -5,9 +5,9 @@ of parameters that nobody has whole. The model itself runs forward and backward,
 of the query's rows, and each gets its piece of the gradient, which serves this step and the next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,13 @@ from explaind_track.core.modules import parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.rng import random_state, replayed_random_state
 from explaind_track.core.shards import Shards, local, local_like, reshard, whole
-from explaind_track.core.step import Step
+from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import explained_type, upcast
+from explaind_track.engine.carried_gradient import CarriedGradient
 from explaind_track.engine.functional import evaluation
-from explaind_track.engine.live_gradients import gradient_in_place
+from explaind_track.engine.live_gradients import Take, gradient_in_place
 from explaind_track.engine.memory import CPU_PASS
 from explaind_track.engine.path_integral import Quadrature, Terms
-from explaind_track.engine.streaming import inner_product
 from explaind_track.engine.targets import in_float64, refuse_nan
 from explaind_track.explanation.explainer import Explainer, query_metrics
 from explaind_track.explanation.step_rows import Row
@@ -45,14 +45,11 @@ class PiecesExplainer(Explainer):
     ) -> None:
         """Raises ValueError for a query that is no differentiable scalar."""
         self._model, self._shards, self._device = model, shards, shards.device
-        self._place = {name: place for place, names in enumerate(groups.values()) for name in names}
+        self._places = {name: [one for one in own if one in shards.counted] for name, own in groups.items()}
+        self._places["elsewhere"] = [one for own in groups.values() for one in own if one not in shards.counted]
         self._memory = memory
-        self._feature: dict[str, Tensor] = {}
-        """∇f where the last step has led to: this process's pieces, in the precision that they are explained in."""
-        self._value: Tensor | None = None
-        """f there; None where it is not known."""
-        self._mark: object = None
-        """That of the step."""
+        self._start: State | None = None
+        """Of the step at hand."""
         self._rows = 1
         super().__init__(model, query, groups, keeps, parts, Quadrature.trapezoid(), memory=memory, rows_in_file=True)
 
@@ -110,7 +107,7 @@ class PiecesExplainer(Explainer):
         reshard(self._model)
         return {name: p for name, p in parameters_of(self._model).items() if p.requires_grad}
 
-    def _pass(self, chunks: Sequence[Query], take: Any) -> Tensor:
+    def _pass(self, chunks: Sequence[Query], take: Take) -> Tensor:
         """The target's value over these rows, (1, O), times the divisor of gradients; see `gradient_in_place`."""
         try:
             return upcast(whole(gradient_in_place(self._model, self._asked, self._learning, chunks, take)))
@@ -135,64 +132,49 @@ class PiecesExplainer(Explainer):
 
     def forget(self) -> None:
         """Forgets all steps."""
-        self._value = self._mark = None
+        self._carried = CarriedGradient(self._gradient_at, self._places, on_host=False)
         super().forget()
 
     def _terms(self, step: Step, parts: Sequence[str]) -> Terms:
-        if self._value is None or step.follows is not self._mark:
-            self._begin(step)
-        before, self._value = self._value, None  # where something interrupts this, nothing is known
-        assert before is not None  # known now
+        self._start = step.before
+        products, before, after = self._carried.along(step, self._chunks(), parts, rest=False, buffers_move=False)
 
-        # ½ ⟨∇f(θ_s) + ∇f(θ_{s+1}), part⟩, of this process's pieces
-        products = torch.zeros(len(parts), len(self._groups), dtype=torch.float64)
-        moved = {name for name in step.moved if name in self._shards.counted}
-
-        def end(name: str, now: Tensor | None) -> None:
-            ends = [one.reshape(-1) for one in (self._feature.pop(name, None), now) if one is not None]
-            if name in moved and ends:
-                slope = torch.stack(ends).sum(0) / 2
-                for place, rows in step.pieces(name, parts, rest=False):
-                    found = torch.stack([inner_product(slope[place], row) for row in rows])
-                    products[:, self._place[name]] += found.cpu()
-            if now is not None:
-                later[name] = now
-
-        later: dict[str, Tensor] = {}
-        value = self._gradient(end)
-        for name in list(self._feature):
-            end(name, None)
-        self._feature = later
-
-        # one sum over the processes
-        together = torch.cat([products.flatten(), value.flatten()])
+        # one sum over the processes, of what is counted here
+        counted = products[:, : len(self._groups)]
+        together = torch.cat([counted.flatten(), before.flatten(), after.flatten()])
         distributed.add_up(together)
-        influence, after = together[:-1].reshape(len(parts), -1, 1, 1), together[-1:, None]
-        terms = Terms.start(before, after, after, parts, len(self._groups), close=False, eps=self._eps)
-        terms.add(influence, torch.zeros_like(after), 1.0)
+
+        cells, ends = together[:-2], together[-2:, None, None]
+        terms = Terms.start(ends[0], ends[1], ends[1], parts, len(self._groups), close=False, eps=self._eps)
+        terms.add(cells.reshape(len(parts), -1, 1, 1), torch.zeros_like(ends[0]), 1.0)
         terms.finish()
-        self._value, self._mark = after, step.mark
         return terms
 
-    def _gradient(self, end: Any) -> Tensor:
-        """The gradient of the model as it stands: `end(name, piece)` gets each parameter's once it is whole. Returns
-        this process's share of the target's value, (1, 1) in float64."""
-        gathered: dict[str, Tensor] = {}
+    def _gradient_at(self, state: State, names: Collection[str], chunks: Sequence[Query], take: Take) -> Tensor:
+        """This process's pieces of the gradient, at the beginning of the step or where the model stands, behind it.
+        Returns this process's share of the target's value, (1, 1) in float64."""
         learning = self._learning
 
-        def take(name: str, gradient: Tensor, is_last: bool) -> None:
-            piece = upcast(local_like(gradient, learning[name]))
-            gathered[name] = gathered[name] + piece if name in gathered else piece
-            if is_last:
-                end(name, gathered.pop(name))
+        def of_pieces(name: str, gradient: Tensor, is_last: bool) -> None:
+            take(name, upcast(local_like(gradient, learning[name])).contiguous(), is_last)
 
-        with evaluation(self._model, fused=True):
-            value = self._pass(self._chunks(), take)
-        for name in list(gathered):  # which the last rows have not come to
-            end(name, gathered.pop(name))
-
+        with self._back_at(state) if state is self._start else nullcontext(), evaluation(self._model, fused=True):
+            value = self._pass(chunks, of_pieces)
         share = value.double().cpu() / self._shards.divisor
         return share if self._shards.counts_rows else torch.zeros_like(share)
+
+    @contextmanager
+    def _back_at(self, state: State) -> Iterator[None]:
+        """Within, the parameters are those of this state; behind it, bit for bit what they were."""
+        pieces = {name: local(p).detach() for name, p in self._learning.items()}
+        now = {name: piece.clone() for name, piece in pieces.items()}
+        try:
+            for name, piece in pieces.items():
+                piece.copy_(state.parameters[name])
+            yield
+        finally:
+            for name, piece in pieces.items():
+                piece.copy_(now[name])
 
     def _chunks(self) -> list[Query]:
         """The rows of each pass, as queries. Their targets are multiplied by what the sum of gradients is divided by;
@@ -204,21 +186,6 @@ class PiecesExplainer(Explainer):
             return replace(rows, target=lambda output, *labels: whole(target(output, *labels)) * factor)
 
         return [chunk(*rows) for rows in self._shards.rows(self._asked.size, self._rows)]
-
-    def _begin(self, step: Step) -> None:
-        """Finds the gradient at θ_s, with the parameters back there for one pass."""
-        self._feature = {}
-        pieces = {name: local(p).detach() for name, p in self._learning.items() if name in step.moved}
-        now = {name: piece.clone() for name, piece in pieces.items()}
-        try:
-            for name, piece in pieces.items():
-                piece.copy_(step.before.parameters[name])
-            value = self._gradient(self._feature.__setitem__)
-        finally:
-            for name, piece in pieces.items():
-                piece.copy_(now[name])
-        distributed.add_up(value)
-        self._value = value
 
     @property
     def _eps(self) -> float:

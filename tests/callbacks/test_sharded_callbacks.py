@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import xarray as xr
 from jobs import in_ranks
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from explaind_track import Influence, Quadrature, Query, Tracker
 from explaind_track.record.history import read_rows
@@ -118,9 +118,11 @@ def with_lightning(out: Path, together: bool) -> Tracker:
     trainer = lightning.Trainer(
         max_epochs=1, callbacks=[callback], accelerator="cpu", devices=RANKS if together else 1, strategy=strategy,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=out, accumulate_grad_batches=2,
+        default_root_dir=out, use_distributed_sampler=False, accumulate_grad_batches=2,
     )  # fmt: skip
-    trainer.fit(Module(), DataLoader(TensorDataset(X, Y), batch_size=3 if together else 6))
+    data = TensorDataset(X, Y)
+    share = DistributedSampler(data, shuffle=False) if together else None  # Lightning's own shuffles here
+    trainer.fit(Module(), DataLoader(data, batch_size=3 if together else 6, sampler=share))
     return callback.tracker
 
 
@@ -159,7 +161,7 @@ def test_several_processes_are_one(host: str, tmp_path: Path) -> None:
         warnings.simplefilter("ignore")  # of our host's own
         alone = HOSTS[host](tmp_path / "alone", False)
     found, wanted = Influence.load(tmp_path / "together.safetensors").data, alone.influence("test").data
-    exact = 1e-5 if host == "transformers" else 1e-9  # its losses are float32
+    exact = 1e-9 if host == "accelerate" else 1e-5  # the others compute in float32 somewhere
     for variable in ("influence", "change", "residual"):
         xr.testing.assert_allclose(found[variable], wanted[variable], rtol=exact, atol=exact / 100)
 
