@@ -26,6 +26,9 @@ pytestmark = pytest.mark.slow
 SIZES = {"8.7M": (256, 704, 8, 4_500), "60M": (512, 1536, 8, 32_000)}
 """Width, width of the MLP, layers, vocabulary of a Llama."""
 
+TINY = (64, 64, 1, 50)
+"""One that is run first, for what is imported on the way."""
+
 BATCH, LENGTH = 4, 128
 
 QUERIES = {"n/2": (2, 128), "n/16": (1, 32)}
@@ -40,7 +43,7 @@ MOST = {"n/2": 1.0, "n/16": 0.35}
 def llama(size: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    width, inner, layers, vocabulary = SIZES[size]
+    width, inner, layers, vocabulary = SIZES.get(size, TINY)
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -53,17 +56,17 @@ def llama(size: str) -> nn.Module:
 class Training:
     """AdamW on the same few sequences; tracked, or not."""
 
-    def __init__(self, size: str, query: str | None = None, groups: str = "7 groups") -> None:
+    def __init__(self, size: str, query: str | None = None, groups: str = "7 groups", memory: int = 2**28) -> None:
         self.model = llama(size)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.1)
         generator = torch.Generator().manual_seed(1)
-        self.tokens = torch.randint(SIZES[size][3], (BATCH, LENGTH), generator=generator)
+        self.tokens = torch.randint(SIZES.get(size, TINY)[3], (BATCH, LENGTH), generator=generator)
         self.tracker: Tracker | None = None
         if query is not None:
             rows, length = QUERIES[query]
-            held_out = torch.randint(SIZES[size][3], (rows, length), generator=generator)
+            held_out = torch.randint(SIZES.get(size, TINY)[3], (rows, length), generator=generator)
             queries = {"test": Query.tokens(held_out).mean()}
-            self.tracker = Tracker(self.model, self.optimizer, queries=queries, groups=GROUPS[groups])
+            self.tracker = Tracker(self.model, self.optimizer, queries=queries, groups=GROUPS[groups], memory=memory)
 
     def train(self) -> None:
         self.optimizer.zero_grad()
@@ -109,6 +112,10 @@ import torch, transformers
 from transformers import LlamaForCausalLM
 from test_llm_live_cost import Training, peak
 import explaind_track.tracking.tracker
+tiny = Training("tiny", "n/2", memory=1)
+for _ in range(2):
+    tiny.step()
+tiny.tracker.finish()
 before = peak()
 training = Training(sys.argv[2], sys.argv[3] or None)
 for _ in range(4):
