@@ -98,7 +98,8 @@ class Live:
     def _explainer(self, name: str, query: Query, memory: int) -> Explainer:
         model, groups, axes, parts = self._model, self.groups, axes_of(query), self.parts[name]
         if self._shards is not None:
-            return PiecesExplainer(model, query, groups, axes, parts, self._shards, memory)
+            on_host = self._keep_before == "host"
+            return PiecesExplainer(model, query, groups, axes, parts, self._shards, memory, on_host)
         return Explainer(
             model, query, groups, axes, parts, self.quadrature, memory=memory, rows_in_file=True,
             keep_on_host=self._keep_before == "host",

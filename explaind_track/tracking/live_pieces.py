@@ -42,12 +42,13 @@ class PiecesExplainer(Explainer):
         parts: Sequence[str],
         shards: Shards,
         memory: int,
+        on_host: bool,
     ) -> None:
-        """Raises ValueError for a query that is no differentiable scalar."""
+        """on_host: see `CarriedGradient`. Raises ValueError for a query that is no differentiable scalar."""
         self._model, self._shards, self._device = model, shards, shards.device
         self._places = {name: [one for one in own if one in shards.counted] for name, own in groups.items()}
         self._places["elsewhere"] = [one for own in groups.values() for one in own if one not in shards.counted]
-        self._memory = memory
+        self._memory, self._on_host = memory, on_host
         self._start: State | None = None
         """Of the step at hand."""
         self._rows = 1
@@ -132,7 +133,7 @@ class PiecesExplainer(Explainer):
 
     def forget(self) -> None:
         """Forgets all steps."""
-        self._carried = CarriedGradient(self._gradient_at, self._places, on_host=False)
+        self._carried = CarriedGradient(self._gradient_at, self._places, self._on_host)
         super().forget()
 
     def _terms(self, step: Step, parts: Sequence[str]) -> Terms:

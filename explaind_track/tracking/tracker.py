@@ -97,9 +97,9 @@ class Tracker(StepCalls, Findings, Lifetime):
         """Makes ready to watch; nothing is written where an argument is wrong.
 
         Args:
-            model: The module that is trained, or the DistributedDataParallel around it; then every process makes a
-                Tracker, with the same arguments, and the one of rank zero explains, shows and records for all: `run`,
-                `trajectory` and what the Tracker is asked for count there alone.
+            model: The module that is trained, whole or in pieces (`fully_shard`), or the DistributedDataParallel around
+                it. Of several processes, each makes a Tracker, with the same arguments, and that of rank zero shows and
+                records for all: `run` and what it is asked for count there alone.
             optimizer: The optimizer of its parameters, on their device; as Accelerate or Lightning wraps it, too.
             queries: By name. The first owns the plain panels (`kernel/decoder`), the others prefix theirs with their
                 name; losses are shown by their signed change (`loss/kernel/decoder` for the first of them). None at
