@@ -45,7 +45,19 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model or a module of it is compiled, by `torch.compile(module)` or `module.compile()`."""
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modules_of(model))
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """The model and all modules in it, each once; by no generators in each other, since every step asks for them."""
+    found = {id(model): model}
+    waiting = [model]
+    for module in waiting:
+        for child in module._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return waiting
 
 
 @contextmanager
@@ -66,9 +78,10 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def keeping_modes(model: nn.Module) -> Iterator[None]:
     """Gives every module its own mode back, training or not, at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules_of(model)]
     try:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode

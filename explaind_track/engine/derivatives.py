@@ -297,7 +297,8 @@ def _basis(output: Tensor) -> Tensor:
 
 
 def _stacked(rows: list[Tensor | None], like: Tensor) -> Tensor:
-    return torch.stack([torch.zeros_like(like) if row is None else row for row in rows]).detach()
+    filled = [torch.zeros_like(like) if row is None else row for row in rows]
+    return (filled[0].unsqueeze(0) if len(filled) == 1 else torch.stack(filled)).detach()
 
 
 def _leaves(primals: Tensors) -> dict[str, Tensor]:

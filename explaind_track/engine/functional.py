@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from explaind_track.core.modules import keeping_modes, parameters_of, uncompiled
+from explaind_track.core.modules import keeping_modes, modules_of, parameters_of, uncompiled
 from explaind_track.core.rng import replayed_random_state
 from explaind_track.core.step import State
 from explaind_track.core.tensors import Tensors, low_precision
@@ -45,8 +45,9 @@ def evaluation(model: nn.Module, fused: bool = False) -> Iterator[None]:
     """The model as queries see it: in eval mode. Every module gets its own mode back. fused: see
     `differentiable_attention`."""
     with keeping_modes(model), differentiable_attention(fused):
-        for module in model.modules():
-            module.training = False
+        for module in modules_of(model):
+            if module.training:
+                module.training = False
         yield
 
 
