@@ -5,7 +5,7 @@ resampling seeds, and blocks within each; p-values from series whose blocks have
 signs, of each seed apart, put together over the seeds by Stouffer's rule; Holm's correction is over all claims.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -163,6 +163,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     corrected: list[float] = multipletests(p_values, method="holm")[1].tolist()
     return corrected
+
+
+def judged(tested: Mapping[str, Evidence]) -> list[dict[str, Any]]:
+    """A row for each claim, Holm's correction over all of them."""
+    corrected = holm([evidence.p for evidence in tested.values()])
+    return [
+        {
+            "claim": claim,
+            "estimate": evidence.estimate,
+            "low": evidence.low,
+            "high": evidence.high,
+            "p after Holm": p,
+            "verdict": evidence.verdict(p),
+        }
+        for (claim, evidence), p in zip(tested.items(), corrected, strict=True)
+    ]
 
 
 def detrended(values: Values, width: int) -> Values:

@@ -153,9 +153,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     full = []
     for row in rows:
         estimate = f"{row['estimate']:.2g} [{row['low']:.2g}, {row['high']:.2g}]"
-        p, seeds = f"{row['p after Holm']:.2g}", str(len(row["seeds"]))
+        p, seeds = f"{row['p after Holm']:.2g}", f"{sum(value > 0 for value in row['by seed'])} of {len(row['seeds'])}"
         full.append((row["claim"], row["quantity"], row["statistic"], estimate, p, seeds, row["verdict"]))
-    header = ("claim", "of what", "statistic, above 0 if it holds", "mean over seeds [95%]", "p (Holm)", "seeds", "")
+    header = (
+        "claim",
+        "of what",
+        "statistic, above 0 if it holds",
+        "mean over seeds [95%]",
+        "p (Holm)",
+        "seeds above 0",
+        "",
+    )
     return f"{_table(('claim', 'verdict, by what is measured'), short)}\n{_table(header, full)}"
 
 

@@ -24,7 +24,7 @@ from explaind_track import Quadrature, Query, explain
 from explaind_track.analysis import accuracy_curve, step_scores
 from explaind_track.core.tables import table
 from recipes import images
-from recipes.block_statistics import holm, of_numbers
+from recipes.block_statistics import judged, of_numbers
 from recipes.common import (
     Run,
     configure,
@@ -131,15 +131,14 @@ def judge(found: Sequence[Mapping[str, xr.Dataset]]) -> list[dict[str, Any]]:
     paper = [agreement(curves, "change of the loss (paper)", 0.6) for curves in found]
     together = [agreement(curves, "greedy", 0.2) for curves in found]
     differences = [ours - theirs for ours, theirs in zip(together, paper, strict=True)]
-    tested = {
-        "60% of the steps, by the change of the loss, agree on 95% (less 0.95)": of_numbers([v - 0.95 for v in paper]),
-        "20% chosen together agree better than those 60% (difference)": of_numbers(differences),
-    }
-    corrected = holm([evidence.p for evidence in tested.values()])
-    return [
-        {"claim": claim, "estimate": evidence.estimate, "low": evidence.low, "high": evidence.high, "p": p}
-        for (claim, evidence), p in zip(tested.items(), corrected, strict=True)
-    ]
+    return judged(
+        {
+            "60% of the steps, by the change of the loss, agree on 95% (less 0.95)": of_numbers(
+                [v - 0.95 for v in paper]
+            ),
+            "20% chosen together agree better than those 60% (difference)": of_numbers(differences),
+        }
+    )
 
 
 def draw(curves: Mapping[str, Mapping[str, Any]], kept: Sequence[float]) -> "Figure":
