@@ -31,7 +31,7 @@ from explaind_track.engine.memory import MEMORY
 from explaind_track.engine.path_integral import Quadrature, require_quadrature
 from explaind_track.engine.per_sample import PerSampleGradients
 from explaind_track.engine.targets import fitted_query, output_count, some_outputs
-from explaind_track.explanation.sample_axis import Array, Data, SampleAxis, choose_samples
+from explaind_track.explanation.sample_axis import Array, Data, SampleAxis, choose_samples, chosen_rows
 from explaind_track.explanation.step_source import RepeatableSteps, StepSource, Window
 from explaind_track.record.trajectory import Trajectory
 
@@ -195,6 +195,8 @@ def _own_gradients(step: Step, samples: SampleAxis, chunk: slice, per_sample: Pe
         mine = (places >= chunk.start) & (places < chunk.stop)
         if not bool(mine.any()):
             continue
+        if not bool(mine.all()) and per_sample.stands_alone(step.before, batch):
+            batch, places, mine = chosen_rows(batch, mine), places[mine], mine[mine]
 
         for rows, gradients in per_sample.gradients(step.before, batch):
             here = mine[rows].nonzero()[:, 0]

@@ -19,13 +19,13 @@ from torch import Tensor
 from explaind_track.core import distributed
 from explaind_track.core.groups import Groups
 from explaind_track.core.step import Batch, Step
-from explaind_track.core.tensors import Tensors, tree_take
+from explaind_track.core.tensors import Tensors
 from explaind_track.core.update import Update
 from explaind_track.engine.features import Features
 from explaind_track.engine.path_integral import Nodes
 from explaind_track.engine.per_sample import PerSampleGradients
 from explaind_track.errors import SampleMismatchWarning
-from explaind_track.explanation.sample_axis import Array, SampleAxis
+from explaind_track.explanation.sample_axis import Array, SampleAxis, chosen_rows
 from explaind_track.explanation.tiles import Tile
 
 
@@ -246,7 +246,7 @@ class ReverseSweep:
             if not bool(chosen.any()):
                 continue
             if not bool(chosen.all()) and self._gradients.stands_alone(step.before, batch):
-                batch, places = _rows(batch, chosen), places[chosen]
+                batch, places = chosen_rows(batch, chosen), places[chosen]
             total += self._add_batch(step, batch, places, share, directions, target)
 
         self._complete &= complete
@@ -307,12 +307,3 @@ def _own_share(places: Tensor) -> Tensor:
     """The places of the samples that this process does; −1 for all others."""
     mine = (places >= 0).nonzero()[distributed.rank() :: distributed.processes(), 0]
     return torch.full_like(places, -1).index_copy(0, mine, places[mine])
-
-
-def _rows(batch: Batch, chosen: Tensor) -> Batch:
-    """The chosen samples of a batch."""
-    where = chosen.nonzero()[:, 0]
-    assert batch.index is not None  # looked at before work started
-    weight = batch.weight[where.to(batch.weight.device)] if isinstance(batch.weight, Tensor) else batch.weight
-    data = tree_take(batch.data, where)
-    return Batch(len(where), weight, batch.index[where.to(batch.index.device)], data, batch.random_state)

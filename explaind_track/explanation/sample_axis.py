@@ -10,7 +10,7 @@ from torch import Tensor
 
 from explaind_track.core.checks import require_names, whole_numbers, words
 from explaind_track.core.step import Batch, Step, number_of_id
-from explaind_track.core.tensors import cuts, tree_map, tree_rows
+from explaind_track.core.tensors import cuts, tree_map, tree_rows, tree_take
 from explaind_track.engine.batch_losses import SampleLoss, upcast_batch
 from explaind_track.explanation.digests import Digest
 from explaind_track.explanation.step_source import RepeatableSteps
@@ -70,6 +70,15 @@ def with_data(batch: Batch, data: Data | None, device: torch.device) -> Batch:
     if tree_rows(samples) != batch.size:
         raise ValueError(f"data(index) gave {tree_rows(samples)} samples for {batch.size} indices")
     return replace(batch, data=samples)
+
+
+def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
+    """The chosen samples of a batch, (N,) true or false."""
+    where = chosen.nonzero()[:, 0]
+    assert batch.index is not None  # looked at before work started
+    weight = batch.weight[where.to(batch.weight.device)] if isinstance(batch.weight, Tensor) else batch.weight
+    data = tree_take(batch.data, where)
+    return Batch(len(where), weight, batch.index[where.to(batch.index.device)], data, batch.random_state)
 
 
 def choose_samples(
