@@ -21,6 +21,9 @@ from explaind_track.core.step import SHARES
 Nodes = tuple[tuple[float, float], ...]
 """Pairs of a time t in [0, 1] and its weight; the weights add up to 1."""
 
+ACCURACIES = ("live", "1e-2", "1e-3")
+"""From the cheapest to the most exact."""
+
 
 @dataclass(frozen=True)
 class Quadrature:
@@ -88,6 +91,25 @@ class Quadrature:
             Quadrature(tolerance=0.0, nodes=4, max_nodes=4, rule='gauss-legendre')
         """
         return cls(tolerance=0.0, nodes=nodes, max_nodes=nodes)
+
+    @classmethod
+    def of(cls, accuracy: str) -> "Quadrature":
+        """The rule of an `accuracy` as `explain` takes it.
+
+        Args:
+            accuracy: "live", one node a step, which is what a Tracker takes and costs least; "1e-2" or "1e-3", as many
+                nodes as leave so much of each step's change over, from one on, and at most 64.
+
+        Raises:
+            ValueError: For another accuracy.
+
+        Example:
+            >>> from explaind_track import Quadrature
+            >>> Quadrature.of("1e-2").tolerance, Quadrature.of("live").max_nodes
+            (0.01, 1)
+        """
+        require_one_of("accuracy=", accuracy, ACCURACIES)
+        return cls.fixed(1) if accuracy == "live" else cls(tolerance=float(accuracy))
 
     @classmethod
     def trapezoid(cls) -> "Quadrature":

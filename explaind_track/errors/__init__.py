@@ -17,6 +17,7 @@ __all__ = [
     "NonFiniteError",
     "ReplayWarning",
     "RerunWarning",
+    "ResidualWarning",
     "ResumeWarning",
     "SampleMismatchWarning",
     "StaleTrackerWarning",
@@ -117,6 +118,14 @@ class UncheckedContentWarning(UserWarning):
 
     Given by `explain(out=…)`, which compares what is asked with what the directory holds the answer to. Name a new
     directory whenever that content is another, or pass what it stands for as tensors, arrays or plain Python values.
+    """
+
+
+class ResidualWarning(UserWarning):
+    """The split of some steps leaves more than half of their change over, so that it says little of parts and groups.
+
+    Given by `explain` for steps whose nodes are too few: networks with kinks, large learning rates, `accuracy="live"`
+    early in training. `accuracy="1e-2"` takes as many as are needed; `Influence.residual` tells what is left.
     """
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import partial
 from os import PathLike
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from torch import nn
 
@@ -24,6 +24,8 @@ from explaind_track.explanation.sample_plan import SamplePlan
 from explaind_track.explanation.step_source import StepSource, Window
 from explaind_track.record.trajectory import Trajectory
 
+Accuracy = Literal["live", "1e-2", "1e-3"]
+
 
 class ExplainOptions(TypedDict, total=False):
     """What can be said to `explain` and `plan_explanation` beside steps, model and query; `explain` tells of each."""
@@ -32,6 +34,7 @@ class ExplainOptions(TypedDict, total=False):
     keep: Sequence[str]
     parts: Sequence[str] | None
     window: Window | None
+    accuracy: Accuracy | None
     quadrature: Quadrature | None
     close: bool
     memory: int
@@ -66,7 +69,11 @@ def explain(
             optimizer did to the weights since the step before (clamps, masks, copies, another optimizer).
         window: `(first, last)`, steps first ≤ s < last; None: all. What changed the model behind the run's last step is
             an entry of its own, numbered like the step that would follow, in windows that end there.
-        quadrature: How each step is integrated; None: until the residual is at most 1e-3, with at most 64 nodes.
+        accuracy: How much of each step's change may be left over. "live": what one node leaves, as in a Tracker's
+            panels, which is enough for sums over many steps and costs least; "1e-2" and "1e-3" begin with that node and
+            double it until the residual is so small, up to 64 nodes, as networks with kinks (ReLU) may need. None:
+            "1e-3".
+        quadrature: How each step is integrated, in the place of `accuracy`, for nodes or tolerances of one's own.
         close: Share the remainder out over parts and groups, so that sums are exact; `residual` stays as it was.
         memory: Bytes that passes may take (2**28 if not given), beside θ_s(t), one direction (a copy of the parameters
             of a group) and the result: queries, outputs and directions are cut into chunks that fit, and of the ways to
@@ -74,7 +81,7 @@ def explain(
             Where the directions of a reverse pass do not fit (models of more than 13 million parameters, if not given)
             and the query is reduced to one target, or to few, the streaming plan is taken: a backward pass whose
             gradients are multiplied and dropped one by one, with sums and the query's target in float64.
-        progress: False: show no bar.
+        progress: False: show no bar, and say nothing of work that will take more than a minute.
         out: A directory for a result that is larger than the memory: it is written there piece by piece, and an
             interrupted call goes on when it is made again. `open_influence` opens it later.
         sample_loss: For the axis "sample": `(model, batch)` → unreduced losses (N,); the model in the mode that it was
@@ -138,6 +145,7 @@ def plan_explanation(
     keep: Sequence[str] = ("step", "group"),
     parts: Sequence[str] | None = None,
     window: Window | None = None,
+    accuracy: Accuracy | None = None,
     quadrature: Quadrature | None = None,
     close: bool = False,
     memory: int = MEMORY,
@@ -182,6 +190,10 @@ def plan_explanation(
     source = StepSource.of(steps, model, window)
     require_query(query)
     require_quadrature(quadrature)
+    if accuracy is not None:
+        if quadrature is not None:
+            raise ValueError("accuracy= and quadrature= both say how finely steps are integrated: pass one of them")
+        quadrature = Quadrature.of(accuracy)
     keep = require_names("keep=", keep, "axis", some=False)
     parts = None if parts is None else require_names("parts=", parts, "part")
     memory = require_int("memory= (bytes)", memory, 1)

@@ -153,6 +153,7 @@ class Explainer:
             "max_nodes": rule.max_nodes,
             **({"rule": rule.rule} if rule.is_trapezoid else {}),
             "closed": int(self.close),
+            "mode": self.integrator.mode,
             "torch": torch.__version__,
             "explaind_track": version("explaind_track"),
         }

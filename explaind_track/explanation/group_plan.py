@@ -1,6 +1,7 @@
 """Plans and runs `explain` over steps, groups, queries and outputs: everything that needs no single sample."""
 
 import math
+import warnings
 from collections.abc import Callable
 from os import PathLike
 
@@ -13,11 +14,15 @@ from explaind_track.core.influence import Influence
 from explaind_track.core.modules import parameters_of
 from explaind_track.core.tensors import cuts, explained_bytes, explained_type
 from explaind_track.engine.targets import output_count
+from explaind_track.errors import ResidualWarning
 from explaind_track.explanation.digests import model_digest, query_digest, told_apart
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.explanation.plan import ExplanationPlan, timed
 from explaind_track.explanation.step_source import StepSource
 from explaind_track.record.results import Store
+
+RESIDUAL_LIMIT = 0.5
+"""Of the change, what a split may leave over before it says little."""
 
 
 class GroupPlan(ExplanationPlan):
@@ -85,6 +90,13 @@ class GroupPlan(ExplanationPlan):
         return self.steps * (replay + timed(lambda: explainer.add(step))) / distributed.processes()
 
     def compute(self) -> Influence:
+        found = self._compute()
+        whole = self._example.integrator.wanted_parts is None  # else what is left has parts that nobody asked for
+        if whole and not self._example.close and distributed.rank() == 0:
+            warn_of_residuals(found)
+        return found
+
+    def _compute(self) -> Influence:
         if self.out is None:
             return self._in_memory()
         if distributed.processes() > 1:
@@ -186,3 +198,22 @@ class GroupPlan(ExplanationPlan):
             "quadrature": rule.settings,
             "memory": self._memory,
         }
+
+
+def warn_of_residuals(influence: Influence) -> None:
+    """Warns with ResidualWarning where steps leave more than half of the change over, and more than rounding."""
+    residual, floor = np.atleast_1d(influence.residual.values), np.atleast_1d(influence.data["residual_floor"].values)
+    large = (residual > RESIDUAL_LIMIT) & (residual > 2 * floor)
+    if not large.any():
+        return
+    worst = int(residual.argmax())
+    steps = influence.data["step"].values if "step" in influence.data.coords else None
+    where = "the window" if steps is None else f"{large.sum()} of {len(steps)} steps (most: step {steps[worst]})"
+    nodes = int(np.max(influence.data["nodes"].values))
+    warnings.warn(
+        f"the split of {where} leaves {residual[worst]:.2g} of the change over, with {nodes} node(s): what it says of "
+        'parts and groups there is little. accuracy="1e-2" takes as many nodes as that needs, '
+        "Quadrature(tolerance=…, max_nodes=…) more; close=True shares the rest out",
+        ResidualWarning,
+        stacklevel=5,
+    )

@@ -1,13 +1,20 @@
 """What an explanation will take, before it starts: passes, memory and time; and the refusal of what does not fit."""
 
 import os
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from os import PathLike
 from time import perf_counter
 
+from tqdm.auto import tqdm
+
+from explaind_track.core import distributed
 from explaind_track.core.influence import Influence
 from explaind_track.core.summary import Summarized, Summary, sizes_in_words
+
+WORTH_TRYING = 50
+"""Steps from which on one or two are tried beforehand."""
 
 
 class ExplanationPlan(Summarized):
@@ -63,7 +70,22 @@ class ExplanationPlan(Summarized):
         """
         if self.out is None:
             self._refuse_what_does_not_fit()
+        if self.progress and self.steps >= WORTH_TRYING and distributed.rank() == 0:
+            self._tell_of_long_work()
         return self.compute()
+
+    def _tell_of_long_work(self) -> None:
+        """Says what is about to be done where that takes more than a minute, as long as one knows before."""
+        try:
+            seconds = self.seconds()
+        except ValueError:  # of steps that pass by only once
+            return
+        if seconds > 60:
+            tqdm.write(
+                f'explain: {self.steps:,} steps in {self.mode} will take about {_duration(seconds)}; accuracy="live" '
+                "takes least, and window=(first, last) fewer steps",
+                file=sys.stderr,
+            )
 
     def describe(self) -> str:
         """Tells passes, memory and time in words. Takes as long as a few steps do, since it tries them.

@@ -16,13 +16,16 @@ from explaind_track import (
     Influence,
     Quadrature,
     Query,
+    StepObserver,
     Trajectory,
     explain,
     open_influence,
     plan_explanation,
 )
+from explaind_track.errors import ResidualWarning
 from explaind_track.explanation import plan
 from explaind_track.explanation.digests import query_digest
+from explaind_track.explanation.group_plan import GroupPlan
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,54 @@ def test_a_plan_tells_the_shape_and_does_it(recorded: tuple[Job, Path], keep: tu
         assert f"{size} {axis}" in words
     assert plan.seconds() > 0
     assert plan.steps >= 8
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "quadrature"),
+    [("live", Quadrature.fixed(1)), ("1e-2", Quadrature(1e-2)), ("1e-3", Quadrature()), (None, Quadrature())],
+)
+def test_accuracies_are_quadratures(recorded: tuple[Job, Path], accuracy: Any, quadrature: Quadrature) -> None:
+    job, directory = recorded
+    asked = (Trajectory.open(directory), job.model, job.queries["query"])
+    found = explain(*asked, accuracy=accuracy, progress=False)
+    xr.testing.assert_identical(found.data, explain(*asked, quadrature=quadrature, progress=False).data)
+    assert found.data.attrs["mode"] in ("forward mode", "reverse mode")
+    with pytest.raises(ValueError, match="accuracy= and quadrature= both"):
+        explain(*asked, accuracy="live", quadrature=quadrature)
+    with pytest.raises(ValueError, match=r"accuracy=.*live.*1e-2.*1e-3"):
+        explain(*asked, accuracy="1e-4")  # type: ignore[arg-type]
+
+
+def test_long_work_is_told_of_before_it_starts(
+    recorded: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job, directory = recorded
+    asked = (Trajectory.open(directory), job.model, job.queries["query"])
+    monkeypatch.setattr(plan, "WORTH_TRYING", 10)
+    for seconds, is_told in ((59.0, False), (600.0, True)):
+        monkeypatch.setattr(GroupPlan, "seconds", lambda self, seconds=seconds: seconds)
+        for progress in (True, False):
+            explain(*asked, accuracy="live", progress=progress)
+            told = capfd.readouterr().err
+            assert ("10 steps in forward mode will take about 10 min" in told) is (is_told and progress)
+
+
+def test_steps_that_leave_most_of_their_change_over_are_warned_of() -> None:
+    """ReLU(w·x) with w from −3 to 1: the one node lies where the unit is off."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.ReLU()).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    observer, weight = StepObserver(optimizer, dict(model.named_parameters())), model.get_parameter("0.weight")
+    weight.data.fill_(-3.0)
+    weight.grad = torch.full_like(weight, -4.0)
+    observer.before({})
+    optimizer.step()
+    asked = ([observer.after(0, {})], model, Query.outputs(torch.ones(1, 1, dtype=torch.float64)))
+
+    for keep in (("step", "group"), ("group",)):
+        with pytest.warns(ResidualWarning, match=r'leaves 1 of the change over, with 1 node.*accuracy="1e-2"'):
+            explain(*asked, accuracy="live", keep=keep, progress=False)
+    explain(*asked, accuracy="1e-2", progress=False)
+    explain(*asked, accuracy="live", parts=("regularization",), progress=False)  # the rest was not asked for
 
 
 def test_walks_multiply_as_the_memory_shrinks(recorded: tuple[Job, Path]) -> None:
