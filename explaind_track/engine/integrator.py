@@ -12,7 +12,7 @@ from explaind_track.core.groups import Groups
 from explaind_track.core.modules import buffers_of, parameters_of
 from explaind_track.core.queries import Query
 from explaind_track.core.step import PARTS, SHARES, Change, State, Step
-from explaind_track.core.tensors import Tensors, explained_bytes, explained_type, size_in_bytes
+from explaind_track.core.tensors import explained_bytes, explained_type, size_in_bytes
 from explaind_track.engine.carried_gradient import CarriedGradient
 from explaind_track.engine.directions import DirectionalDerivatives, Wanted, derivatives_by
 from explaind_track.engine.functional import Functional, evaluation, writable
@@ -20,6 +20,7 @@ from explaind_track.engine.live_gradients import Take, gradient_at
 from explaind_track.engine.memory import MEMORY, QueryChunks
 from explaind_track.engine.path_integral import Nodes, Quadrature, Terms
 from explaind_track.engine.plan_choice import Counts, Way, choose
+from explaind_track.engine.step_predictions import StepPredictions, buffers_moved
 from explaind_track.engine.streaming import StreamingDerivatives, streamed
 from explaind_track.engine.targets import in_float64, output_count, target_of
 
@@ -55,7 +56,7 @@ class Integrator:
         self.quadrature = quadrature or Quadrature()
         self.wanted_parts = parts
         self._terms_chunk = microbatch
-        self._predictions = _Predictions(self.functional)
+        self.predictions = StepPredictions(self.functional)
         self._carried = CarriedGradient(self._gradient_at, groups, keep_on_host)
 
     @cached_property
@@ -71,11 +72,16 @@ class Integrator:
             reduced=self.query.reduction is not None,
             parts=parts,
             groups=len(self.groups),
-            parameters=explained_bytes(parameters_of(self.functional.model)),
+            parameters=self._parameters,
             activations=self._of_one[0],
             operations=self._of_one[1],
             memory=self.memory,
         )
+
+    @cached_property
+    def _parameters(self) -> int:
+        """Bytes of the parameters."""
+        return explained_bytes(parameters_of(self.functional.model))
 
     @cached_property
     def _of_one(self) -> tuple[int, int]:
@@ -319,9 +325,7 @@ class Integrator:
 
     def _start(self, step: Change, together: Sequence[Chunk], parts: Sequence[str], close: bool) -> Terms:
         """Terms without influences, for these chunks."""
-        predictions = [
-            self._predictions.of(step, start, chunk, target_of(self._asked, chunk)) for start, chunk in together
-        ]
+        predictions = [self.predictions.of(step, start, self._asked, chunk, self.streams) for start, chunk in together]
         before, moved, after = (sum(more, first) for first, *more in zip(*predictions, strict=True))
 
         return Terms.start(before, moved, after, parts, len(self.groups), close, self._eps(step, before))
@@ -331,37 +335,3 @@ class Integrator:
         if self.streams:  # a target in float64 knows the model's output to the parameters' precision only
             return max(torch.finfo(value.dtype).eps for value in step.before.parameters.values())
         return torch.finfo(prediction.dtype).eps
-
-
-class _Predictions:
-    """The predictions at both ends of the step at hand, each computed once: where a step follows on the one before,
-    it starts from that one's last."""
-
-    def __init__(self, functional: Functional) -> None:
-        self._functional = functional
-        self._mark: object = None
-        self._now: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self._known: dict[tuple[int, int], Tensor] = {}
-
-    def of(self, step: Change, start: int, chunk: Query, target: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...]:
-        """f(θ_s, b_s), f(θ_{s+1}, b_s) and f(θ_{s+1}, b_{s+1}) for the chunk of queries from row `start` on."""
-        if step.mark is not self._mark:
-            follows = step.follows is not None and step.follows is self._mark
-            self._known = {rows: after for rows, (_, _, after) in self._now.items()} if follows else {}
-            self._now, self._mark = {}, step.mark
-
-        rows = (start, chunk.size)
-        if rows not in self._now:
-            value = self._functional.value
-            before = self._known.pop(rows) if rows in self._known else value(step.before, target)
-            stays = step.after is step.before
-            moved = before if stays else value(step.point(1), target)
-            self._now[rows] = before, moved, value(step.after, target) if buffers_moved(step) else moved
-        return self._now[rows]
-
-
-def buffers_moved(step: Change) -> bool:
-    """Whether the step changed any of the model's buffers (the running statistics of batch norm, say)."""
-    before: Tensors = step.before.buffers
-    after: Tensors = step.after.buffers
-    return any(before[name] is not after[name] and not torch.equal(before[name], after[name]) for name in before)

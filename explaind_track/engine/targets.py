@@ -20,12 +20,13 @@ FLOAT64_BYTES = 2**24
 """Of a model's output, what goes through the target in float64 at a time."""
 
 
-def target_of(query: Query, chunk: Query) -> Callable[[nn.Module], Tensor]:
-    """The targets of a chunk of the query, (x, O); where the query is reduced, the chunk's share of them, (1, O)."""
+def target_of(query: Query, chunk: Query) -> Callable[..., Tensor]:
+    """The targets of a chunk of the query, (x, O), of the model or of its output, if that is known; where the query is
+    reduced, the chunk's share of them, (1, O)."""
     if query.reduction is None:
         return chunk
     scale = 1.0 if query.reduction == "sum" else 1.0 / query.size
-    return lambda model: chunk(model).sum(0, keepdim=True) * scale
+    return lambda model, output=None: chunk(model, output).sum(0, keepdim=True) * scale
 
 
 def in_float64(query: Query) -> Query:

@@ -17,6 +17,7 @@ from explaind_track.core.step import Step
 from explaind_track.core.switches import keeping_switches
 from explaind_track.core.tensors import low_precision, upcast
 from explaind_track.engine.path_integral import Quadrature
+from explaind_track.engine.step_predictions import share_outputs
 from explaind_track.explanation.explainer import Explainer
 from explaind_track.record import history
 from explaind_track.tracking.live_pieces import PiecesExplainer
@@ -82,6 +83,8 @@ class Live:
         self.explainers = {name: self._explainer(name, query, memory) for name, query in queries.items()}
         if quadrature is None and shards is None:
             self._choose_trapezoid()
+        integrators = [explainer.integrator for explainer in self.explainers.values()]
+        share_outputs((integrator.query, integrator.predictions) for integrator in integrators)
         self._scores: Callable[[], ParameterScores] | None = None
         if scores is not None:
             scored = self.explainers[scores].integrator.query

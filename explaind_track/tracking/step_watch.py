@@ -14,7 +14,7 @@ from explaind_track.core.modules import buffers_of
 from explaind_track.core.observer import StepObserver
 from explaind_track.core.step import Batch, Step
 from explaind_track.core.tensors import Tensors, same_bits
-from explaind_track.engine.integrator import buffers_moved
+from explaind_track.engine.step_predictions import buffers_moved
 from explaind_track.errors import NonFiniteError
 from explaind_track.record.writer import TrajectoryWriter
 from explaind_track.tracking.ddp import Ranks

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from explaind_track.core.step import Step
 from explaind_track.core.tensors import Tensors
-from explaind_track.engine.integrator import buffers_moved
+from explaind_track.engine.step_predictions import buffers_moved
 from explaind_track.record.replay import Replay
 from explaind_track.record.trajectory import Trajectory
 from explaind_track.record.writer import TrajectoryWriter
