@@ -34,7 +34,7 @@ def pass_size(functional: Functional, state: State, function: Callable[[nn.Modul
         if tensor.data_ptr() not in known:
             operations += 1
             kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach()  # an output that is saved as it is holds its graph, and so itself, for good
 
     parameters = {name: value.detach().requires_grad_() for name, value in state.parameters.items()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

@@ -132,7 +132,7 @@ def peak() -> float:
 
 
 def measured(*arguments: str) -> dict[str, Any]:
-    environment = child_environment() | {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # so that what is freed is given back
+    environment = child_environment() | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # so that what is freed is given back
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1]), *arguments]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return dict(json.loads(found.stdout.splitlines()[-1]))
@@ -148,7 +148,7 @@ def query_activations(size: str, query: str) -> float:
     def count(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in known:
             kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         output = model(input_ids=tokens, labels=tokens)

@@ -1,5 +1,6 @@
 """Forward and reverse mode, whole and in chunks, with and without the derivatives that an operation lacks."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf
@@ -248,6 +249,15 @@ def test_activation_bytes_grow_with_rows(make: Callable[[], nn.Module]) -> None:
     )
     assert small >= 10 * 4 * (3 + 4 + 3)  # input, hidden and output, at least
     assert 50 * small < large <= 100 * small
+
+
+def test_measuring_activations_leaves_none_of_them() -> None:
+    """A softmax keeps its output for its backward pass, which a hook that returns it as it is would hold for good."""
+    model, alive = nn.Sequential(nn.Linear(3, 4), nn.Softmax(1)), []
+    model.register_forward_hook(lambda _module, _inputs, output: alive.append(weakref.ref(output)))
+    activation_bytes(Functional(model), state_of(model), Query.outputs(torch.randn(5, 3)))
+    assert len(alive) == 1
+    assert alive[0]() is None
 
 
 @cases("adamw", "attention-adamw", "convolution-adamw", "tied-adamw", "encoder-adamw")
