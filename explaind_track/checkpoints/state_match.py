@@ -20,7 +20,7 @@ SIDE = 64
 """Columns of a tensor that are compared, and rows; more rows where there are fewer columns."""
 FALSE_ALARM = 0.01
 """The chance, among the tensors of one shape, that a right state is called another's: over all their pairs, by
-Student's distribution. `tests/benchmarks/test_state_match.py` says what that comes to."""
+Student's distribution. `tests/benchmarks/test_states_told_apart.py` says what that comes to."""
 AGREEING = 1.0
 """Standard errors by which the pattern within the tensors has to fit better as well, whatever their sizes are: these
 move together while a run begins, so that another's state may fit better by its size alone."""

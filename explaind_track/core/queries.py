@@ -147,8 +147,8 @@ class Query(QueryBase):
             ...     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
             ...     return {"input": padded.clamp(min=0), "labels": padded}
             >>> query = Query.from_dataset(dataset, collate)
-            >>> query, query.labels[0].tolist()
-            (Query: loss of each token of 2 inputs, their mean, [[1, 2], [4, -100]])
+            >>> len(query), query.labels[0].tolist()
+            (1, [[1, 2], [4, -100]])
         """
         batch = first_batch(dataset, collator, require_int("rows=", rows, 1))
         labels = batch["labels"]

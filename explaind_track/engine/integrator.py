@@ -27,9 +27,10 @@ from explaind_track.engine.targets import in_float64, output_count, target_of
 Chunk = tuple[int, Query]
 """Some of the query's inputs: the row of the first, and the query of them alone."""
 
-
 OWN_PARTS = ("kernel", "regularization")
 """The parts of a step that has no other: what the counts are taken of before one is seen."""
+
+CARRIED = "streaming reverse mode: one pass at each step's end, whose gradient serves the next step too"
 
 
 class Integrator:
@@ -115,7 +116,7 @@ class Integrator:
     def mode(self) -> str:
         """How steps are differentiated, in words."""
         if self.carries:
-            return "streaming reverse mode: one pass at each step's end, whose gradient serves the next step too"
+            return CARRIED
         if self.streams:
             return "streaming reverse mode: gradients are multiplied and dropped parameter by parameter"
         return f"{self.way} mode"

@@ -144,6 +144,11 @@ class Explainer:
         nodes = self.integrator.nodes(step.outside)
         return dict(self.integrator.terms(step.outside, nodes, self.close)), nodes
 
+    @property
+    def mode(self) -> str:
+        """How steps are differentiated, in words."""
+        return self.integrator.mode
+
     def results(self) -> list[Influence]:
         """One influence for each choice of kept axes, over the steps so far."""
         rule = self.integrator.quadrature
@@ -153,7 +158,7 @@ class Explainer:
             "max_nodes": rule.max_nodes,
             **({"rule": rule.rule} if rule.is_trapezoid else {}),
             "closed": int(self.close),
-            "mode": self.integrator.mode,
+            "mode": self.mode,
             "torch": torch.__version__,
             "explaind_track": version("explaind_track"),
         }

@@ -22,6 +22,7 @@ from explaind_track.core.step import State, Step
 from explaind_track.core.tensors import explained_type, upcast
 from explaind_track.engine.carried_gradient import CarriedGradient
 from explaind_track.engine.functional import evaluation
+from explaind_track.engine.integrator import CARRIED
 from explaind_track.engine.live_gradients import Take, gradient_in_place
 from explaind_track.engine.memory import CPU_PASS
 from explaind_track.engine.path_integral import Quadrature, Terms
@@ -130,6 +131,11 @@ class PiecesExplainer(Explainer):
         rows = [accumulator.end() for accumulator in self.accumulators]
         self.residual = next((float(row["residual"]) for row in rows if row), float("nan"))
         return rows
+
+    @property
+    def mode(self) -> str:
+        """Without a pass of the model, which one process alone cannot take."""
+        return f"{CARRIED}; of parameters in pieces"
 
     def forget(self) -> None:
         """Forgets all steps."""

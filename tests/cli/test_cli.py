@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> Path:
     """A finished run of 9 steps without W&B, in `one/trajectory`."""
     job = make_job()
     tracker = job.tracker(trajectory=tmp_path / "one" / "trajectory", keyframe_every=4, samples_every=8, map_queries=2)
-    job.run(tracker, 9, per_sample=True)
+    job.run(tracker, 9)
     tracker.finish()
     return tmp_path / "one"
 

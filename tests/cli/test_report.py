@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 9 steps without W&B, in `one/trajectory`."""
     job, place = make_job(), tmp_path_factory.mktemp("runs") / "one"
     tracker = job.tracker(trajectory=place / "trajectory", keyframe_every=4, samples_every=8, map_queries=2)
-    job.run(tracker, 9, per_sample=True)
+    job.run(tracker, 9)
     tracker.finish()
     return place
 

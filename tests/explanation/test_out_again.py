@@ -222,8 +222,8 @@ def test_a_loss_whose_content_cannot_be_told_is_warned_of(recorded: tuple[Job, T
         made(recorded, SAMPLES, tmp_path / "r", sample_loss=locked)
 
 
-def test_two_processes_do_not_write_one_result(tmp_path: Path) -> None:
-    with Store(tmp_path / "r", {"a": 1}), pytest.raises(TrajectoryError, match="another process"):
+def test_two_calls_do_not_write_one_result(tmp_path: Path) -> None:
+    with Store(tmp_path / "r", {"a": 1}), pytest.raises(TrajectoryError, match="is writing to"):
         Store(tmp_path / "r", {"a": 1})
     with Store(tmp_path / "r", {"a": 1}):
         pass

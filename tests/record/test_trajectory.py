@@ -281,7 +281,7 @@ def test_a_replay_that_misses_its_keyframe_says_so(
         return replayed
 
     # the proof of the single step would see it first
-    monkeypatch.setattr("explaind_track.core.observer.require_explained", lambda *_: None)
+    monkeypatch.setattr("explaind_track.core.proof.require_explained", lambda *_: None)
     monkeypatch.setattr(torch.optim.AdamW, "step", inexact(1e-9))
     with pytest.warns(ReplayWarning, match="other bits"):
         list(trajectory.steps())

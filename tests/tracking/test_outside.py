@@ -64,6 +64,7 @@ def test_rows_show_it_where_it_is(tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "t")
     shown = [sorted(key for key in row if "outside" in key) for row in rows]
     keys = [f"{front}outside/{group}" for front in ("", "loss/") for group in (*run.tracker.groups, "total")]
+    keys.append("loss/share/outside")
     assert shown == [[], sorted(keys), [], sorted(keys), [], sorted(keys)]
 
     parts = ("kernel", "reg", "outside")

@@ -27,7 +27,7 @@ def test_every_row_arrives_online_once_and_in_order(server: Server, tmp_path: Pa
     job = make_job()
     run = open_run("project", tmp_path)
     tracker = job.tracker(run=run, trajectory=tmp_path / "t", samples_every=4)
-    job.run(tracker, 12, per_sample=True)
+    job.run(tracker, 12)
     tracker.finish()
     run.finish()
     rows = server.history(f"{run.entity}/{run.project}/{run.id}")

@@ -125,7 +125,7 @@ def test_without_help_only_its_keyframes_are_to_be_had(tmp_path: Path) -> None:
 
 
 def test_where_other_bits_come_it_says_from_which_step_on(tmp_path: Path) -> None:
-    job, trajectory, data = recorded(tmp_path / "t", per_sample=True)
+    job, trajectory, data = recorded(tmp_path / "t", other_bits=True)
     again = with_gradients(trajectory, job.model, sample_loss, data)
     other = pytest.warns(ReplayWarning, match="up to step [47] has other bits")
     with other, pytest.warns(RerunWarning, match="from step 0 on") as told:

@@ -216,7 +216,7 @@ def test_where_a_rerun_is_another_run_it_says_from_which_step_on(tmp_path: Path)
     job = make_job()
     tracker = job.tracker(trajectory=tmp_path / "t", keyframe_every=4)
     job.run(tracker, 3)
-    job.run(tracker, 3, per_sample=True)
+    job.run(tracker, 3, other_bits=True)
     tracker.finish()
     trajectory = Trajectory.open(tmp_path / "t")
     with pytest.warns(RerunWarning, match="other bits from step 3 on"):

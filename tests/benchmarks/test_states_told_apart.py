@@ -1,7 +1,7 @@
 """How well a batch tells whether states are their parameters': of five architectures, early and late, by few sequences
 and by many. Right states that are called wrong, states in another order, and pairs of matrices that were exchanged.
 
-pytest -m slow tests/benchmarks/test_state_match.py -s
+pytest -m slow tests/benchmarks/test_states_told_apart.py -s
 """
 
 import random
