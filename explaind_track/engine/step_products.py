@@ -31,7 +31,8 @@ def step_products(change: Change, name: str, feature: Feature, parts: Sequence[s
             torch.stack([inner_product(feature(rows), row) for row in pieces])
             for rows, pieces in change.pieces(name, parts, rest)
         ]
-    return torch.stack(found).sum(0)
+    # of many processes, some have no entries of a small parameter
+    return torch.stack(found).sum(0) if found else torch.zeros(len(parts) + rest, dtype=torch.float64)
 
 
 def _products(update: Update, feature: Tensor, parts: Sequence[str], rest: bool) -> Tensor:

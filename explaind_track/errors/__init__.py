@@ -24,6 +24,7 @@ __all__ = [
     "TrajectoryError",
     "UncheckedContentWarning",
     "UnexplainedUpdateError",
+    "UnseenChangeWarning",
 ]
 
 
